@@ -1,0 +1,53 @@
+# The whole ritual, the same here and in .ci/run. Needs Python 3.11 or newer and make; everything else goes into $(VENV).
+
+VENV ?= .venv
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13; do \
+	$$p -c pass 2>/dev/null && echo $$p && exit; done; echo python3)
+PHOTO ?= sparsevlm_jax/data/china.jpg
+QUESTION ?= What is in the picture?
+REAL_MODEL ?= llava-hf/llava-1.5-7b-hf
+ARGS ?=
+
+.PHONY: help demo test lint real clean
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo   ask the embedded model about a photograph, with pruning'
+	@echo 'make test   run the tests (ARGS="-k name" goes to pytest)'
+	@echo 'make lint   ruff and pyright'
+	@echo 'make real   ask $(REAL_MODEL) (downloads about 14 GB, needs as much memory)'
+	@echo 'make clean  remove $(VENV), caches and builds'
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/sparsevlm ask --image $(PHOTO) --question "$(QUESTION)" $(ARGS)
+
+test: $(VENV)/.installed-test
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
+
+real: $(VENV)/.installed
+	$(VENV)/bin/sparsevlm ask --model $(REAL_MODEL) --image $(PHOTO) --question "$(QUESTION)" $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps: an environment is installed again only when pyproject.toml has changed. Editable, so that the checkout is what runs.
+$(VENV)/.created:
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo 'Python 3.11 or newer is needed, and "$(PYTHON)" is not: make PYTHON=/path/to/python3.11' >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml $(VENV)/.created
+	$(VENV)/bin/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-%: pyproject.toml $(VENV)/.created
+	$(VENV)/bin/python -m pip install --quiet --editable ".[$*]"
+	@touch $@
