@@ -1,0 +1,129 @@
+"""Llama decoder layers: Linen declares the parameters, arrays do the work.
+
+Axis letters: b batch, l sequence length, d width, n heads, k key-value heads, h head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from sparsevlm_jax.attention import apply_rope, exact
+from sparsevlm_jax.config import TextConfig
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),  # the exact, erf one
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(jnp.asarray(1.702, x.dtype) * x),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+# (query [b l n h], key [b l k h], value [b l k h]) -> (attended [b l n h], whatever the caller wants back)
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+
+
+def _dot_general(lhs: Array, rhs: Array, dims: Any, precision: Any = None, **options: Any) -> Array:
+    return jax.lax.dot_general(lhs, rhs, dims, precision=exact(lhs.dtype), **options)
+
+
+def linear(features: int, use_bias: bool) -> nn.Dense:
+    """A dense layer in the dtype of its input; float32 is computed as float32 on every backend."""
+    return nn.Dense(features, use_bias=use_bias, dot_general=_dot_general)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) * scale, in float32, cast back before the scale as Hugging Face's Llama does."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), x.dtype)
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return normed.astype(x.dtype) * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class Attention(nn.Module):
+    """Projections of grouped-query attention; the attention itself is the caller's."""
+
+    config: TextConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.q_proj = linear(c.num_attention_heads * c.head_dim, c.attention_bias)
+        self.k_proj = linear(c.num_key_value_heads * c.head_dim, c.attention_bias)
+        self.v_proj = linear(c.num_key_value_heads * c.head_dim, c.attention_bias)
+        self.o_proj = linear(c.hidden_size, c.attention_bias)
+
+    def __call__(
+        self, x: Float[Array, "b l d"], positions: Int[Array, "b l"], attend: Attend
+    ) -> tuple[Float[Array, "b l d"], Any]:
+        c = self.config
+        heads = (*x.shape[:2], -1, c.head_dim)
+        query = apply_rope(self.q_proj(x).reshape(heads), positions, c.rope_theta)
+        key = apply_rope(self.k_proj(x).reshape(heads), positions, c.rope_theta)
+        attended, extra = attend(query, key, self.v_proj(x).reshape(heads))
+        return self.o_proj(attended.reshape(*x.shape[:2], -1)), extra
+
+
+class MLP(nn.Module):
+    """down(act(gate(x)) * up(x))."""
+
+    config: TextConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.gate_proj = linear(c.intermediate_size, c.mlp_bias)
+        self.up_proj = linear(c.intermediate_size, c.mlp_bias)
+        self.down_proj = linear(c.hidden_size, c.mlp_bias)
+
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        return self.down_proj(ACTIVATIONS[self.config.hidden_act](self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP, each with its residual."""
+
+    config: TextConfig
+
+    def setup(self) -> None:
+        self.input_layernorm = RMSNorm(self.config.rms_norm_eps)
+        self.self_attn = Attention(self.config)
+        self.post_attention_layernorm = RMSNorm(self.config.rms_norm_eps)
+        self.mlp = MLP(self.config)
+
+    def __call__(
+        self, x: Float[Array, "b l d"], positions: Int[Array, "b l"], attend: Attend
+    ) -> tuple[Float[Array, "b l d"], Any]:
+        attended, extra = self.self_attn(self.input_layernorm(x), positions, attend)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), extra
+
+
+class Llama(nn.Module):
+    """Embedding table, decoder layers, final norm and head: the parts, which `llava` runs stage by stage."""
+
+    config: TextConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size)
+        self.layers = [DecoderLayer(c) for _ in range(c.num_hidden_layers)]
+        self.norm = RMSNorm(c.rms_norm_eps)
+        if not c.tie_word_embeddings:
+            self.lm_head = linear(c.vocab_size, use_bias=False)
+
+    def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b vocab"]:
+        """Final norm and head, in float32."""
+        normed = self.norm(hidden)
+        if self.config.tie_word_embeddings:
+            table = self.embed_tokens.embedding
+            return jnp.einsum("...d,vd->...v", normed, table, precision=exact(table.dtype)).astype(jnp.float32)
+        return self.lm_head(normed).astype(jnp.float32)

@@ -1,0 +1,301 @@
+"""The papers: which words rate, what they rate, who stays, and how the rest is recycled.
+
+Pure functions of arrays and ints; no model, no Flax. Sources: SparseVLM (arXiv 2410.04417) and the
+authors' released code, which is followed where the two differ.
+
+Axis letters: b batch, l sequence length, v visual tokens, t text tokens, n heads, r raters, m pool of
+recycled tokens, c clusters, d width, o original visual tokens.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+EXACT = jax.lax.Precision.HIGHEST
+
+
+class Tokens(NamedTuple):
+    """The sequence between two stages. Rows are packed: the first `lengths` tokens are valid."""
+
+    hidden: Float[Array, "b l d"]
+    positions: Int[Array, "b l"]  # rotary positions for the next stage
+    visual: Bool[Array, "b l"]
+    raters: Bool[Array, "b l"]
+    lengths: Int[Array, "b"]
+    saliency: Float[Array, "b l"] | None  # how much the vision tower itself looks at each visual token
+    origins: Float[Array, "b l o"] | None  # what share of each original visual token is in this one; None untraced
+
+    @property
+    def valid(self) -> Bool[Array, "b l"]:
+        return jnp.arange(self.visual.shape[1])[None, :] < self.lengths[:, None]
+
+
+class Recycled(NamedTuple):
+    """Merged tokens and how density-peak clustering found them. Rows past a row's own counts mean nothing."""
+
+    merged: Float[Array, "b c d"]
+    weights: Float[Array, "b c m"]  # merged = weights @ pool: 1 / members of the cluster, nearly
+    centers: Int[Array, "b c"]  # in the pool
+    assignment: Int[Array, "b m"]
+    density: Float[Array, "b m"]
+    distance: Float[Array, "b m"]  # to the nearest denser token
+    peak: Float[Array, "b m"]  # density * distance, which chooses the centres
+
+
+class Selection(NamedTuple):
+    """What becomes of every token of a sequence at one pruning layer."""
+
+    kept: Bool[Array, "b l"]  # visual tokens that stay
+    pool: Int[Array, "b m"]  # visual tokens that are recycled, by falling score
+    kept_count: Int[Array, "b"]
+    pool_count: Int[Array, "b"]
+    cluster_count: Int[Array, "b"]
+
+
+def positions_where(mask: Bool[Array, "b l"], size: int) -> Int[Array, "b {size}"]:
+    """Ascending positions of the True entries of each row; places past their number hold l - 1."""
+    length = mask.shape[1]
+    places = jnp.where(mask, jnp.arange(length)[None, :], length)
+    return jnp.minimum(jnp.sort(places, axis=1)[:, :size], length - 1)
+
+
+def take(values: Array, index: Int[Array, "b i"]) -> Array:
+    """values[b, index[b, i]], whatever axes follow."""
+    return jax.vmap(lambda row, at: row[at])(values, index)
+
+
+def identity_origins(visual: Bool[Array, "b l"], visual_tokens: int) -> Float[Array, "b l {visual_tokens}"]:
+    """Before any pruning the j-th visual token of a row is all of original visual token j, and nothing else is."""
+    number = jnp.where(visual, jnp.cumsum(visual, axis=1) - 1, -1)
+    return jax.nn.one_hot(number, visual_tokens, dtype=jnp.float32)
+
+
+def text_after_image(visual: Bool[Array, "b l"], lengths: Int[Array, "b"]) -> Bool[Array, "b l"]:
+    """Text that may rate: everything valid after the last visual token, the template's words included."""
+    places = jnp.arange(visual.shape[1])[None, :]
+    last = jnp.max(jnp.where(visual, places, -1), axis=1, keepdims=True)
+    return (places > last) & (places < lengths[:, None])
+
+
+def rate_text(
+    hidden_visual: Float[Array, "b v d"],
+    hidden_text: Float[Array, "b t d"],
+    visual: Bool[Array, "b v"],
+    text: Bool[Array, "b t"],
+) -> tuple[Bool[Array, "b t"], Float[Array, "b t"]]:
+    """Raters: text tokens more relevant to the image than the average (section 3.2, equation 3).
+
+    relevance = mean over v of softmax over t of H_v H_tᵀ, on the decoder's input embeddings, unscaled. A rater is
+    strictly above the mean (the released code; the paper writes >=). The masks say which rows are real. Where no
+    token is above the mean all valid text tokens rate (the code's scores would be NaN there).
+
+    Returns:
+      The raters and the relevance (float32, 0 where the mask is False).
+    """
+    sim = jnp.einsum(
+        "bvd,btd->bvt",
+        hidden_visual.astype(jnp.float32),
+        hidden_text.astype(jnp.float32),
+        precision=EXACT,
+    )
+    attention = jax.nn.softmax(jnp.where(text[:, None, :], sim, -jnp.inf), axis=-1, where=text[:, None, :])
+    relevance = _mean_where(attention, visual[:, :, None], axis=1)
+    above = text & (relevance > _mean_where(relevance, text, axis=1)[:, None])
+    return jnp.where(jnp.any(above, axis=1, keepdims=True), above, text), relevance
+
+
+def choose_raters(
+    hidden: Float[Array, "b l d"], visual: Bool[Array, "b l"], lengths: Int[Array, "b"], visual_tokens: int
+) -> Bool[Array, "b l"]:
+    """`rate_text` on a packed sequence: the raters are text after the last image.
+
+    Where no text follows the image, all other tokens of the row rate. They stand before it and, under the causal
+    mask, see none of it: every score is zero then and the first visual tokens are kept.
+
+    Args:
+      visual_tokens: at most that many in a row (static).
+    """
+    length = hidden.shape[1]
+    text = text_after_image(visual, lengths)
+    visual_at = positions_where(visual, visual_tokens)
+    text_at = positions_where(text, length - visual_tokens)
+    valid_visual = jnp.take_along_axis(visual, visual_at, axis=1)
+    # Unused places repeat position l - 1, which may be text itself: count them off instead of looking there.
+    valid_text = jnp.arange(length - visual_tokens)[None, :] < jnp.sum(text, axis=1, keepdims=True)
+    above, _ = rate_text(take(hidden, visual_at), take(hidden, text_at), valid_visual, valid_text)
+    raters = _scatter_true(text_at, above, length)
+    others = (jnp.arange(length)[None, :] < lengths[:, None]) & ~visual
+    return jnp.where(jnp.any(text, axis=1, keepdims=True), raters, others)
+
+
+def score_visual(attention: Float[Array, "b n r l"], raters: Bool[Array, "b r"]) -> Float[Array, "b l"]:
+    """Score of every token: its attention probability, mean over heads, then over raters (section 3.2, equation 4).
+
+    Probabilities are the pruning layer's own, all keys in the softmax, so a row does not sum to 1 over the image.
+    """
+    return _mean_where(jnp.mean(attention, axis=1), raters[:, :, None], axis=1)
+
+
+def select(
+    scores: Float[Array, "b l"],
+    visual: Bool[Array, "b l"],
+    kept_count: Int[Array, "b"],
+    pool_count: Int[Array, "b"],
+    cluster_count: Int[Array, "b"],
+    *,
+    keep: int,
+    pool: int,
+) -> Selection:
+    """One top-k, cut into kept tokens, recycle pool, and dropped tokens. Ties go to the lower index.
+
+    Args:
+      scores: of every token; those of tokens that are not visual are not looked at.
+      kept_count, pool_count, cluster_count: of each row.
+      keep, pool: the most that any row has (static).
+    """
+    # Adding zero makes -0.0 and 0.0 one value, which top_k would tell apart.
+    ranked = jnp.where(visual, scores + 0.0, -jnp.inf)
+    _, order = jax.lax.top_k(ranked, min(keep + pool, scores.shape[1]))
+    kept_slots = jnp.arange(keep)[None, :] < kept_count[:, None]
+    kept = _scatter_true(order[:, :keep], kept_slots, scores.shape[1])
+    # A row's pool starts where its kept tokens end: at `keep`, unless the row has fewer visual tokens than others.
+    slots = jnp.minimum(kept_count[:, None] + jnp.arange(pool)[None, :], order.shape[1] - 1)
+    return Selection(kept, jnp.take_along_axis(order, slots, axis=1), kept_count, pool_count, cluster_count)
+
+
+def recycle(
+    pool: Float[Array, "b m d"],
+    pool_count: Int[Array, "b"],
+    cluster_count: Int[Array, "b"],
+    clusters: int,
+    jitter: Float[Array, "b m"] | None = None,
+) -> Recycled:
+    """Density-peak clustering of the recycled tokens, each cluster merged into its mean (section 3.3).
+
+        distance_ij = |x_i - x_j| / sqrt(d)
+        density_i   = exp(-mean of the squared distances to the c nearest tokens, itself included)
+        delta_i     = distance to the nearest token of strictly higher density; the largest distance for the densest
+        centres     = the c largest density * delta;  every token joins its nearest centre
+
+    Differs from the paper, as the released code does: Euclidean assignment for cosine, a mean for a sum. The code
+    adds noise of 1e-6 to the densities, which changes none in 16 bit; here there is none, ties go to the lower
+    index, and recorded noise can be replayed.
+
+    Args:
+      pool: hidden states of the recycled tokens, by falling score.
+      pool_count, cluster_count: of each row; what stands past them takes part in nothing.
+      clusters: the most that any row makes (static).
+      jitter: what to add to the densities, amplitude included.
+    """
+    x = pool.astype(jnp.float32)
+    size, width = x.shape[1:]
+    real = jnp.arange(size)[None, :] < pool_count[:, None]
+    real_cluster = jnp.arange(clusters)[None, :] < cluster_count[:, None]
+    both_real = real[:, :, None] & real[:, None, :]
+
+    # From differences, never from a Gram matrix: two tokens that are each other's nearest must tie exactly.
+    squares = jnp.sum(jnp.square(x[:, :, None, :] - x[:, None, :, :]), axis=-1)
+    distances = jnp.sqrt(squares) / jnp.sqrt(jnp.float32(width))
+
+    nearest = -jax.lax.top_k(jnp.where(both_real, -distances, -jnp.inf), clusters)[0]
+    density = jnp.exp(-_mean_where(jnp.square(nearest), real_cluster[:, None, :] & real[:, :, None], axis=2))
+    if jitter is not None:
+        density = density + jitter
+
+    farthest = jnp.max(jnp.where(both_real, distances, 0.0), axis=(1, 2))[:, None, None]
+    denser = both_real & (density[:, None, :] > density[:, :, None])
+    distance = jnp.min(jnp.where(denser, distances, farthest), axis=2)
+
+    peak = density * distance
+    centers = jax.lax.top_k(jnp.where(real, peak, -jnp.inf), clusters)[1]
+    to_center = jnp.take_along_axis(distances, centers[:, None, :], axis=2)
+    assignment = jnp.argmin(jnp.where(real_cluster[:, None, :], to_center, jnp.inf), axis=2)
+    labels = jnp.arange(clusters)[None, :]
+    own = (jnp.arange(size)[None, :, None] == centers[:, None, :]) & real_cluster[:, None, :]
+    assignment = jnp.where(jnp.any(own, axis=2), jnp.argmax(own, axis=2), assignment)
+
+    member = (assignment[:, None, :] == labels[:, :, None]) & real[:, None, :]
+    member = member.astype(jnp.float32)
+    weights = member / (jnp.sum(member, axis=2, keepdims=True) + 1e-6)
+    merged = jnp.einsum("bcm,bmd->bcd", weights, x, precision=EXACT).astype(pool.dtype)
+    return Recycled(merged, weights, centers, assignment, density, distance, peak)
+
+
+def rebuild(tokens: Tokens, selection: Selection, recycled: Recycled | None, *, length: int, renumber: bool) -> Tokens:
+    """The shorter sequence: survivors in order, merged tokens after the last kept visual one.
+
+    Args:
+      length: static length of the result, for the row that keeps most.
+      renumber: positions 0, 1, 2, ... (v1, v1.5) or those that the survivors had (v2.0). A merged token takes that of
+        its cluster's centre.
+    """
+    old_length = tokens.visual.shape[1]
+    places = jnp.arange(old_length)[None, :]
+    survives = (tokens.valid & ~tokens.visual) | selection.kept
+    merged_count = selection.cluster_count[:, None]
+
+    # Merged tokens go in after `anchor`: the last kept visual token or, with none kept, before the first visual one.
+    first = jnp.min(jnp.where(tokens.visual, places, old_length), axis=1, keepdims=True)
+    anchor = jnp.maximum(jnp.max(jnp.where(selection.kept, places, -1), axis=1, keepdims=True), first - 1)
+    rank = jnp.cumsum(survives, axis=1) - 1
+    target = jnp.where(survives, rank + jnp.where(places > anchor, merged_count, 0), length)
+    source = _scatter(target, jnp.broadcast_to(places, target.shape), length)
+    lengths = jnp.sum(survives, axis=1) + selection.cluster_count
+
+    def gather(values: Array, merged_values: Array | None) -> Array:
+        out = take(values, source)
+        if recycled is None or merged_values is None:
+            return out
+        slots = jnp.arange(merged_values.shape[1])[None, :]
+        before = jnp.sum(survives & (places <= anchor), axis=1, keepdims=True)
+        at = jnp.where(slots < merged_count, before + slots, length)
+        return jax.vmap(lambda o, i, m: o.at[i].set(m, mode="drop"))(out, at, merged_values)
+
+    merged_hidden = merged_positions = merged_saliency = merged_origins = None
+    merged_visual = merged_raters = None
+    if recycled is not None:
+        merged_hidden = recycled.merged
+        merged_visual = jnp.ones(recycled.centers.shape, bool)
+        merged_raters = jnp.zeros(recycled.centers.shape, bool)
+        merged_positions = take(take(tokens.positions, selection.pool), recycled.centers)
+        if tokens.saliency is not None:
+            saliency = take(tokens.saliency, selection.pool)
+            merged_saliency = jnp.einsum("bcm,bm->bc", recycled.weights, saliency, precision=EXACT)
+        if tokens.origins is not None:
+            shares = take(tokens.origins, selection.pool)
+            merged_origins = jnp.einsum("bcm,bmo->bco", recycled.weights, shares, precision=EXACT)
+
+    in_row = jnp.arange(length)[None, :] < lengths[:, None]
+    if renumber:
+        positions = jnp.broadcast_to(jnp.arange(length)[None, :], in_row.shape)
+    else:
+        positions = gather(tokens.positions, merged_positions)
+    return Tokens(
+        hidden=gather(tokens.hidden, merged_hidden),
+        positions=positions,
+        visual=gather(tokens.visual, merged_visual) & in_row,
+        raters=gather(tokens.raters, merged_raters) & in_row,
+        lengths=lengths,
+        saliency=None if tokens.saliency is None else gather(tokens.saliency, merged_saliency),
+        origins=None if tokens.origins is None else gather(tokens.origins, merged_origins),
+    )
+
+
+def _mean_where(values: Array, where: Array, axis: int) -> Array:
+    """Mean over the entries of an axis where a mask is True; 0 where it is True nowhere."""
+    count = jnp.sum(where, axis=axis).astype(jnp.float32)
+    return jnp.sum(jnp.where(where, values, 0.0), axis=axis) / jnp.maximum(count, 1.0)
+
+
+def _scatter(index: Int[Array, "b i"], values: Int[Array, "b i"], length: int) -> Int[Array, "b {length}"]:
+    """Zeros with values[b, i] at index[b, i]; indices at or past `length` go nowhere."""
+    return jax.vmap(lambda at, row: jnp.zeros(length, row.dtype).at[at].set(row, mode="drop"))(index, values)
+
+
+def _scatter_true(index: Int[Array, "b i"], values: Bool[Array, "b i"], length: int) -> Bool[Array, "b {length}"]:
+    """False everywhere but at index[b, i] where values[b, i]; masked entries go nowhere, wherever they point."""
+    return _scatter(jnp.where(values, index, length), values.astype(jnp.int32), length) > 0
