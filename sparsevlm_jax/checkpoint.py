@@ -1,0 +1,164 @@
+"""`load()`: a model from a Hugging Face folder or hub id, onto any device or sharding."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from sparsevlm_jax.config import LlavaConfig, complete
+from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.llava import abstract_params
+from sparsevlm_jax.processing import Processor
+from sparsevlm_jax.shards import list_tensors, shortlist
+from sparsevlm_jax.weights import all_finite, assign, spec
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+# Where a parameter goes: one sharding for all, or path and shape -> sharding.
+Placement = jax.sharding.Sharding | Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """What the checkpoint says about ending an answer."""
+
+    eos_token_ids: tuple[int, ...]  # any of them ends it; may be empty
+    pad_token_id: int  # stands behind the end
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A loaded model: static configuration, parameters (a plain nested dict), and what goes with them."""
+
+    config: LlavaConfig
+    params: dict[str, Any]
+    processor: Processor | None  # None where the checkpoint has no processor files: token ids and pixels only
+    generation: GenerationDefaults
+    name: str
+
+
+def load(
+    source: str | Path, *, revision: str | None = None, dtype: str | None = None, sharding: Placement | None = None
+) -> Model:
+    """Loads a LLaVA checkpoint in the Hugging Face layout.
+
+    Args:
+      source: a folder with config.json and safetensors weights (one file, or shards and their index), or the id of
+        such a model on the Hugging Face hub. Without network, ids resolve from the hub's cache.
+      revision: branch, tag or commit of a hub id.
+      dtype: "float32", "bfloat16" or "float16"; by default the checkpoint's own, float32 where it mixes several.
+      sharding: where the parameters go: by default the default device. Host memory holds one tensor at a time.
+
+    Raises:
+      UserError: no such model, or whatever is wrong with its files; tensors that are missing, unknown, of a wrong
+        shape or not finite are listed in one message.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f'dtype "{dtype}" is not supported: choose {", ".join(DTYPES)}')
+    folder = _locate(source, revision)
+    config = LlavaConfig.from_file(folder)
+    return Model(
+        config=config,
+        generation=_generation_defaults(folder),
+        processor=Processor.from_pretrained(folder, config),
+        params=_read_params(folder, config, dtype, sharding),
+        name=folder.resolve().name if Path(source).expanduser().is_dir() else str(source),
+    )
+
+
+def _read_params(folder: Path, config: LlavaConfig, dtype: str | None, sharding: Placement | None) -> dict[str, Any]:
+    """The parameter tree, each tensor on its devices before the next is read."""
+    tensors = list_tensors(folder)
+    pairs = assign(spec(abstract_params(config, np.dtype(np.float32))), tensors, str(folder))
+    stored = {tensors[name].dtype for name, _ in pairs}
+    if dtype is None:
+        dtype = stored.pop() if len(stored) == 1 else "float32"
+    params, spoilt = {}, []
+    for name, entry in pairs:
+        with np.errstate(over="ignore"):  # an overflow is reported below, with its name
+            array = tensors[name].read().astype(dtype, copy=False)
+        if not all_finite(array):
+            spoilt.append(name)
+            continue
+        where = sharding(entry.path, entry.shape) if callable(sharding) else sharding
+        params[entry.path] = jax.block_until_ready(jax.device_put(entry.to_param(array), where))
+    if spoilt:
+        count = f"{len(spoilt)} of {len(pairs)}"
+        raise UserError(f"{folder}: NaN or infinity, as {dtype}, in {count} tensors: {shortlist(spoilt)}")
+    return traverse_util.unflatten_dict(params)
+
+
+def _generation_defaults(folder: Path) -> GenerationDefaults:
+    """generation_config.json, then config.json, then its text_config with transformers' own defaults."""
+    full = complete(json.loads((folder / "config.json").read_text()), str(folder / "config.json"))
+    file = folder / "generation_config.json"
+    try:
+        stated = json.loads(file.read_text()) if file.exists() else {}
+        layers = [stated, full, full["text_config"]]
+        eos, pad = (
+            next((layer[key] for layer in layers if layer.get(key) is not None), None)
+            for key in ("eos_token_id", "pad_token_id")
+        )
+        ends = tuple(int(token) for token in (eos if isinstance(eos, list) else [eos] if eos is not None else []))
+        return GenerationDefaults(ends, int(pad) if pad is not None else next(iter(ends), 0))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: cannot be read as generation settings: {error}") from error
+
+
+def _locate(source: str | Path, revision: str | None) -> Path:
+    """The folder of a model, downloaded first if it is a hub id."""
+    path, text = Path(source).expanduser(), str(source)
+    if path.is_dir():
+        if revision is not None:
+            raise UserError(f'{source}: a revision ("{revision}") can be chosen of a hub id only, this is a folder')
+        return path
+    if path.exists():
+        raise UserError(f"{source}: a file, expected a folder with config.json and weights, or a hub id")
+    if isinstance(source, Path) or text.startswith(("/", ".", "~")) or text.count("/") > 1:
+        raise UserError(f"{source}: no such folder")
+    return _download(text, revision)
+
+
+def _download(name: str, revision: str | None) -> Path:
+    """The hub's snapshot of a model, from the cache where the hub cannot be reached."""
+    from huggingface_hub import errors, snapshot_download  # here, not above: only hub ids need it
+
+    def snapshot(offline: bool) -> Path:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"],
+                ignore_patterns=["*/*"],  # other formats of the same weights
+                local_files_only=offline,
+            )
+        )
+
+    of = f' (revision "{revision}")' if revision else ""
+    try:
+        try:
+            return snapshot(offline=False)
+        except (errors.HFValidationError, errors.HfHubHTTPError, errors.LocalEntryNotFoundError):
+            raise  # the hub's client has already looked into its cache
+        except Exception:  # a proxy that is down, say; the types belong to whatever HTTP library the client uses
+            return snapshot(offline=True)
+    except errors.HFValidationError:
+        reason = "neither a folder nor a hub id (OWNER/NAME)"
+    except errors.LocalEntryNotFoundError:
+        reason = "not a folder, not complete in the hub's cache, and the hub cannot be reached"
+    except errors.GatedRepoError:
+        reason = "the hub wants its terms accepted and a login (`hf auth login`)"
+    except errors.RepositoryNotFoundError:
+        reason = "neither a folder nor a public model on the hub"
+    except errors.RevisionNotFoundError:
+        reason = "the hub has no such revision of it"
+    except errors.HfHubHTTPError as error:
+        reason = f"the hub answers: {str(error).splitlines()[0]}"
+    raise UserError(f"{name}{of}: {reason}")

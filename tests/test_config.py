@@ -1,0 +1,148 @@
+"""Configurations: what published and faulty config.json files become."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsevlm_jax import config
+from sparsevlm_jax.config import LlavaConfig
+from sparsevlm_jax.errors import UserError
+
+# As sparse as the config.json of llava-hf/llava-1.5-7b-hf: no sizes, heads, depth or activation of the decoder.
+PUBLISHED_7B = {
+    "architectures": ["LlavaForConditionalGeneration"],
+    "ignore_index": -100,
+    "image_token_index": 32000,
+    "model_type": "llava",
+    "pad_token_id": 32001,
+    "projector_hidden_act": "gelu",
+    "text_config": {
+        "_name_or_path": "lmsys/vicuna-7b-v1.5",
+        "architectures": ["LlamaForCausalLM"],
+        "max_position_embeddings": 4096,
+        "model_type": "llama",
+        "rms_norm_eps": 1e-05,
+        "torch_dtype": "float16",
+        "vocab_size": 32064,
+    },
+    "torch_dtype": "float16",
+    "vision_config": {
+        "hidden_size": 1024,
+        "image_size": 336,
+        "intermediate_size": 4096,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": 16,
+        "num_hidden_layers": 24,
+        "patch_size": 14,
+        "projection_dim": 768,
+        "vocab_size": 32000,
+    },
+    "vision_feature_layer": -2,
+    "vision_feature_select_strategy": "default",
+    "vocab_size": 32064,
+}
+SIZES_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40, "num_hidden_layers": 40}
+TINY = json.loads((Path(__file__).parent / "golden/tiny_llava_hf/config.json").read_text())
+
+
+def changed(path: str, value: Any, base: dict[str, Any] = PUBLISHED_7B) -> dict[str, Any]:
+    result = node = copy.deepcopy(base)
+    *parents, last = path.split(".")
+    for key in parents:
+        node = node[key]
+    node[last] = value
+    return result
+
+
+def test_the_published_7b_config_is_the_preset():
+    assert LlavaConfig.from_hf(PUBLISHED_7B) == config.llava_15_7b()
+
+
+def test_the_published_13b_config_is_the_preset():
+    text = PUBLISHED_7B["text_config"] | SIZES_13B
+    assert LlavaConfig.from_hf(PUBLISHED_7B | {"text_config": text}) == config.llava_15_13b()
+
+
+def test_a_config_written_by_transformers_5_is_the_preset():
+    assert LlavaConfig.from_hf(TINY) == config.tiny()
+
+
+def test_missing_key_value_heads_mean_as_many_as_heads():
+    text = PUBLISHED_7B["text_config"] | SIZES_13B | {"num_key_value_heads": None}
+    assert LlavaConfig.from_hf(PUBLISHED_7B | {"text_config": text}).text.num_key_value_heads == 40
+
+
+@pytest.mark.parametrize(
+    "where", [{"rope_theta": 5e5}, {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}]
+)
+def test_the_rotary_base_is_read_where_4x_and_5x_write_it(where):
+    text = PUBLISHED_7B["text_config"] | where
+    assert LlavaConfig.from_hf(PUBLISHED_7B | {"text_config": text}).text.rope_theta == 5e5
+
+
+@pytest.mark.parametrize("where", ["tie_word_embeddings", "text_config.tie_word_embeddings"])
+def test_tied_embeddings_are_read_at_both_levels(where):
+    assert LlavaConfig.from_hf(changed(where, True)).text.tie_word_embeddings
+
+
+def test_several_feature_layers_become_a_tuple():
+    assert LlavaConfig.from_hf(changed("vision_feature_layer", [-2, -5])).feature_layers == (-2, -5)
+
+
+@pytest.mark.parametrize("preset", config.PRESETS.values(), ids=config.PRESETS)
+def test_presets_are_hashable(preset):
+    assert hash(preset()) == hash(preset())
+
+
+@pytest.mark.parametrize(
+    ("strategy", "tokens"), [("default", 576), ("full", 577)], ids=["without class token", "with class token"]
+)
+def test_tokens_per_image(strategy, tokens):
+    assert LlavaConfig.from_hf(changed("vision_feature_select_strategy", strategy)).tokens_per_image == tokens
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("model_type", "llava_next", 'model_type is "llava_next"'),
+        ("model_type", "llava_llama", "original LLaVA layout; convert it"),
+        ("mm_vision_tower", "openai/clip-vit-large-patch14-336", "original LLaVA layout; convert it"),
+        ("text_config.model_type", "mistral", 'text_config.model_type is "mistral"'),
+        ("vision_config.model_type", "siglip_vision_model", 'vision_config.model_type is "siglip_vision_model"'),
+        ("text_config.rope_scaling", {"type": "linear", "factor": 2.0}, 'rope type "linear" is not supported'),
+        ("text_config.rope_theta", -1.0, "rope_theta of text_config is -1.0"),
+        ("text_config.hidden_act", "mish", 'text_config.hidden_act is "mish"'),
+        ("text_config.num_hidden_layers", 0, "text_config.num_hidden_layers is 0"),
+        ("text_config.num_key_value_heads", 5, "text_config.num_key_value_heads is 5"),
+        ("text_config.head_dim", 33, "transformers does not accept this configuration: .*even"),
+        ("vision_config.image_size", None, "vision_config.image_size is None"),
+        ("vision_config.patch_size", 13, "vision_config.patch_size is 13"),
+        ("vision_feature_layer", -26, "vision_feature_layer -26 is out of range"),
+        ("vision_feature_select_strategy", "cls", "vision_feature_select_strategy"),
+        ("projector_hidden_act", 3, "projector_hidden_act"),
+    ],
+)
+def test_a_model_that_is_not_computed_is_refused_by_name(path, value, message):
+    with pytest.raises(UserError, match=message) as raised:
+        LlavaConfig.from_hf(changed(path, value), "some/config.json")
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "cannot be read as JSON"), ("[]", "expected a JSON object, found list"), ("\xff", "cannot be read as JSON")],
+)
+def test_a_broken_file_is_refused(tmp_path, text, message):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=message):
+        LlavaConfig.from_file(tmp_path)
+
+
+def test_a_folder_without_config_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"config\.json: no such file"):
+        LlavaConfig.from_file(tmp_path)
