@@ -1,0 +1,272 @@
+"""Host side: questions and pictures to arrays, token ids to text. No jax, no torch.
+
+The tokenizer, the image processor and the chat template are the checkpoint's own, read through transformers. The
+image marker is expanded from the model's configuration, never by the checkpoint's multimodal processor: that one
+needs a patch size which many checkpoints do not state.
+
+Axis letters: m pictures, l tokens, S pixels per side.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sparsevlm_jax.config import LlavaConfig
+from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.pictures import ImageLike, open_image, pad_to_square, picture_name
+
+MARKER = "<image>"
+ASPECTS = ("pad", "crop")
+# Vicuna v1, as LLaVA-1.5 was trained.
+PROMPT_START = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. USER: "
+)
+PROMPT_END = " ASSISTANT:"
+
+MAX_PIXELS = 178_956_970  # of an enlarged or padded picture; Pillow's own limit for what it opens
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+class Inputs(NamedTuple):
+    """What the model takes.
+
+    Attributes:
+      ids: a row per question, int32 [l], every image marker expanded to `tokens_per_image` copies of its id.
+      pixel_values: float32 [m, 3, S, S], the pictures of all rows in order; m is 0 where there are none.
+    """
+
+    ids: list[np.ndarray]
+    pixel_values: np.ndarray
+
+
+class Processor:
+    """A checkpoint's tokenizer, image processor and prompt.
+
+    Args:
+      tokenizer, image_processor: as transformers loads them.
+      chat_template: Jinja source, or None for the Vicuna prompt.
+      config: the model that the arrays are for.
+
+    Raises:
+      UserError: tokenizer and model do not agree on the image marker, or the chat template cannot be used.
+    """
+
+    def __init__(self, tokenizer: Any, image_processor: Any, chat_template: str | None, config: LlavaConfig) -> None:
+        self.tokenizer = tokenizer
+        self.image_processor = image_processor
+        self.chat_template = chat_template
+        self.config = config
+        marker_id = tokenizer.convert_tokens_to_ids(MARKER)
+        if marker_id != config.image_token_id:
+            raise UserError(
+                f"the tokenizer's id of {MARKER} is {marker_id}, but the model's image_token_index is "
+                f"{config.image_token_id}: tokenizer and config.json are not of the same checkpoint"
+            )
+        self._content_in_parts = chat_template is not None and self._takes_parts()
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, config: LlavaConfig) -> Processor | None:
+        """Reads the tokenizer and processor files of a local folder, as transformers 4.x or 5.x wrote them.
+
+        Returns:
+          None where the folder has neither: such a model still answers at the level of token ids.
+
+        Raises:
+          UserError: one of the two is missing, or a file cannot be used.
+        """
+        path = Path(path)
+        tokenizer_there, processor_there = (
+            any((path / name).is_file() for name in names) for names in (TOKENIZER_FILES, PROCESSOR_FILES)
+        )
+        if not tokenizer_there and not processor_there:
+            return None
+        if not tokenizer_there or not processor_there:
+            missing = PROCESSOR_FILES if tokenizer_there else TOKENIZER_FILES
+            raise UserError(f"{path}: has only half of its processor, add {' or '.join(missing)}")
+
+        from transformers import AutoTokenizer  # here: it imports torch where torch is installed
+
+        part = "the tokenizer"
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+            part = "the image processor"
+            image_processor = _image_processor(path)
+            part = "the chat template"
+            chat_template = _chat_template(path, tokenizer)
+        except Exception as error:  # a broken file surfaces as any of many unrelated types
+            raise UserError(f"{path}: {part} cannot be loaded: {_first_line(error)}") from error
+        try:
+            return cls(tokenizer, image_processor, chat_template, config)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+
+    def prompt(self, question: str, num_images: int) -> str:
+        """The text that is tokenized: the checkpoint's chat template, else the Vicuna prompt, around the question.
+
+        Markers in the question stay where they are. Without any, one per picture goes in front of it. A template
+        of LLaVA's kind places those itself.
+
+        Raises:
+          UserError: the question holds markers, but not one per picture.
+        """
+        found = question.count(MARKER)
+        if found and found != num_images:
+            raise UserError(
+                f"the question holds {_count(found, f'{MARKER} marker')}, but {_count(num_images, 'picture')} "
+                "came with it: write one marker per picture, or none"
+            )
+        front = "" if found else f"{MARKER}\n" * num_images
+        if self.chat_template is None:
+            return f"{PROMPT_START}{front}{question}{PROMPT_END}"
+        if not self._content_in_parts:
+            return self._render(front + question)
+        pictures = [] if found else [{"type": "image"}] * num_images
+        return self._render([*pictures, {"type": "text", "text": question}])
+
+    def __call__(
+        self, images: Sequence[Sequence[ImageLike]], questions: Sequence[str], aspect: str | None = None
+    ) -> Inputs:
+        """Tokenizes the questions and prepares their pictures.
+
+        Args:
+          images: the pictures of each question, in the order of its markers; an empty list for text alone.
+          questions: as many.
+          aspect: "crop" scales the shorter side to S and cuts out the middle, "pad" fills up to a square with the
+            processor's mean colour and scales that (as the authors of LLaVA do), None is the checkpoint's own choice.
+
+        Raises:
+          UserError: a picture that cannot be read or does not become [3, S, S], a count that does not match, or
+            another aspect.
+        """
+        if len(images) != len(questions):
+            raise UserError(f"{len(images)} lists of pictures for {len(questions)} questions: give one per question")
+        if aspect is not None and aspect not in ASPECTS:
+            raise UserError(f'aspect is "{aspect}": expected {" or ".join(ASPECTS)}')
+        ids = [self._ids(question, len(pictures)) for question, pictures in zip(questions, images, strict=True)]
+        pixels = [self._pixels(picture, aspect) for pictures in images for picture in pictures]
+        side = self.config.vision.image_size
+        return Inputs(ids, np.stack(pixels) if pixels else np.zeros((0, 3, side, side), np.float32))
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """Text of token ids, without special tokens and surrounding space."""
+        return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True).strip()
+
+    def _ids(self, question: str, num_images: int) -> np.ndarray:
+        """Token ids of the prompt, int32 [l], markers expanded."""
+        ids = self.tokenizer(self.prompt(question, num_images))["input_ids"]
+        if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
+            ids = ids[1:]  # written by the chat template, and again by the tokenizer
+        row = np.asarray(ids, np.int32)
+        marker = row == self.config.image_token_id
+        if marker.sum() != num_images:
+            raise UserError(
+                f"the prompt has {_count(int(marker.sum()), f'{MARKER} token')} for {_count(num_images, 'picture')}: "
+                "the chat template or the tokenizer of this checkpoint does not keep the markers"
+            )
+        return np.repeat(row, np.where(marker, self.config.tokens_per_image, 1))
+
+    def _pixels(self, source: ImageLike, aspect: str | None) -> np.ndarray:
+        """One picture as the tower takes it, float32 [3, S, S]."""
+        picture, name = open_image(source), picture_name(source)
+        side = self.config.vision.image_size
+        square = {"height": side, "width": side}
+        long, short = max(picture.size), min(picture.size)
+        pads = aspect == "pad" or (aspect is None and getattr(self.image_processor, "do_pad", False))
+        if (long**2 if pads else side**2 * long / short) > MAX_PIXELS:
+            size = f"{picture.width} x {picture.height}"
+            raise UserError(f"{name}: {size} is too large or too narrow to prepare, scale or cut it first")
+
+        options: dict[str, Any] = {}
+        if aspect == "crop":
+            options = {"size": {"shortest_edge": side}, "do_center_crop": True, "crop_size": square}
+        elif aspect == "pad":
+            picture = pad_to_square(picture, self.image_processor.image_mean)
+            options = {"size": square, "do_center_crop": False}
+        if options:
+            options |= {"do_resize": True, "do_pad": False}
+        try:
+            pixels = self.image_processor([picture], return_tensors="np", **options)["pixel_values"][0]
+        except Exception as error:  # the settings of a file, so any type
+            raise UserError(f"{name}: the checkpoint's image processor fails: {_first_line(error)}") from error
+        if pixels.shape != (3, side, side):
+            raise UserError(
+                f"{name}: the checkpoint's image processor makes {list(pixels.shape)}, but the model takes "
+                f"{[3, side, side]}: choose the aspect crop or pad"
+            )
+        return np.asarray(pixels, np.float32)
+
+    def _takes_parts(self) -> bool:
+        """Whether the chat template wants a list of pictures and texts (LLaVA's) or one string (a language model's)."""
+        try:
+            text = self._render([{"type": "image"}, {"type": "text", "text": "probe"}])
+        except UserError:
+            text = ""
+        # A template for strings either fails on a list or prints it as Python would.
+        if text.count(MARKER) == 1 and "probe" in text and "'text'" not in text:
+            return True
+        if "probe" not in self._render("probe"):
+            raise UserError("the chat template leaves out the question: it cannot be used")
+        return False
+
+    def _render(self, content: str | list[dict[str, str]]) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}],
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        except Exception as error:  # Jinja's errors, and whatever the template runs into
+            raise UserError(f"the chat template fails: {_first_line(error)}") from error
+
+
+def _image_processor(path: Path) -> Any:
+    """The folder's image processor on Pillow.
+
+    Not by way of transformers' AutoImageProcessor, which asks for torchvision in some 5.x releases.
+    """
+    import transformers
+
+    # Nested in the first file by transformers 5.x, alone in the second by 4.x.
+    settings = _read_json(path / "processor_config.json").get("image_processor")
+    settings = settings or _read_json(path / "preprocessor_config.json")
+    kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "CLIPImageProcessor"
+    name = kind.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast")
+    # The plain name was Pillow's until torchvision took it over.
+    found = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name, None)
+    if found is None:
+        raise ValueError(f'transformers {transformers.__version__} has no image processor "{kind}" on Pillow')
+    return found.from_pretrained(str(path), local_files_only=True)
+
+
+def _chat_template(path: Path, tokenizer: Any) -> str | None:
+    """The processor's template (a file of its own, or an entry of one, by age), else the tokenizer's."""
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = (
+        _read_json(path / "chat_template.json").get("chat_template")
+        or _read_json(path / "processor_config.json").get("chat_template")
+        or tokenizer.chat_template
+    )
+    return template.get("default") if isinstance(template, dict) else template
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    """A JSON file, empty where there is none."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

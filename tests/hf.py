@@ -1,0 +1,117 @@
+"""Tiny LLaVA checkpoints in Hugging Face format, made with transformers and torch: what parity tests compare with."""
+
+from __future__ import annotations
+
+import string
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+# The template of the published llava-1.5 checkpoints in substance: pictures first, then texts, no system prompt.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+SPACE = "▁"  # sentencepiece's mark of a space
+MERGES = ((SPACE, "t"), ("h", "e"), (f"{SPACE}t", "he"), (SPACE, "a"), ("i", "n"), (SPACE, "i"), ("e", "r"), ("o", "n"))
+
+
+def tiny_llava(
+    path: Path,
+    *,
+    layers: int = 5,
+    hidden: int = 64,
+    heads: int = 4,
+    kv_heads: int = 4,
+    ffn: int = 96,
+    image_size: int = 56,
+    patch_size: int = 14,
+    vocab: int = 320,
+    seed: int = 0,
+    max_position: int = 2048,
+    processor: bool = True,
+) -> Path:
+    """Saves a random LlavaForConditionalGeneration, float32, with or without its tokenizer and image processor.
+
+    Weights are drawn wider than transformers does, so that logits are well apart and a wrong step shows. No token
+    ends an answer: random weights would end it anywhere.
+    """
+    import torch
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    tokenizer = llama_tokenizer()
+    assert len(tokenizer) <= vocab, f"the tokenizer has {len(tokenizer)} tokens, vocab is {vocab}"
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=64,
+            projection_dim=16,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            image_size=image_size,
+            patch_size=patch_size,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=vocab,
+            hidden_size=hidden,
+            intermediate_size=ffn,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            max_position_embeddings=max_position,
+            rms_norm_eps=1e-5,
+        ),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=(image_size // patch_size) ** 2,
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    random = np.random.default_rng(seed)
+    with torch.no_grad():
+        for name, tensor in sorted(model.named_parameters()):
+            middle, std = 0.0, tensor.shape[-1] ** -0.5
+            if "norm" in name and name.endswith("weight"):
+                middle, std = 1.0, 0.1
+            elif "embed_tokens" in name:  # about as strong as the visual tokens
+                std = 0.5
+            elif "lm_head" in name:
+                std = 0.25
+            elif "q_proj" in name or "k_proj" in name:
+                std *= 1.5
+            tensor.copy_(torch.from_numpy(random.normal(middle, std, tensor.shape).astype(np.float32)))
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(path)
+    if processor:
+        tokenizer.save_pretrained(path)
+        image_processor(image_size).save_pretrained(path)
+    return path
+
+
+def tiny_processor(path: Path, *, image_size: int = 56) -> Path:
+    """Saves the tokenizer and the image processor of `tiny_llava` alone, in the files of transformers 4.x."""
+    path.mkdir(parents=True, exist_ok=True)
+    llama_tokenizer().save_pretrained(path)
+    image_processor(image_size).save_pretrained(path)
+    return path
+
+
+def llama_tokenizer() -> Any:
+    """A Llama tokenizer: BPE over the letters with byte fallback, a space in front of the text, a BOS token."""
+    from transformers import LlamaTokenizer
+
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), SPACE, *string.ascii_lowercase]
+    pieces += ["".join(pair) for pair in MERGES]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = LlamaTokenizer(vocab=vocabulary, merges=list(MERGES), add_bos_token=True)
+    tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<image>"]})
+    return tokenizer
+
+
+def image_processor(image_size: int) -> Any:
+    """CLIP's image processor on Pillow."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    crop = {"height": image_size, "width": image_size}
+    return CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=crop)
