@@ -1,0 +1,40 @@
+"""What every test runs under: CPU, no network, checked shapes, strict promotion."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+# Environment, not jax.config: these also reach the commands that tests start as processes of their own.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"
+# Most of a run is XLA compiling; a second run of the same programs reads them from here. Tracing is not cached.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+import hypothesis
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+# Every annotated shape and dtype is checked from here on; it has to stand before the first import of the package.
+install_import_hook("sparsevlm_jax", "beartype.beartype")
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A compilation takes longer than hypothesis' deadline; the same examples everywhere make a failure repeatable.
+hypothesis.settings.register_profile("house", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("house")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--golden",
+        metavar="DIR",
+        type=Path,
+        default=ROOT / "tests" / "golden",
+        help="folder of recorded traces for tests/test_golden.py (default: tests/golden)",
+    )
