@@ -1,5 +1,6 @@
 """LLaVA in pure-functional Flax with SparseVLM: visual tokens are pruned inside one compiled program."""
 
+from sparsevlm_jax.chat import Chat
 from sparsevlm_jax.checkpoint import Model, load
 from sparsevlm_jax.config import LlavaConfig, TextConfig, VisionConfig, llava_15_7b, llava_15_13b, tiny
 from sparsevlm_jax.errors import UserError
@@ -10,7 +11,6 @@ from sparsevlm_jax.llava import (
     abstract_params,
     decode_step,
     embed,
-    embed_with,
     encode_images,
     init_params,
     prefill,
@@ -21,6 +21,7 @@ from sparsevlm_jax.schedule import Plan, Sparsity, StagePlan, make_plan
 __all__ = [
     "METHODS",
     "Cache",
+    "Chat",
     "LlavaConfig",
     "Model",
     "Plan",
@@ -33,7 +34,6 @@ __all__ = [
     "abstract_params",
     "decode_step",
     "embed",
-    "embed_with",
     "encode_images",
     "generate",
     "generate_ids",

@@ -3,44 +3,68 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import typer
 
+from sparsevlm_jax import demo, methods
+from sparsevlm_jax.checkpoint import Model, load
+from sparsevlm_jax.config import PRESETS, LlavaConfig
+from sparsevlm_jax.cost import Cost, cost, tower_xla_flops
 from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.generate import Generation, pieces, require_processor, stream_ids
+from sparsevlm_jax.pictures import open_image
+from sparsevlm_jax.schedule import Plan, Sparsity, make_plan
 
 app = typer.Typer(
     help="LLaVA in JAX with SparseVLM: visual tokens are dropped and recycled while the decoder runs.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
-Method = Annotated[str, typer.Option(help="dense, v1, v1.5, v2.0, or a rival: see the README's table.")]
-Keep = Annotated[int | None, typer.Option(metavar="N", help="Equivalent visual tokens, as the authors count them.")]
+Method = Annotated[str, typer.Option(metavar="NAME", help=f"One of {', '.join(methods.METHODS)}.")]
+Keep = Annotated[
+    int | None,
+    typer.Option(
+        metavar="N", help="Keep N equivalent visual tokens (mean over layers); default: a third, or as the method says."
+    ),
+]
 KeepAt = Annotated[
     str | None,
     typer.Option(metavar="L:K,...", help="After layer L (from 0; -1: before the first) keep K visual tokens."),
 ]
-FlopsShare = Annotated[float | None, typer.Option(help="Budget as a share of the dense decoder's FLOPs.")]
-CacheBytes = Annotated[int | None, typer.Option(help="Budget as bytes of keys and values, at two bytes a value.")]
-Scale = Annotated[float | None, typer.Option(help="v1 keeps int(rank * scale + bias) tokens.")]
-Bias = Annotated[float | None, typer.Option(help="See --scale.")]
-Heads = Annotated[int | None, typer.Option(help="Heads that v2.0 selects; 14 in the released code.")]
+FlopsShare = Annotated[
+    float | None, typer.Option(metavar="S", help="Or a budget: this share of the dense decoder's FLOPs, as 0.5.")
+]
+CacheBytes = Annotated[
+    int | None, typer.Option(metavar="BYTES", help="Or a budget for keys and values, at two bytes a value.")
+]
+Scale = Annotated[float | None, typer.Option(metavar="A", help="v1 only: keep int(rank * A + B) tokens.")]
+Bias = Annotated[float | None, typer.Option(metavar="B", help="v1 only: see --scale.")]
+Heads = Annotated[int | None, typer.Option(metavar="N", min=1, help="v2.0 only: heads to select; default: 14.")]
 Json = Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")]
+
+FLOPS_UNITS = ("", "k", "M", "G", "T", "P")
+BYTES_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 @app.command()
 def ask(
-    question: Annotated[list[str], typer.Option(help="Repeat it for a batch of questions about the same pictures.")],
-    image: Annotated[list[Path] | None, typer.Option(help="Picture file; repeat it for several.")] = None,
+    question: Annotated[
+        list[str], typer.Option(metavar="TEXT", help="Repeat it for a batch of questions about the same pictures.")
+    ],
+    image: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="A picture; repeat it for several, leave it out for none.")
+    ] = None,
     model: Annotated[str | None, typer.Option(metavar="DIR_OR_HF_ID", help="Default: the embedded demo model.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    revision: Annotated[str | None, typer.Option(metavar="R", help="Branch, tag or commit of a hub id.")] = None,
     method: Method = "v1.5",
     keep: Keep = None,
     keep_at: KeepAt = None,
@@ -49,37 +73,35 @@ def ask(
     scale: Scale = None,
     bias: Bias = None,
     heads: Heads = None,
-    max_new_tokens: Annotated[int, typer.Option(help="The longest answer.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the smallest set of tokens of this probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of sampling, and of --method random.")] = 0,
-    aspect: Annotated[str | None, typer.Option(help="pad or crop; default: as the checkpoint says.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the checkpoint's.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="The longest answer.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", help="0 takes the likeliest token; above, it samples.")
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(metavar="P", help="Sample from the smallest set of tokens of this probability.")
+    ] = 1.0,
+    seed: Annotated[
+        int, typer.Option(metavar="S", min=0, max=2**32 - 1, help="Of sampling, and of --method random.")
+    ] = 0,
+    aspect: Annotated[
+        str | None,
+        typer.Option(metavar="pad|crop", help="How pictures become square; default: as the checkpoint says."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="D", help="float32, bfloat16 or float16; default: the checkpoint's.")
+    ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer while it is made.")] = False,
     as_json: Json = False,
 ) -> None:
     """Answers a question about pictures."""
-    from sparsevlm_jax import demo
-    from sparsevlm_jax.checkpoint import load
-    from sparsevlm_jax.generate import pieces, require_processor, stream_ids
-    from sparsevlm_jax.methods import sparsity as settings
-
-    sparsity = settings(
-        method,
-        keep=keep,
-        keep_at=_parse_keep_at(keep_at),
-        flops_share=flops_share,
-        cache_bytes=cache_bytes,
-        scale=scale,
-        bias=bias,
-        heads=heads,
-        seed=seed,
+    sparsity = _sparsity(
+        method, keep, keep_at, flops_share, cache_bytes, scale=scale, bias=bias, heads=heads, seed=seed
     )
     if stream and (len(question) > 1 or as_json):
         raise UserError("--stream prints one answer as text: give one --question and no --json")
+    for picture in image or []:
+        open_image(picture)  # a wrong name should not cost the time to load a model
     loaded = load(demo.path() if model is None else model, revision=revision, dtype=dtype)
-    if model is None and not demo.IS_TRAINED:
-        _note("the embedded model has random weights: its answer is noise")
     processor = require_processor(loaded)
     inputs = processor([image or []] * len(question), question, aspect)
     instalments = stream_ids(
@@ -92,7 +114,7 @@ def ask(
         end_tokens=loaded.generation.eos_token_ids,
         temperature=temperature,
         top_p=top_p,
-        key=_key(seed),
+        key=jax.random.key(seed),
         every=1 if stream else max_new_tokens,
     )
     result = None
@@ -106,12 +128,15 @@ def ask(
         print(json.dumps(_ask_report(answers, result, loaded), indent=2))
     else:
         print("" if stream else "\n".join(answers))
-    _note(_summary(result, loaded))
+    # After the answer, so that a run that fails says one thing only.
+    if model is None and not demo.IS_TRAINED:
+        _note("the embedded model has random weights: its answer is noise")
+    _note(_summary(result))
 
 
 @app.command()
 def plan(
-    model: Annotated[str, typer.Option(metavar="NAME_OR_DIR", help="llava-1.5-7b, llava-1.5-13b, tiny, or a folder.")],
+    model: Annotated[str, typer.Option(metavar="NAME_OR_DIR", help=f"{', '.join(PRESETS)}, or a folder.")],
     method: Method = "v1.5",
     keep: Keep = None,
     keep_at: KeepAt = None,
@@ -120,75 +145,57 @@ def plan(
     scale: Scale = None,
     bias: Bias = None,
     heads: Heads = None,
-    images: Annotated[int, typer.Option(help="Pictures in the prompt.")] = 1,
-    text_tokens: Annotated[int, typer.Option(help="All tokens that are not visual.")] = 118,
+    images: Annotated[int, typer.Option(metavar="N", min=1, help="Pictures in the prompt.")] = 1,
+    text_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="All tokens that are not visual.")] = 118,
     as_json: Json = False,
 ) -> None:
     """Shows what a schedule keeps and what it costs, against dense. Needs no weights."""
-    from sparsevlm_jax import cost
-    from sparsevlm_jax.config import PRESETS, LlavaConfig
-    from sparsevlm_jax.methods import sparsity as settings
-    from sparsevlm_jax.schedule import Sparsity, make_plan
-
-    if images < 1 or text_tokens < 1:
-        raise UserError(f"--images {images} and --text-tokens {text_tokens} must be at least 1")
+    sparsity = _sparsity(method, keep, keep_at, flops_share, cache_bytes, scale=scale, bias=bias, heads=heads)
     if model not in PRESETS and not Path(model).exists():
         raise UserError(f"--model {model}: neither a folder nor one of {', '.join(PRESETS)}")
     config = PRESETS[model]() if model in PRESETS else LlavaConfig.from_file(model)
-    sparsity = settings(
-        method,
-        keep=keep,
-        keep_at=_parse_keep_at(keep_at),
-        flops_share=flops_share,
-        cache_bytes=cache_bytes,
-        scale=scale,
-        bias=bias,
-        heads=heads,
-    )
     visual = images * config.tokens_per_image
-    plans = {
-        "dense": make_plan(Sparsity.dense(), config, visual, text_tokens),
-        "pruned": make_plan(sparsity, config, visual, text_tokens),
-    }
-    costs = {name: cost.cost(config, p, text_tokens) for name, p in plans.items()}
-    tower = cost.tower_xla_flops(config, plans["pruned"]) * images
+    dense, pruned = (make_plan(s, config, visual, text_tokens) for s in (Sparsity.dense(), sparsity))
+    dense_cost, pruned_cost = (cost(config, p, text_tokens) for p in (dense, pruned))
+    tower = tower_xla_flops(config, pruned) * images
     if as_json:
         report = {
             "model": model,
             "method": method,
             "text_tokens": text_tokens,
-            **{name: _plan_report(p) | asdict(costs[name]) for name, p in plans.items()},
+            "dense": _plan_report(dense) | asdict(dense_cost),
+            "pruned": _plan_report(pruned) | asdict(pruned_cost),
             "tower_xla_flops": tower,
         }
         print(json.dumps(report, indent=2))
-        return
-    _print_plan(plans["pruned"], plans["dense"], costs["pruned"], costs["dense"], tower, text_tokens)
+    else:
+        _print_plan(pruned, pruned_cost, dense, dense_cost, tower, text_tokens)
 
 
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it advises to install torch
-    _set_up_jax()
-    command = typer.main.get_command(app)
+    _keep_compiled_programs()
     try:
-        code = command.main(standalone_mode=False)
+        code = typer.main.get_command(app).main(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
+        sys.stdout.flush()
     except UserError as error:
         code = _fail(str(error))
-    except typer.Exit as stop:
-        code = stop.exit_code
-    except KeyboardInterrupt:
-        code = 130
+    except BrokenPipeError:
+        # Who reads stdout has seen enough. Python would flush what is left at exit, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except Exception as error:
         # Typer's usage errors know how to say what is wrong; what else arrives here is a bug and keeps its traceback.
         say = getattr(error, "format_message", None)
         if say is None:
             raise
-        code = _fail(say())
-    sys.exit(code if isinstance(code, int) else 0)
+        code = _fail(f"{say().rstrip('.')} (--help lists the options)")
+    sys.exit(code)
 
 
 def _fail(message: str) -> int:
-    print("sparsevlm: error: " + " ".join(message.split()), file=sys.stderr)
+    _note("error: " + " ".join(message.split()))
     return 2
 
 
@@ -196,20 +203,32 @@ def _note(message: str) -> None:
     print(f"sparsevlm: {message}", file=sys.stderr)
 
 
-def _set_up_jax() -> None:
+def _keep_compiled_programs() -> None:
     """Keeps compiled programs between calls of the command, unless the user has chosen where."""
-    import jax
-
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsevlm_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def _key(seed: int) -> Any:
-    import jax
+def _sparsity(
+    method: str,
+    keep: int | None,
+    keep_at: str | None,
+    flops_share: float | None,
+    cache_bytes: int | None,
+    **settings: float | int | None,
+) -> Sparsity:
+    """The settings that the options ask for.
 
-    return jax.random.key(seed)
+    Raises:
+      UserError: more than one budget, or one that is malformed or not the method's.
+    """
+    budgets = {"keep": keep, "keep_at": keep_at, "flops_share": flops_share, "cache_bytes": cache_bytes}
+    given = [f"--{name.replace('_', '-')}" for name, value in budgets.items() if value is not None]
+    if len(given) > 1:
+        raise UserError(f"{' and '.join(given)} are different budgets: give one of them")
+    return methods.sparsity(method, **budgets | {"keep_at": _parse_keep_at(keep_at)}, **settings)
 
 
 def _parse_keep_at(text: str | None) -> tuple[tuple[int, int], ...] | None:
@@ -222,25 +241,26 @@ def _parse_keep_at(text: str | None) -> tuple[tuple[int, int], ...] | None:
         raise UserError(f'--keep-at "{text}": expected LAYER:COUNT,LAYER:COUNT,... as in 2:300,6:200,15:110') from None
 
 
-def _stages(p: Any) -> list[dict[str, Any]]:
-    return [
+def _plan_report(plan: Plan) -> dict[str, Any]:
+    stages = [
         {"layers": [s.start, s.stop - 1], "entering": s.visual, "standing": s.standing, "kept": s.keep}
-        for s in p.stages
+        for s in plan.stages
         if s.start < s.stop or s.keep is not None
     ]
-
-
-def _plan_report(p: Any) -> dict[str, Any]:
     return {
-        "stages": _stages(p),
-        "equivalent_tokens": p.equivalent_tokens(),
-        "entering_tokens": p.entering_tokens(),
+        "stages": stages,
+        "equivalent_tokens": plan.equivalent_tokens(),
+        "entering_tokens": plan.entering_tokens(),
+        "counts_are_upper_bounds": _counts_are_upper_bounds(plan),
     }
 
 
-def _ask_report(answers: list[str], result: Any, model: Any) -> dict[str, Any]:
-    import jax
+def _counts_are_upper_bounds(plan: Plan) -> bool:
+    """Whether data decides how many tokens stay."""
+    return plan.sparsity.scale is not None
 
+
+def _ask_report(answers: list[str], result: Generation, model: Model) -> dict[str, Any]:
     return {
         "answers": answers,
         "tokens": result.tokens,
@@ -257,30 +277,32 @@ def _ask_report(answers: list[str], result: Any, model: Any) -> dict[str, Any]:
     }
 
 
-def _summary(result: Any, model: Any) -> str:
-    import jax
-
+def _summary(result: Generation) -> str:
     plan = result.plan
     counts = [plan.visual_tokens] + [stage.standing for stage in plan.stages if stage.keep is not None]
-    at_most = "at most " if plan.sparsity.scale is not None else ""
-    return (
+    at_most = "at most " if _counts_are_upper_bounds(plan) else ""
+    tokens = (
         f"{plan.sparsity.method}: {at_most}{' > '.join(map(str, counts))} visual tokens "
-        f"({plan.equivalent_tokens():.1f} equivalent, {plan.entering_tokens():.1f} entering a layer on average); "
+        f"({plan.equivalent_tokens():.1f} equivalent, {plan.entering_tokens():.1f} entering a layer on average)"
+    )
+    return (
+        f"{tokens if plan.visual_tokens else 'text only, nothing to prune'}; "
         f"prefill {result.prefill_seconds:.3f} s, {result.steps} decoding steps {result.decode_seconds:.3f} s, "
         f"compile {result.compile_seconds:.1f} s on {jax.devices()[0].device_kind}"
     )
 
 
-def _print_plan(plan: Any, dense: Any, cost: Any, dense_cost: Any, tower: float, text_tokens: int) -> None:
+def _print_plan(plan: Plan, cost: Cost, dense: Plan, dense_cost: Cost, tower: float, text_tokens: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    def against(what: str, scale: float, unit: str) -> str:
+    def against(what: str, step: int, units: tuple[str, ...], of: str = "") -> str:
         value, whole = getattr(cost, what), getattr(dense_cost, what)
-        return f"{value / scale:,.2f} {unit} (dense {whole / scale:,.2f}, {1 - value / whole:.1%} saved)"
+        change = f"{abs(1 - value / whole):.1%} {'more' if value > whole else 'less'}"
+        return f"{_scaled(value, step, units)}{of} (dense {_scaled(whole, step, units)}, {change})"
 
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
-    stages = Table("layers", "visual tokens entering", "kept", "merged", "standing after", title=None)
+    stages = Table("layers", "visual tokens entering", "kept", "merged", "standing after")
     for stage in plan.stages:
         if stage.start == stage.stop and stage.keep is None:
             continue
@@ -288,18 +310,22 @@ def _print_plan(plan: Any, dense: Any, cost: Any, dense_cost: Any, tower: float,
         kept, merged = ("-", "-") if stage.keep is None else (str(stage.keep), str(stage.standing - stage.keep))
         stages.add_row(layers, str(stage.visual), kept, merged, str(stage.standing))
     console.print(stages)
+    if _counts_are_upper_bounds(plan):
+        console.print("All counts are upper bounds: the prompt and the picture decide how many tokens stay.")
     facts = Table.grid(padding=(0, 2))
     for name, value in (
         ("equivalent tokens (standing after a layer)", f"{plan.equivalent_tokens():.2f} of {dense.visual_tokens}"),
         ("tokens entering a layer, which is what costs", f"{plan.entering_tokens():.2f} of {dense.visual_tokens}"),
-        ("FLOPs by the paper's formula", against("paper_flops", 1e12, "T multiply-adds")),
-        (
-            "FLOPs of the program, by XLA",
-            against("xla_flops", 1e12, "T, two per multiply-add"),
-        ),
-        ("vision tower and projector, by XLA", f"{tower / 1e12:,.2f} T, in addition"),
-        ("keys and values, 16 bit", against("cache_bytes", 2**20, "MiB")),
+        ("FLOPs by the paper's formula", against("paper_flops", 1000, FLOPS_UNITS, " multiply-adds")),
+        ("FLOPs of the program, by XLA", against("xla_flops", 1000, FLOPS_UNITS, ", two per multiply-add")),
+        ("vision tower and projector, by XLA", f"{_scaled(tower, 1000, FLOPS_UNITS)}, in addition"),
+        ("keys and values, 16 bit", against("cache_bytes", 1024, BYTES_UNITS)),
         ("other tokens in the prompt", str(text_tokens)),
     ):
         facts.add_row(name, value)
     console.print(facts)
+
+
+def _scaled(value: float, step: int, units: tuple[str, ...]) -> str:
+    power = min(int(math.log(max(value, 1), step)), len(units) - 1)
+    return f"{value / step**power:.2f} {units[power]}"

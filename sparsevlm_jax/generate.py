@@ -22,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sparsevlm_jax.config import LlavaConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.ladder import prefill_by_rungs
-from sparsevlm_jax.llava import Cache, Params, decode_step, embed, prefill
+from sparsevlm_jax.llava import Cache, Params, Pictures, decode_step, embed, prefill
 from sparsevlm_jax.schedule import Plan, Sparsity, make_plan
 
 if TYPE_CHECKING:  # the checkpoint module imports transformers where it is used
@@ -87,7 +87,7 @@ def start(
     params: Params,
     input_ids: Int[Array, "b l"],
     lengths: Int[Array, "b"],
-    pixel_values: Float[Array, "m 3 height width"] | None,
+    pictures: Float[Array, "m 3 height width"] | Pictures | None,
     keys: Array,
     sampler: Sampler,
     *,
@@ -96,7 +96,7 @@ def start(
     decoding: Decoding,
 ) -> State:
     """Prefill and the first token."""
-    prompt = embed(params, input_ids, lengths, pixel_values, config, plan)
+    prompt = embed(params, input_ids, lengths, pictures, config, plan)
     logits, cache, _ = prefill(params, prompt, config, plan, max_new_tokens=decoding.room)
     return _first(logits, cache, keys, sampler, decoding=decoding)
 
@@ -193,7 +193,18 @@ def generate_ids(
     Raises:
       UserError: prompts longer than the model's context, pictures that do not match the markers, or bad settings.
     """
-    run = _Run(params, config, rows, pixel_values, sparsity, max_new_tokens, end_tokens, temperature, top_p, key)
+    run = Run(
+        params,
+        config,
+        rows,
+        pixel_values,
+        sparsity=sparsity,
+        max_new_tokens=max_new_tokens,
+        end_tokens=end_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        key=key,
+    )
     state = run.prefill()
     state = run.decode(state, max_new_tokens)
     return run.result(state)
@@ -214,7 +225,18 @@ def stream_ids(
     every: int = 1,
 ) -> Iterator[Generation]:
     """`generate_ids` in instalments of `every` tokens: the same compiled loop, the same tokens."""
-    run = _Run(params, config, rows, pixel_values, sparsity, max_new_tokens, end_tokens, temperature, top_p, key)
+    run = Run(
+        params,
+        config,
+        rows,
+        pixel_values,
+        sparsity=sparsity,
+        max_new_tokens=max_new_tokens,
+        end_tokens=end_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        key=key,
+    )
     state = run.prefill()
     yield run.result(state)
     for limit in range(1 + every, max_new_tokens + every, every):
@@ -343,44 +365,54 @@ def require_processor(model: Model) -> Processor:
     return model.processor
 
 
-class _Run:
-    """One batch on its way through prefill and decoding, with a clock."""
+class Run:
+    """One batch on its way through prefill and decoding, with a clock.
+
+    `generate_ids` says what the arguments are. `room` is what the cache holds behind the prompt; by default just
+    `max_new_tokens`.
+    """
 
     def __init__(
         self,
         params: Params,
         config: LlavaConfig,
         rows: Sequence[np.ndarray],
-        pixel_values: np.ndarray | None,
+        pictures: np.ndarray | Pictures | None,
+        *,
         sparsity: Sparsity,
         max_new_tokens: int,
         end_tokens: tuple[int, ...],
-        temperature: float,
-        top_p: float,
-        key: Array | None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        key: Array | None = None,
+        room: int | None = None,
     ) -> None:
-        _check_settings(config, rows, pixel_values, max_new_tokens, temperature, top_p)
+        _check_settings(config, rows, pictures, max_new_tokens, temperature, top_p)
         self.params = params
         self.packed = pack(rows, config.image_token_id)
         self.plan = make_plan(sparsity, config, self.packed.visual, self.packed.text)
         if self.plan.grid is not None:
             shrunk = [_shrink_markers(row, config, self.plan.grid**2) for row in rows]
             self.packed = pack(shrunk, config.image_token_id)
-        room = bucket(max_new_tokens, NEW_TOKEN_BUCKETS, "max_new_tokens")
-        decoding = Decoding(room, temperature == 0, tuple(end_tokens))
+        self.room = bucket(room or max_new_tokens, NEW_TOKEN_BUCKETS, "max_new_tokens")
+        decoding = Decoding(self.room, temperature == 0, tuple(end_tokens))
         self.static = {"config": config, "plan": self.plan, "decoding": decoding}
         self.sampler = Sampler(jnp.float32(temperature or 1.0), jnp.float32(top_p))
         self.keys = jax.random.split(jax.random.key(0) if key is None else key, len(rows))
-        self.pixel_values = jnp.asarray(pixel_values) if self.packed.visual else None
+        self.pictures = jax.tree.map(jnp.asarray, pictures) if self.packed.visual else None
         self.compile_seconds = self.prefill_seconds = self.decode_seconds = 0.0
 
     def prefill(self) -> State:
         ids, lengths = jnp.asarray(self.packed.input_ids), jnp.asarray(self.packed.lengths)
         if self.plan.sparsity.ladder:
             return self._prefill_by_rungs(ids, lengths)
-        args = (self.params, ids, lengths, self.pixel_values, self.keys, self.sampler)
+        args = (self.params, ids, lengths, self.pictures, self.keys, self.sampler)
         state, self.prefill_seconds = self._timed(start, *args, **self.static)
         return state
+
+    def resume(self, logits: Float[Array, "b vocab"], cache: Cache) -> State:
+        """A fresh answer on a cache that is already there."""
+        return _first(logits, cache, self.keys, self.sampler, decoding=self.static["decoding"])
 
     def decode(self, state: State, limit: int) -> State:
         args = (self.params, state, jnp.int32(limit), self.sampler)
@@ -396,7 +428,7 @@ class _Run:
             self.prefill_seconds += seconds
             return out
 
-        prompt = call(_embed, self.params, ids, lengths, self.pixel_values, config=config, plan=self.plan)
+        prompt = call(_embed, self.params, ids, lengths, self.pictures, config=config, plan=self.plan)
         logits, cache, self.plan = prefill_by_rungs(
             self.params, prompt, config, self.plan, max_new_tokens=decoding.room, call=call
         )
@@ -477,7 +509,7 @@ def _shrink_markers(row: np.ndarray, config: LlavaConfig, tokens_per_image: int)
 def _check_settings(
     config: LlavaConfig,
     rows: Sequence[np.ndarray],
-    pixel_values: np.ndarray | None,
+    pictures: np.ndarray | Pictures | None,
     max_new_tokens: int,
     temperature: float,
     top_p: float,
@@ -496,9 +528,10 @@ def _check_settings(
             f"more than the model's context of {context}; shorten the question or use fewer pictures"
         )
     markers = sum(int(np.sum(row == config.image_token_id)) for row in rows)
-    pictures = 0 if pixel_values is None else len(pixel_values)
-    if markers != pictures * config.tokens_per_image:
+    images = pictures.tokens if isinstance(pictures, Pictures) else pictures
+    visual = 0 if images is None else len(images) * config.tokens_per_image
+    if markers != visual:
         raise UserError(
-            f"the ids hold {markers} image markers, {pictures} pictures become "
-            f"{pictures * config.tokens_per_image} visual tokens: both must be equal"
+            f"the ids hold {markers} image markers, but the pictures given become {visual} visual tokens: "
+            f"write {config.tokens_per_image} markers per picture"
         )

@@ -108,7 +108,7 @@ class Llava(nn.Module):
         return Pictures(tokens, saliency)
 
     def embed(self, input_ids: Int[Array, "b l"], lengths: Int[Array, "b"], pictures: Pictures | None) -> Prompt:
-        """See the function `embed_with`."""
+        """See the function `embed`."""
         visual = input_ids == self.config.image_token_id
         # The marker may lie outside the table (-200 in original LLaVA checkpoints).
         words = self.language_model.embed_tokens(jnp.clip(input_ids, 0, self.config.text.vocab_size - 1))
@@ -233,35 +233,25 @@ def encode_images(
     return apply(config, params, "encode_images", pixel_values, plan)
 
 
-def embed_with(
-    params: Params,
-    input_ids: Int[Array, "b l"],
-    lengths: Int[Array, "b"],
-    pictures: Pictures | None,
-    config: LlavaConfig,
-) -> Prompt:
-    """Token ids and encoded pictures to a prompt: visual tokens go, in order, where the image markers stand.
-
-    Args:
-      input_ids: packed rows; every visual token stands as one `config.image_token_id`.
-      lengths: valid ids of each row.
-      pictures: those of all rows, in order, from `encode_images`; None for text only.
-    """
-    return apply(config, params, "embed", input_ids, lengths, pictures)
-
-
 def embed(
     params: Params,
     input_ids: Int[Array, "b l"],
     lengths: Int[Array, "b"],
-    pixel_values: Float[Array, "m 3 height width"] | None,
+    pictures: Float[Array, "m 3 height width"] | Pictures | None,
     config: LlavaConfig,
     plan: Plan | None = None,
 ) -> Prompt:
-    """Token ids and pixels to a prompt: `encode_images`, then `embed_with`."""
-    if pixel_values is None or not pixel_values.shape[0]:
-        return embed_with(params, input_ids, lengths, None, config)
-    return embed_with(params, input_ids, lengths, encode_images(params, pixel_values, config, plan), config)
+    """Token ids and pictures to a prompt: visual tokens go, in order, where the image markers stand.
+
+    Args:
+      input_ids: packed rows; every visual token stands as one `config.image_token_id`.
+      lengths: valid ids of each row.
+      pictures: those of all rows, in order: pixels, or what `encode_images` made of them; None for text only.
+      plan: only a plan that shrinks pictures is looked at.
+    """
+    if pictures is not None and not isinstance(pictures, Pictures):
+        pictures = encode_images(params, pictures, config, plan) if pictures.shape[0] else None
+    return apply(config, params, "embed", input_ids, lengths, pictures)
 
 
 def prefill(

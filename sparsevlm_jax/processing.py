@@ -154,6 +154,22 @@ class Processor:
         side = self.config.vision.image_size
         return Inputs(ids, np.stack(pixels) if pixels else np.zeros((0, 3, side, side), np.float32))
 
+    def next_turn(self, question: str) -> np.ndarray:
+        """Token ids, int32 [l], of what follows an answer (its end token left out) when the conversation goes on.
+
+        Raises:
+          UserError: the question holds markers: all pictures come with the first one.
+        """
+        if MARKER in question:
+            raise UserError(f"{MARKER} in a later question: all pictures come with the first one")
+        if self.chat_template is None:
+            text = f"{self.tokenizer.eos_token}USER: {question}{PROMPT_END}"
+        else:
+            answer = "[the answer]"
+            turns = [("user", "before"), ("assistant", answer), ("user", question)]
+            text = self._render_turns(turns).split(answer, 1)[-1]
+        return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of token ids, without special tokens and surrounding space."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True).strip()
@@ -215,10 +231,19 @@ class Processor:
             raise UserError("the chat template leaves out the question: it cannot be used")
         return False
 
+    def _render_turns(self, turns: Sequence[tuple[str, str]]) -> str:
+        contents = [[{"type": "text", "text": text}] if self._content_in_parts else text for _, text in turns]
+        return self._render_messages(
+            [{"role": role, "content": content} for (role, _), content in zip(turns, contents, strict=True)]
+        )
+
     def _render(self, content: str | list[dict[str, str]]) -> str:
+        return self._render_messages([{"role": "user", "content": content}])
+
+    def _render_messages(self, messages: list[dict[str, Any]]) -> str:
         try:
             return self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": content}],
+                messages,
                 chat_template=self.chat_template,
                 tokenize=False,
                 add_generation_prompt=True,

@@ -41,20 +41,31 @@ def list_tensors(folder: Path) -> dict[str, Tensor]:
       UserError: no such file, or all that is wrong with index and files: a missing, truncated or malformed file, a
         file outside the folder, a tensor that stands in two files or not where the index says.
     """
-    index = None
-    if (folder / SINGLE).exists():
-        names = [SINGLE]
-    elif (folder / INDEX).exists():
-        index = _read_index(folder / INDEX)
-        names = sorted(set(index.values()))
-    else:
+    if not (folder / SINGLE).exists() and not (folder / INDEX).exists():
         raise UserError(f"{folder}: {_no_weights(folder)}")
+    return list_shards(folder, SINGLE, folder / INDEX, list_file)
+
+
+def list_shards(
+    folder: Path, single: str, index_file: Path, list_file: Callable[[Path], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """`list_tensors` for any format of weights: one file, or an index and the shards that it names.
+
+    Raises:
+      UserError: as `list_tensors`, and what `list_file` raises.
+    """
+    index = None
+    if (folder / single).exists():
+        names = [single]
+    else:
+        index = _read_index(index_file)
+        names = sorted(set(index.values()))
 
     problems: list[str] = []
     tensors: dict[str, Tensor] = {}
     for name in names:
         try:
-            found = list_file(_inside(folder, name))
+            found = list_file(_inside(folder, name, index_file))
         except UserError as error:
             problems.append(str(error))
             continue
@@ -67,9 +78,9 @@ def list_tensors(folder: Path) -> dict[str, Tensor]:
         astray = [key for key, name in index.items() if key not in tensors or tensors[key].file.name != name]
         unlisted = [key for key in tensors if key not in index]
         if astray:
-            problems.append(f"{folder / INDEX}: tensors are not in the file it names: {shortlist(astray)}")
+            problems.append(f"{index_file}: tensors are not in the file it names: {shortlist(astray)}")
         if unlisted:
-            problems.append(f"{folder / INDEX}: does not name tensors of its files: {shortlist(unlisted)}")
+            problems.append(f"{index_file}: does not name tensors of its files: {shortlist(unlisted)}")
     if problems:
         raise UserError("; ".join(problems))
     return tensors
@@ -156,10 +167,10 @@ def _read_index(file: Path) -> dict[str, str]:
     return names
 
 
-def _inside(folder: Path, name: str) -> Path:
+def _inside(folder: Path, name: str, index_file: Path) -> Path:
     """The file of that name in a folder; an index must not lead anywhere else."""
     if name in ("", ".", "..") or "/" in name or "\\" in name:
-        raise UserError(f'{folder / INDEX}: "{name}" is not the name of a file in this folder')
+        raise UserError(f'{index_file}: "{name}" is not the name of a file in this folder')
     home, target = folder.resolve(), (folder / name).resolve()
     homes = [home]
     if home.parent.name == "snapshots":  # in the hub's cache, files of a snapshot are links to ../../blobs/HASH

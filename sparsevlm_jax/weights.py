@@ -84,6 +84,7 @@ SPELLINGS = {
         "model.vision_tower.vision_model.",
         "model.vision_tower.vision_tower.vision_model.",
         "vision_model.",  # a CLIP checkpoint of its own, as the original layout has it
+        "",  # the same, of its tower alone, as 5.x writes it
     ),
     "multi_modal_projector.linear_1.": (
         "multi_modal_projector.linear_1.",

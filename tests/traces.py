@@ -17,9 +17,7 @@ from sparsevlm_jax.config import LlavaConfig, TextConfig, tiny
 SPARSITIES = {
     "dense": lambda c: schedule.Sparsity.dense(),
     "v15": lambda c: schedule.Sparsity(method="v1.5", keep_at=_keep_at(c)),
-    "v1": lambda c: schedule.Sparsity(
-        method="v1", layers=tuple(c["pruning_layers"]), scale=c["scale"], bias=c["bias"]
-    ),
+    "v1": lambda c: schedule.Sparsity(method="v1", layers=tuple(c["pruning_layers"]), scale=c["scale"], bias=c["bias"]),
     "v20": lambda c: schedule.Sparsity.v20(keep_at=_keep_at(c), heads=c["n_selected_heads"] or 14),
 }
 

@@ -1,0 +1,155 @@
+"""Several questions about the same pictures: prune anew for each, or go on with the first question's selection.
+
+Both are exact: "again" answers as a fresh run of the whole conversation does, "first" as if the first question's prompt
+had been decoded on, token by token. The vision tower runs once in either case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from sparsevlm_jax.checkpoint import Model
+from sparsevlm_jax.config import LlavaConfig
+from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.generate import TEXT_BUCKETS, Generation, Run, bucket, require_processor
+from sparsevlm_jax.llava import Cache, Params, Pictures, decode_step, encode_images
+from sparsevlm_jax.processing import ImageLike
+from sparsevlm_jax.schedule import Plan, Sparsity, make_plan
+
+SELECTIONS = ("again", "first")
+
+
+class Chat:
+    """A conversation about some pictures.
+
+    Attributes:
+      ids: the conversation so far, int32, answers included.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        images: Sequence[ImageLike],
+        *,
+        sparsity: Sparsity | None = None,
+        selection: str = "again",
+        max_new_tokens: int = 128,
+        room: int = 1024,
+        aspect: str | None = None,
+    ) -> None:
+        """Starts a conversation; nothing runs before the first question.
+
+        Args:
+          model: from `load`, with its processor.
+          images: all pictures of the conversation.
+          sparsity: what to prune; by default v1.5 with a third of the visual tokens.
+          selection: "again" prunes for every question anew, guided by all text after the pictures; what an earlier
+            question dropped can come back, and every question costs a prefill. "first" keeps what the first question
+            selected and only decodes on: cheaper, and blind to what that question did not ask about.
+          max_new_tokens: the longest answer.
+          room: tokens that the cache has room for after the first prompt ("first").
+          aspect: "pad", "crop", or None for what the checkpoint's processor says.
+
+        Raises:
+          UserError: a model without processor, or another selection.
+        """
+        if selection not in SELECTIONS:
+            raise UserError(f'selection is "{selection}": expected {" or ".join(SELECTIONS)}')
+        self.model = model
+        self.processor = require_processor(model)
+        self.images = list(images)
+        self.sparsity = sparsity or Sparsity.v15()
+        self.selection = selection
+        self.max_new_tokens = max_new_tokens
+        self.room = room if selection == "first" else max_new_tokens
+        self.aspect = aspect
+        self.ids = np.zeros(0, np.int32)
+        self._pictures: Pictures | None = None
+        self._run: Run | None = None
+        self._cache: Cache | None = None
+        self._prompt_length = 0  # ids of the first prompt
+        self._in_cache = 0  # how many of `ids` the cache has seen
+
+    def ask(self, question: str) -> str:
+        """Answers the next question.
+
+        Raises:
+          UserError: a picture that cannot be read, or more conversation than the model or the cache has room for.
+        """
+        if not len(self.ids):
+            inputs = self.processor([self.images], [question], self.aspect)
+            self.ids = inputs.ids[0]
+            self._pictures = self._encode(inputs.pixel_values) if len(inputs.pixel_values) else None
+        else:
+            self.ids = np.concatenate([self.ids, self.processor.next_turn(question)])
+        answer = self._go_on() if self._cache is not None else self._prefill()
+        self.ids = np.concatenate([self.ids, np.asarray(answer.tokens[0], np.int32)])
+        return self.processor.decode(answer.tokens[0])
+
+    def _prefill(self) -> Generation:
+        """The whole conversation, pruned for its last question."""
+        run = Run(
+            self.model.params,
+            self.model.config,
+            [self.ids],
+            self._pictures,
+            sparsity=self.sparsity,
+            max_new_tokens=self.max_new_tokens,
+            end_tokens=self.model.generation.eos_token_ids,
+            room=self.room,
+        )
+        state = run.decode(run.prefill(), self.max_new_tokens)
+        if self.selection == "first":
+            self._run, self._cache, self._prompt_length = run, state.cache, len(self.ids)
+            self._in_cache = len(self.ids) + int(state.steps) - 1
+        return run.result(state)
+
+    def _go_on(self) -> Generation:
+        """What is new in the conversation goes through the decoder on the cache that is there."""
+        run, cache = self._run, self._cache
+        assert run is not None and cache is not None
+        first = len(self.ids) - self._in_cache
+        used = len(self.ids) - self._prompt_length + self.max_new_tokens
+        if used > run.room:
+            raise UserError(f"the conversation needs room for {used} tokens, the cache has {run.room}: raise room")
+        new = np.zeros(bucket(first, TEXT_BUCKETS, "the question"), np.int32)
+        new[:first] = self.ids[self._in_cache :]
+        logits, cache = feed(
+            self.model.params, jnp.asarray(new), jnp.int32(first), cache, config=self.model.config, plan=run.plan
+        )
+        state = run.decode(run.resume(logits, cache), self.max_new_tokens)
+        self._cache = state.cache
+        self._in_cache = len(self.ids) + int(state.steps) - 1
+        return run.result(state)
+
+    def _encode(self, pixel_values: np.ndarray) -> Pictures:
+        config = self.model.config
+        plan = make_plan(self.sparsity, config, len(pixel_values) * config.tokens_per_image)
+        return _encode(self.model.params, jnp.asarray(pixel_values), config=config, plan=plan)
+
+
+@partial(jax.jit, static_argnames=("config", "plan"), donate_argnames=("cache",))
+def feed(
+    params: Params, ids: Int[Array, "t"], count: Int[Array, ""], cache: Cache, *, config: LlavaConfig, plan: Plan
+) -> tuple[Float[Array, "1 vocab"], Cache]:
+    """Runs the first `count` of some given ids through the decoder, one by one, as if they had been generated.
+
+    Returns:
+      Logits behind the last of them, and the cache.
+    """
+
+    def step(index: Array, carry: tuple[Array, Cache]) -> tuple[Array, Cache]:
+        return decode_step(params, ids[index][None], carry[1], config, plan)
+
+    empty = jnp.zeros((1, config.text.vocab_size), jnp.float32)
+    return jax.lax.fori_loop(0, count, step, (empty, cache))
+
+
+_encode: Any = jax.jit(encode_images, static_argnames=("config", "plan"))
