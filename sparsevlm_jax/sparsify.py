@@ -9,6 +9,7 @@ recycled tokens, c clusters, d width, o original visual tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -233,6 +234,40 @@ def rebuild(tokens: Tokens, selection: Selection, recycled: Recycled | None, *, 
       renumber: positions 0, 1, 2, ... (v1, v1.5) or those that the survivors had (v2.0). A merged token takes that of
         its cluster's centre.
     """
+    source, lengths = _sources(tokens, selection, recycled, length)
+
+    def gather(values: Array, merge: Callable[[Array, Recycled], Array]) -> Array:
+        if recycled is not None:
+            values = jnp.concatenate([values, merge(take(values, selection.pool), recycled)], axis=1)
+        return take(values, source)
+
+    def of_center(pool: Array, recycled: Recycled) -> Array:
+        return take(pool, recycled.centers)
+
+    def mean(pool: Array, recycled: Recycled) -> Array:
+        return jnp.einsum("bcm,bm...->bc...", recycled.weights, pool, precision=EXACT)
+
+    in_row = jnp.arange(length)[None, :] < lengths[:, None]
+    if renumber:
+        positions = jnp.broadcast_to(jnp.arange(length)[None, :], in_row.shape)
+    else:
+        positions = gather(tokens.positions, of_center)
+    return Tokens(
+        hidden=gather(tokens.hidden, lambda _, recycled: recycled.merged),
+        positions=positions,
+        visual=gather(tokens.visual, of_center) & in_row,  # what is recycled is visual, and never a rater
+        raters=gather(tokens.raters, of_center) & in_row,
+        lengths=lengths,
+        saliency=None if tokens.saliency is None else gather(tokens.saliency, mean),
+        origins=None if tokens.origins is None else gather(tokens.origins, mean),
+    )
+
+
+def _sources(
+    tokens: Tokens, selection: Selection, recycled: Recycled | None, length: int
+) -> tuple[Int[Array, "b {length}"], Int[Array, "b"]]:
+    """Where every token of the shorter sequence comes from: its old place, or behind those the number of a merged
+    token; and the new lengths."""
     old_length = tokens.visual.shape[1]
     places = jnp.arange(old_length)[None, :]
     survives = (tokens.valid & ~tokens.visual) | selection.kept
@@ -241,48 +276,15 @@ def rebuild(tokens: Tokens, selection: Selection, recycled: Recycled | None, *, 
     # Merged tokens go in after `anchor`: the last kept visual token or, with none kept, before the first visual one.
     first = jnp.min(jnp.where(tokens.visual, places, old_length), axis=1, keepdims=True)
     anchor = jnp.maximum(jnp.max(jnp.where(selection.kept, places, -1), axis=1, keepdims=True), first - 1)
-    rank = jnp.cumsum(survives, axis=1) - 1
-    target = jnp.where(survives, rank + jnp.where(places > anchor, merged_count, 0), length)
-    source = _scatter(target, jnp.broadcast_to(places, target.shape), length)
-    lengths = jnp.sum(survives, axis=1) + selection.cluster_count
-
-    def gather(values: Array, merged_values: Array | None) -> Array:
-        out = take(values, source)
-        if recycled is None or merged_values is None:
-            return out
-        slots = jnp.arange(merged_values.shape[1])[None, :]
-        before = jnp.sum(survives & (places <= anchor), axis=1, keepdims=True)
-        at = jnp.where(slots < merged_count, before + slots, length)
-        return jax.vmap(lambda o, i, m: o.at[i].set(m, mode="drop"))(out, at, merged_values)
-
-    merged_hidden = merged_positions = merged_saliency = merged_origins = None
-    merged_visual = merged_raters = None
+    target = jnp.cumsum(survives, axis=1) - 1 + jnp.where(places > anchor, merged_count, 0)
+    target = jnp.where(survives, target, length)
+    places = jnp.broadcast_to(places, target.shape)
     if recycled is not None:
-        merged_hidden = recycled.merged
-        merged_visual = jnp.ones(recycled.centers.shape, bool)
-        merged_raters = jnp.zeros(recycled.centers.shape, bool)
-        merged_positions = take(take(tokens.positions, selection.pool), recycled.centers)
-        if tokens.saliency is not None:
-            saliency = take(tokens.saliency, selection.pool)
-            merged_saliency = jnp.einsum("bcm,bm->bc", recycled.weights, saliency, precision=EXACT)
-        if tokens.origins is not None:
-            shares = take(tokens.origins, selection.pool)
-            merged_origins = jnp.einsum("bcm,bmo->bco", recycled.weights, shares, precision=EXACT)
-
-    in_row = jnp.arange(length)[None, :] < lengths[:, None]
-    if renumber:
-        positions = jnp.broadcast_to(jnp.arange(length)[None, :], in_row.shape)
-    else:
-        positions = gather(tokens.positions, merged_positions)
-    return Tokens(
-        hidden=gather(tokens.hidden, merged_hidden),
-        positions=positions,
-        visual=gather(tokens.visual, merged_visual) & in_row,
-        raters=gather(tokens.raters, merged_raters) & in_row,
-        lengths=lengths,
-        saliency=None if tokens.saliency is None else gather(tokens.saliency, merged_saliency),
-        origins=None if tokens.origins is None else gather(tokens.origins, merged_origins),
-    )
+        slots = jnp.broadcast_to(jnp.arange(recycled.centers.shape[1])[None, :], recycled.centers.shape)
+        before = jnp.sum(survives & (places <= anchor), axis=1, keepdims=True)
+        target = jnp.concatenate([target, jnp.where(slots < merged_count, before + slots, length)], axis=1)
+        places = jnp.concatenate([places, old_length + slots], axis=1)
+    return _scatter(target, places, length), jnp.sum(survives, axis=1) + selection.cluster_count
 
 
 def _mean_where(values: Array, where: Array, axis: int) -> Array:
