@@ -2,7 +2,7 @@
 
 from sparsevlm_jax.chat import Chat
 from sparsevlm_jax.checkpoint import Model, load
-from sparsevlm_jax.config import LlavaConfig, TextConfig, VisionConfig, llava_15_7b, llava_15_13b, tiny
+from sparsevlm_jax.config import PRESETS, LlavaConfig, TextConfig, VisionConfig, llava_15_7b, llava_15_13b, tiny
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.generate import generate, generate_ids, stream, stream_ids
 from sparsevlm_jax.llava import (
@@ -20,6 +20,7 @@ from sparsevlm_jax.schedule import Plan, Sparsity, StagePlan, make_plan
 
 __all__ = [
     "METHODS",
+    "PRESETS",
     "Cache",
     "Chat",
     "LlavaConfig",

@@ -143,6 +143,10 @@ def _attend_blockwise(
 
 def _dot_product_attention(query: Array, key: Array, value: Array, **options) -> Array:
     # jax's own attention mixes dtypes and ranks inside, which strict promotion would refuse.
+    dtype = query.dtype
+    if dtype == jnp.float16 and options["implementation"] == "xla" and not _default_backend_is_nvidia():
+        # jax's XLA path asks for a float16 product that CPU and TPU do not have: compilation would fail.
+        query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
     precision = "highest" if query.dtype == jnp.float32 else None
     with (
         jax.named_scope("attend"),
@@ -150,7 +154,7 @@ def _dot_product_attention(query: Array, key: Array, value: Array, **options) ->
         jax.numpy_rank_promotion("allow"),
         jax.default_matmul_precision(precision),
     ):
-        return jax.nn.dot_product_attention(query, key, value, **options)
+        return jax.nn.dot_product_attention(query, key, value, **options).astype(dtype)
 
 
 def _default_backend_is_nvidia() -> bool:

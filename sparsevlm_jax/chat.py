@@ -18,10 +18,11 @@ from jaxtyping import Array, Float, Int
 from sparsevlm_jax.checkpoint import Model
 from sparsevlm_jax.config import LlavaConfig
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.generate import TEXT_BUCKETS, Generation, Run, bucket, require_processor
+from sparsevlm_jax.generate import Generation, Run, require_processor
 from sparsevlm_jax.llava import Cache, Params, Pictures, decode_step, encode_images
+from sparsevlm_jax.packing import TEXT_BUCKETS, bucket
 from sparsevlm_jax.processing import ImageLike
-from sparsevlm_jax.schedule import Plan, Sparsity, make_plan
+from sparsevlm_jax.schedule import SHRINKING, Plan, Sparsity, make_plan
 
 SELECTIONS = ("again", "first")
 
@@ -81,24 +82,25 @@ class Chat:
         """Answers the next question.
 
         Raises:
-          UserError: a picture that cannot be read, or more conversation than the model or the cache has room for.
+          UserError: a picture that cannot be read, or more conversation than the model or the cache has room for. The
+            conversation is then as it was before the question.
         """
-        if not len(self.ids):
-            inputs = self.processor([self.images], [question], self.aspect)
-            self.ids = inputs.ids[0]
-            self._pictures = self._encode(inputs.pixel_values) if len(inputs.pixel_values) else None
+        if len(self.ids):
+            ids = np.concatenate([self.ids, self.processor.next_turn(question)])
         else:
-            self.ids = np.concatenate([self.ids, self.processor.next_turn(question)])
-        answer = self._go_on() if self._cache is not None else self._prefill()
-        self.ids = np.concatenate([self.ids, np.asarray(answer.tokens[0], np.int32)])
+            inputs = self.processor([self.images], [question], self.aspect)
+            ids = inputs.ids[0]
+            self._pictures = self._encode(inputs.pixel_values) if len(inputs.pixel_values) else None
+        answer = self._prefill(ids) if self._cache is None else self._go_on(ids)
+        self.ids = np.concatenate([ids, np.asarray(answer.tokens[0], np.int32)])
         return self.processor.decode(answer.tokens[0])
 
-    def _prefill(self) -> Generation:
+    def _prefill(self, ids: np.ndarray) -> Generation:
         """The whole conversation, pruned for its last question."""
         run = Run(
             self.model.params,
             self.model.config,
-            [self.ids],
+            [ids],
             self._pictures,
             sparsity=self.sparsity,
             max_new_tokens=self.max_new_tokens,
@@ -107,31 +109,38 @@ class Chat:
         )
         state = run.decode(run.prefill(), self.max_new_tokens)
         if self.selection == "first":
-            self._run, self._cache, self._prompt_length = run, state.cache, len(self.ids)
-            self._in_cache = len(self.ids) + int(state.steps) - 1
+            self._run, self._cache, self._prompt_length = run, state.cache, len(ids)
+            self._in_cache = len(ids) + int(state.steps) - 1
         return run.result(state)
 
-    def _go_on(self) -> Generation:
+    def _go_on(self, ids: np.ndarray) -> Generation:
         """What is new in the conversation goes through the decoder on the cache that is there."""
         run, cache = self._run, self._cache
         assert run is not None and cache is not None
-        first = len(self.ids) - self._in_cache
-        used = len(self.ids) - self._prompt_length + self.max_new_tokens
+        first = len(ids) - self._in_cache
+        used = len(ids) - self._prompt_length + self.max_new_tokens
         if used > run.room:
             raise UserError(f"the conversation needs room for {used} tokens, the cache has {run.room}: raise room")
+        context = self.model.config.text.max_position_embeddings
+        if len(ids) + self.max_new_tokens > context:
+            raise UserError(
+                f"the conversation has {len(ids)} tokens and the answer may take {self.max_new_tokens}: "
+                f"more than the model's context of {context}; start a new one"
+            )
         new = np.zeros(bucket(first, TEXT_BUCKETS, "the question"), np.int32)
-        new[:first] = self.ids[self._in_cache :]
+        new[:first] = ids[self._in_cache :]
         logits, cache = feed(
             self.model.params, jnp.asarray(new), jnp.int32(first), cache, config=self.model.config, plan=run.plan
         )
         state = run.decode(run.resume(logits, cache), self.max_new_tokens)
         self._cache = state.cache
-        self._in_cache = len(self.ids) + int(state.steps) - 1
+        self._in_cache = len(ids) + int(state.steps) - 1
         return run.result(state)
 
     def _encode(self, pixel_values: np.ndarray) -> Pictures:
         config = self.model.config
-        plan = make_plan(self.sparsity, config, len(pixel_values) * config.tokens_per_image)
+        visual = len(pixel_values) * config.tokens_per_image
+        plan = make_plan(self.sparsity, config, visual) if self.sparsity.method in SHRINKING else None
         return _encode(self.model.params, jnp.asarray(pixel_values), config=config, plan=plan)
 
 

@@ -1,4 +1,4 @@
-"""`load()`: a model from a Hugging Face folder or hub id, onto any device or sharding."""
+"""`load()`: a model from a converted checkpoint, a Hugging Face folder or a hub id, onto any device or sharding."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from sparsevlm_jax import store
 from sparsevlm_jax.config import LlavaConfig, complete
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.llava import abstract_params
@@ -47,14 +49,15 @@ class Model:
 def load(
     source: str | Path, *, revision: str | None = None, dtype: str | None = None, sharding: Placement | None = None
 ) -> Model:
-    """Loads a LLaVA checkpoint in the Hugging Face layout.
+    """Loads a LLaVA checkpoint: one that `sparsevlm convert` wrote, or one in the Hugging Face layout.
 
     Args:
-      source: a folder with config.json and safetensors weights (one file, or shards and their index), or the id of
-        such a model on the Hugging Face hub. Without network, ids resolve from the hub's cache.
+      source: a folder with config.json and either orbax or safetensors weights (one file, or shards and their index),
+        or the id of a model with safetensors on the Hugging Face hub. Without network, ids resolve from its cache.
       revision: branch, tag or commit of a hub id.
       dtype: "float32", "bfloat16" or "float16"; by default the checkpoint's own, float32 where it mixes several.
-      sharding: where the parameters go: by default the default device. Host memory holds one tensor at a time.
+      sharding: where the parameters go: by default the default device. Host memory holds one tensor at a time, of a
+        converted checkpoint one group, of which each device gets no more than its shard.
 
     Raises:
       UserError: no such model, or whatever is wrong with its files; tensors that are missing, unknown, of a wrong
@@ -62,13 +65,13 @@ def load(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f'dtype "{dtype}" is not supported: choose {", ".join(DTYPES)}')
-    folder = _locate(source, revision)
+    folder = locate(source, revision)
     config = LlavaConfig.from_file(folder)
     return Model(
         config=config,
         generation=_generation_defaults(folder),
         processor=Processor.from_pretrained(folder, config),
-        params=_read_params(folder, config, dtype, sharding),
+        params=(_restore_params if store.is_converted(folder) else _read_params)(folder, config, dtype, sharding),
         name=folder.resolve().name if Path(source).expanduser().is_dir() else str(source),
     )
 
@@ -95,6 +98,37 @@ def _read_params(folder: Path, config: LlavaConfig, dtype: str | None, sharding:
     return traverse_util.unflatten_dict(params)
 
 
+def _restore_params(folder: Path, config: LlavaConfig, dtype: str | None, sharding: Placement | None) -> dict[str, Any]:
+    """The parameter tree of a converted checkpoint, group by group, each device reading its own shards."""
+    manifest = store.read_manifest(folder)
+    shapes = {path: leaf.shape for path, leaf in _flat(abstract_params(config, np.dtype(np.float32))).items()}
+    stored = {tuple(record.path.split("/")): record.stored_dtype for record in manifest.records}
+    if set(stored) != set(shapes):
+        differing = sorted("/".join(path) for path in set(stored) ^ set(shapes))
+        raise UserError(f"{folder}: manifest and config.json describe different parameters: {shortlist(differing)}")
+    if dtype is None:
+        dtype = next(iter(stored.values())) if len(set(stored.values())) == 1 else "float32"
+    default = jnp.zeros(()).sharding
+
+    def abstract(path: tuple[str, ...]) -> jax.ShapeDtypeStruct:
+        where = sharding(path, shapes[path]) if callable(sharding) else sharding or default
+        return jax.ShapeDtypeStruct(shapes[path], np.dtype(dtype), sharding=where)
+
+    params = {}
+    for number, group in enumerate(manifest.groups):
+        wanted = {path: abstract(path) for path in (tuple(record.path.split("/")) for record in group)}
+        params |= jax.block_until_ready(store.restore_group(store.group_folder(folder, number), wanted))
+    # What was converted is finite; a narrower dtype may overflow.
+    spoilt = ["/".join(path) for path, x in params.items() if stored[path] != dtype and not jnp.isfinite(x).all()]
+    if spoilt:
+        raise UserError(f"{folder}: infinity, as {dtype}, in {len(spoilt)} parameters: {shortlist(spoilt)}")
+    return traverse_util.unflatten_dict(params)
+
+
+def _flat(params: dict[str, Any]) -> dict[tuple[str, ...], Any]:
+    return dict(traverse_util.flatten_dict(params))
+
+
 def _generation_defaults(folder: Path) -> GenerationDefaults:
     """generation_config.json, then config.json, then its text_config with transformers' own defaults."""
     full = complete(json.loads((folder / "config.json").read_text()), str(folder / "config.json"))
@@ -112,8 +146,12 @@ def _generation_defaults(folder: Path) -> GenerationDefaults:
         raise UserError(f"{file}: cannot be read as generation settings: {error}") from error
 
 
-def _locate(source: str | Path, revision: str | None) -> Path:
-    """The folder of a model, downloaded first if it is a hub id."""
+def locate(source: str | Path, revision: str | None, weights: str = "*.safetensors") -> Path:
+    """The folder of a model; downloaded first, its weight files as named by `weights`, if it is a hub id.
+
+    Raises:
+      UserError: no such folder or model.
+    """
     path, text = Path(source).expanduser(), str(source)
     if path.is_dir():
         if revision is not None:
@@ -123,10 +161,10 @@ def _locate(source: str | Path, revision: str | None) -> Path:
         raise UserError(f"{source}: a file, expected a folder with config.json and weights, or a hub id")
     if isinstance(source, Path) or text.startswith(("/", ".", "~")) or text.count("/") > 1:
         raise UserError(f"{source}: no such folder")
-    return _download(text, revision)
+    return _download(text, revision, weights)
 
 
-def _download(name: str, revision: str | None) -> Path:
+def _download(name: str, revision: str | None, weights: str) -> Path:
     """The hub's snapshot of a model, from the cache where the hub cannot be reached."""
     from huggingface_hub import errors, snapshot_download  # here, not above: only hub ids need it
 
@@ -135,7 +173,7 @@ def _download(name: str, revision: str | None) -> Path:
             snapshot_download(
                 name,
                 revision=revision,
-                allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"],
+                allow_patterns=["*.json", weights, "*.model", "*.jinja", "*.txt"],
                 ignore_patterns=["*/*"],  # other formats of the same weights
                 local_files_only=offline,
             )

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import jax
 import typer
 
+from convert import commands
 from sparsevlm_jax import demo, methods
 from sparsevlm_jax.checkpoint import Model, load
 from sparsevlm_jax.config import PRESETS, LlavaConfig
@@ -99,6 +100,8 @@ def ask(
     )
     if stream and (len(question) > 1 or as_json):
         raise UserError("--stream prints one answer as text: give one --question and no --json")
+    if not all(_is_text(q) for q in question):
+        raise UserError("--question: not text in this terminal's encoding, which should be UTF-8")
     for picture in image or []:
         open_image(picture)  # a wrong name should not cost the time to load a model
     loaded = load(demo.path() if model is None else model, revision=revision, dtype=dtype)
@@ -172,9 +175,13 @@ def plan(
         _print_plan(pruned, pruned_cost, dense, dense_cost, tower, text_tokens)
 
 
+app.command()(commands.convert)
+app.command()(commands.inspect)
+
+
 def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # else it advises to install torch
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it misses torch, and finds long prompts too long
     _keep_compiled_programs()
     try:
         code = typer.main.get_command(app).main(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
@@ -229,6 +236,15 @@ def _sparsity(
     if len(given) > 1:
         raise UserError(f"{' and '.join(given)} are different budgets: give one of them")
     return methods.sparsity(method, **budgets | {"keep_at": _parse_keep_at(keep_at)}, **settings)
+
+
+def _is_text(argument: str) -> bool:
+    """False where the argument has bytes that Python could not decode."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _parse_keep_at(text: str | None) -> tuple[tuple[int, int], ...] | None:
@@ -326,6 +342,6 @@ def _print_plan(plan: Plan, cost: Cost, dense: Plan, dense_cost: Cost, tower: fl
     console.print(facts)
 
 
-def _scaled(value: float, step: int, units: tuple[str, ...]) -> str:
+def _scaled(value: float | int, step: int, units: tuple[str, ...]) -> str:
     power = min(int(math.log(max(value, 1), step)), len(units) - 1)
     return f"{value / step**power:.2f} {units[power]}"

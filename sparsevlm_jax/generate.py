@@ -1,9 +1,7 @@
-"""From token ids to an answer: one jitted prefill, one jitted decoding loop.
+"""From questions about pictures, or token ids and pixels, to answers.
 
-Shapes are those of a layout (buckets for text, visual tokens and new tokens), so another question of about the same
-length compiles nothing. The step limit is traced: `stream` drives the same compiled loop a few steps at a time.
-
-Axis letters: b batch, l packed sequence length, g room for new tokens.
+Shapes are those of buckets for text, visual tokens and new tokens, so another question of about the same length
+compiles nothing.
 """
 
 from __future__ import annotations
@@ -11,62 +9,44 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 from sparsevlm_jax.config import LlavaConfig
+from sparsevlm_jax.decoding import Decoding, Sampler, State, decode, first_token, start
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.ladder import prefill_by_rungs
-from sparsevlm_jax.llava import Cache, Params, Pictures, decode_step, embed, prefill
+from sparsevlm_jax.llava import Cache, Params, Pictures, embed
+from sparsevlm_jax.packing import NEW_TOKEN_BUCKETS, Packed, bucket, pack, shrink_markers
 from sparsevlm_jax.schedule import Plan, Sparsity, make_plan
 
 if TYPE_CHECKING:  # the checkpoint module imports transformers where it is used
     from sparsevlm_jax.checkpoint import Model
     from sparsevlm_jax.processing import ImageLike, Processor
 
-TEXT_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-NEW_TOKEN_BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
+class Settings(TypedDict):
+    """How to answer.
 
-@dataclass(frozen=True)
-class Decoding:
-    """Static settings of the loop: room for new tokens, whether it samples, and the ids that end an answer."""
+    Attributes:
+      sparsity: what to prune.
+      max_new_tokens: the longest answer.
+      end_tokens: ids that end a row.
+      temperature: 0, the default, is greedy.
+      top_p: sample from the smallest set of tokens of this probability; 1 by default.
+      key: PRNG key of sampling; each row draws from its own split of it.
+    """
 
-    room: int
-    greedy: bool
+    sparsity: Sparsity
+    max_new_tokens: int
     end_tokens: tuple[int, ...]
-
-
-class Sampler(NamedTuple):
-    """Traced settings of sampling: temperature, and the probability mass that top-p keeps."""
-
-    temperature: Float[Array, ""]
-    top_p: Float[Array, ""]
-
-
-class State(NamedTuple):
-    """Where decoding stands. `tokens` holds what was chosen so far; the last one has not been decoded yet."""
-
-    cache: Cache
-    tokens: Int[Array, "b g"]
-    counts: Int[Array, "b"]  # tokens chosen in each row, its end token included
-    done: Bool[Array, "b"]
-    steps: Int[Array, ""]  # tokens chosen in the rows that are not done
-    keys: Array  # a PRNG key per row
-
-
-class Packed(NamedTuple):
-    """Rows of ids in one rectangle: padding at the end, `text` + `visual` columns."""
-
-    input_ids: Int[np.ndarray, "b l"]
-    lengths: Int[np.ndarray, "b"]
-    text: int
-    visual: int
+    temperature: NotRequired[float]
+    top_p: NotRequired[float]
+    key: NotRequired[Array | None]
 
 
 @dataclass(frozen=True)
@@ -82,173 +62,44 @@ class Generation:
     steps: int  # calls of decode_step
 
 
-@partial(jax.jit, static_argnames=("config", "plan", "decoding"))
-def start(
-    params: Params,
-    input_ids: Int[Array, "b l"],
-    lengths: Int[Array, "b"],
-    pictures: Float[Array, "m 3 height width"] | Pictures | None,
-    keys: Array,
-    sampler: Sampler,
-    *,
-    config: LlavaConfig,
-    plan: Plan,
-    decoding: Decoding,
-) -> State:
-    """Prefill and the first token."""
-    prompt = embed(params, input_ids, lengths, pictures, config, plan)
-    logits, cache, _ = prefill(params, prompt, config, plan, max_new_tokens=decoding.room)
-    return _first(logits, cache, keys, sampler, decoding=decoding)
-
-
-@partial(jax.jit, static_argnames=("config", "plan", "decoding"), donate_argnames=("state",))
-def decode(
-    params: Params,
-    state: State,
-    limit: Int[Array, ""],
-    sampler: Sampler,
-    *,
-    config: LlavaConfig,
-    plan: Plan,
-    decoding: Decoding,
-) -> State:
-    """Decodes until every row has ended or `limit` tokens are chosen; `limit` is traced, at most `decoding.room`."""
-
-    def go_on(state: State) -> Array:
-        return (state.steps < limit) & ~jnp.all(state.done)
-
-    def step(state: State) -> State:
-        token = jax.lax.dynamic_index_in_dim(state.tokens, state.steps - 1, axis=1, keepdims=False)
-        logits, cache = decode_step(params, token, state.cache, config, plan)
-        return _choose(state._replace(cache=cache), logits, sampler, decoding)
-
-    return jax.lax.while_loop(go_on, step, state)
-
-
-def sample(logits: Float[Array, "b vocab"], keys: Array, sampler: Sampler) -> Int[Array, "b"]:
-    """Draws a token per row from the tempered distribution, cut to the smallest set of mass `top_p` or more."""
-    logits = logits / sampler.temperature
-    ranked = jnp.sort(logits, axis=-1, descending=True)
-    mass_before = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1) - jax.nn.softmax(ranked, axis=-1)
-    kept = jnp.sum(mass_before < sampler.top_p, axis=-1, keepdims=True)
-    threshold = jnp.take_along_axis(ranked, jnp.maximum(kept - 1, 0), axis=-1)
-    return jax.vmap(jax.random.categorical)(keys, jnp.where(logits >= threshold, logits, -jnp.inf))
-
-
-def pack(rows: Sequence[np.ndarray], image_token_id: int) -> Packed:
-    """Pads rows of ids to the bucket of their text and to their largest number of visual tokens.
-
-    Raises:
-      UserError: more text than the largest bucket.
-    """
-    visual = [int(np.sum(row == image_token_id)) for row in rows]
-    most_text = max(len(row) - v for row, v in zip(rows, visual, strict=True))
-    text = bucket(most_text, TEXT_BUCKETS, "the prompt's text")
-    ids = np.zeros((len(rows), text + max(visual)), np.int32)
-    for padded, row in zip(ids, rows, strict=True):
-        padded[: len(row)] = row
-    # Padding must not look like a picture, whatever id the marker has.
-    ids[np.arange(ids.shape[1])[None, :] >= np.array([len(r) for r in rows])[:, None]] = 0 if image_token_id else 1
-    return Packed(ids, np.array([len(row) for row in rows], np.int32), text, max(visual))
-
-
-def bucket(size: int, buckets: Sequence[int], what: str) -> int:
-    """The smallest bucket that holds `size`.
-
-    Raises:
-      UserError: none does.
-    """
-    for limit in buckets:
-        if size <= limit:
-            return limit
-    raise UserError(f"{what} has {size} tokens, the largest bucket {buckets[-1]}: shorten it")
-
-
 def generate_ids(
     params: Params,
     config: LlavaConfig,
     rows: Sequence[np.ndarray],
-    pixel_values: np.ndarray | None,
-    *,
-    sparsity: Sparsity,
-    max_new_tokens: int,
-    end_tokens: tuple[int, ...],
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    key: Array | None = None,
+    pictures: np.ndarray | Pictures | None,
+    **settings: Unpack[Settings],
 ) -> Generation:
     """Answers a batch of prompts given as ids and pixels.
 
     Args:
       params, config: the model.
       rows: ids of each prompt, int32 [l_i], every picture as `config.tokens_per_image` image markers.
-      pixel_values: pictures of all rows in order, float32 [m, 3, height, width].
-      sparsity: what to prune.
-      max_new_tokens: the longest answer.
-      end_tokens: ids that end a row.
-      temperature: 0 is greedy.
-      top_p: sample from the smallest set of tokens of this probability.
-      key: PRNG key, needed where temperature is above 0; each row draws from its own split of it.
+      pictures: those of all rows in order: pixels, float32 [m, 3, height, width], or what `encode_images` made of them.
+      settings: see `Settings`.
 
     Raises:
       UserError: prompts longer than the model's context, pictures that do not match the markers, or bad settings.
     """
-    run = Run(
-        params,
-        config,
-        rows,
-        pixel_values,
-        sparsity=sparsity,
-        max_new_tokens=max_new_tokens,
-        end_tokens=end_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        key=key,
-    )
-    state = run.prefill()
-    state = run.decode(state, max_new_tokens)
-    return run.result(state)
+    run = Run(params, config, rows, pictures, **settings)
+    return run.result(run.decode(run.prefill(), settings["max_new_tokens"]))
 
 
 def stream_ids(
     params: Params,
     config: LlavaConfig,
     rows: Sequence[np.ndarray],
-    pixel_values: np.ndarray | None,
+    pictures: np.ndarray | Pictures | None,
     *,
-    sparsity: Sparsity,
-    max_new_tokens: int,
-    end_tokens: tuple[int, ...],
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    key: Array | None = None,
     every: int = 1,
+    **settings: Unpack[Settings],
 ) -> Iterator[Generation]:
     """`generate_ids` in instalments of `every` tokens: the same compiled loop, the same tokens."""
-    run = Run(
-        params,
-        config,
-        rows,
-        pixel_values,
-        sparsity=sparsity,
-        max_new_tokens=max_new_tokens,
-        end_tokens=end_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        key=key,
-    )
-    state = run.prefill()
-    yield run.result(state)
-    for limit in range(1 + every, max_new_tokens + every, every):
-        if bool(np.all(state.done)):
-            return
-        state = run.decode(state, min(limit, max_new_tokens))
-        yield run.result(state)
+    yield from Run(params, config, rows, pictures, **settings).instalments(every)
 
 
 def generate(
     model: Model,
-    images: Sequence[ImageLike] | Sequence[Sequence[ImageLike]],
+    images: ImageLike | Sequence[ImageLike] | Sequence[Sequence[ImageLike]],
     prompts: str | Sequence[str],
     *,
     sparsity: Sparsity | None = None,
@@ -262,7 +113,7 @@ def generate(
 
     Args:
       model: from `load`, with its processor.
-      images: for one prompt its pictures; for a list of prompts a list of pictures per prompt, or one picture each.
+      images: for one prompt its picture or pictures; for a list of prompts a list of pictures for each, or one picture.
       prompts: a question, or a batch of them. They may contain `<image>` markers; by default pictures come first.
       sparsity: what to prune; by default v1.5 with a third of the visual tokens.
       max_new_tokens, temperature, top_p: see `generate_ids`; `seed` makes the PRNG key.
@@ -294,7 +145,7 @@ def generate(
 
 def stream(
     model: Model,
-    images: Sequence[ImageLike],
+    images: ImageLike | Sequence[ImageLike],
     prompt: str,
     *,
     sparsity: Sparsity | None = None,
@@ -307,7 +158,7 @@ def stream(
 ) -> Iterator[str]:
     """Answers one question piece by piece; the pieces joined are what `generate` returns."""
     processor = require_processor(model)
-    inputs = processor([list(images)], [prompt], aspect)
+    inputs = processor(pictures_by_prompt(images, prompt), [prompt], aspect)
     instalments = stream_ids(
         model.params,
         model.config,
@@ -341,10 +192,12 @@ def pieces(instalments: Iterator[Generation], processor: Processor) -> Iterator[
 
 
 def pictures_by_prompt(
-    images: Sequence[ImageLike] | Sequence[Sequence[ImageLike]], prompts: str | Sequence[str]
+    images: ImageLike | Sequence[ImageLike] | Sequence[Sequence[ImageLike]], prompts: str | Sequence[str]
 ) -> list[list[ImageLike]]:
     """A list of pictures for every prompt, from the shorter forms that `generate` takes."""
-    rows: list[list[Any]] = [list(row) if isinstance(row, (list, tuple)) else [row] for row in images]
+    # A path must not be taken for a list of letters, nor an array for a list of rows.
+    several: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
+    rows: list[list[Any]] = [list(row) if isinstance(row, (list, tuple)) else [row] for row in several]
     if isinstance(prompts, str):
         return [[picture for row in rows for picture in row]]
     if len(rows) != len(prompts):
@@ -368,8 +221,8 @@ def require_processor(model: Model) -> Processor:
 class Run:
     """One batch on its way through prefill and decoding, with a clock.
 
-    `generate_ids` says what the arguments are. `room` is what the cache holds behind the prompt; by default just
-    `max_new_tokens`.
+    `Settings` and `generate_ids` say what the arguments are. `room` is what the cache holds behind the prompt; by
+    default just `max_new_tokens`.
     """
 
     def __init__(
@@ -389,10 +242,11 @@ class Run:
     ) -> None:
         _check_settings(config, rows, pictures, max_new_tokens, temperature, top_p)
         self.params = params
+        self.max_new_tokens = max_new_tokens
         self.packed = pack(rows, config.image_token_id)
         self.plan = make_plan(sparsity, config, self.packed.visual, self.packed.text)
         if self.plan.grid is not None:
-            shrunk = [_shrink_markers(row, config, self.plan.grid**2) for row in rows]
+            shrunk = [shrink_markers(row, config, self.plan.grid**2) for row in rows]
             self.packed = pack(shrunk, config.image_token_id)
         self.room = bucket(room or max_new_tokens, NEW_TOKEN_BUCKETS, "max_new_tokens")
         decoding = Decoding(self.room, temperature == 0, tuple(end_tokens))
@@ -401,6 +255,16 @@ class Run:
         self.keys = jax.random.split(jax.random.key(0) if key is None else key, len(rows))
         self.pictures = jax.tree.map(jnp.asarray, pictures) if self.packed.visual else None
         self.compile_seconds = self.prefill_seconds = self.decode_seconds = 0.0
+
+    def instalments(self, every: int) -> Iterator[Generation]:
+        """The answers so far: after the prefill, and after every so many tokens."""
+        state = self.prefill()
+        yield self.result(state)
+        for limit in range(1 + every, self.max_new_tokens + every, every):
+            if bool(np.all(state.done)):
+                return
+            state = self.decode(state, min(limit, self.max_new_tokens))
+            yield self.result(state)
 
     def prefill(self) -> State:
         ids, lengths = jnp.asarray(self.packed.input_ids), jnp.asarray(self.packed.lengths)
@@ -412,7 +276,7 @@ class Run:
 
     def resume(self, logits: Float[Array, "b vocab"], cache: Cache) -> State:
         """A fresh answer on a cache that is already there."""
-        return _first(logits, cache, self.keys, self.sampler, decoding=self.static["decoding"])
+        return first_token(logits, cache, self.keys, self.sampler, decoding=self.static["decoding"])
 
     def decode(self, state: State, limit: int) -> State:
         args = (self.params, state, jnp.int32(limit), self.sampler)
@@ -433,7 +297,7 @@ class Run:
             self.params, prompt, config, self.plan, max_new_tokens=decoding.room, call=call
         )
         self.static["plan"] = self.plan
-        return call(_first, logits, cache, self.keys, self.sampler, decoding=decoding)
+        return call(first_token, logits, cache, self.keys, self.sampler, decoding=decoding)
 
     def _timed(self, program: Any, *args: Any, **static: Any) -> tuple[Any, float]:
         """Runs a jitted program and returns its seconds; compiling comes before, on a clock of its own.
@@ -465,45 +329,6 @@ class Run:
 
 
 _embed = jax.jit(embed, static_argnames=("config", "plan"))
-
-
-@partial(jax.jit, static_argnames=("decoding",), donate_argnames=("cache",))
-def _first(logits: Array, cache: Cache, keys: Array, sampler: Sampler, *, decoding: Decoding) -> State:
-    batch = logits.shape[0]
-    empty = State(
-        cache=cache,
-        tokens=jnp.zeros((batch, decoding.room), jnp.int32),
-        counts=jnp.zeros(batch, jnp.int32),
-        done=jnp.zeros(batch, bool),
-        steps=jnp.int32(0),
-        keys=keys,
-    )
-    return _choose(empty, logits, sampler, decoding)
-
-
-def _choose(state: State, logits: Float[Array, "b vocab"], sampler: Sampler, decoding: Decoding) -> State:
-    """Chooses the next token of every row; rows that are done repeat an end token that is not counted."""
-    if decoding.greedy:
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    else:
-        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys, state.steps)
-        token = sample(logits, keys, sampler).astype(jnp.int32)
-    ends = jnp.zeros_like(state.done)
-    for end in decoding.end_tokens:
-        ends |= token == end
-    return state._replace(
-        tokens=jax.lax.dynamic_update_index_in_dim(state.tokens, token, state.steps, axis=1),
-        counts=state.counts + ~state.done,
-        done=state.done | ends,
-        steps=state.steps + 1,
-    )
-
-
-def _shrink_markers(row: np.ndarray, config: LlavaConfig, tokens_per_image: int) -> np.ndarray:
-    """Leaves the first `tokens_per_image` of the markers of each picture."""
-    visual = row == config.image_token_id
-    number = (np.cumsum(visual) - 1) % config.tokens_per_image
-    return row[~visual | (number < tokens_per_image)]
 
 
 def _check_settings(

@@ -54,7 +54,7 @@ def prefill_by_rungs(
             stage = stage_by_rank(plan.sparsity, planned.start, planned.stop - 1, visual, text)
         stages.append(stage)
         lengths.append(tokens.lengths)
-        positions.append(llava.next_positions(tokens))
+        positions.append(llava.next_positions(tokens, prompt, plan.sparsity))
         tokens, cached = call(
             _run_stage, params, tokens, config=config, sparsity=plan.sparsity, stage=stage, room=max_new_tokens
         )

@@ -185,7 +185,7 @@ class Llava(nn.Module):
         keys, values, lengths, positions, events, last_hidden = [], [], [], [], [], []
         for index, stage in enumerate(plan.stages):
             lengths.append(tokens.lengths)
-            positions.append(next_positions(tokens))
+            positions.append(next_positions(tokens, prompt, plan.sparsity))
             noise = jitter[index] if jitter is not None and index < len(jitter) else None
             tokens, cached, event, lasts = self.run_stage(tokens, stage, plan.sparsity, max_new_tokens, noise, trace)
             keys += [key for key, _ in cached]
@@ -305,9 +305,9 @@ def decode_step(
     return apply(config, params, "decode_step", token, cache, plan)
 
 
-def next_positions(tokens: Tokens) -> Int[Array, "b"]:
-    """Rotary position of the token that comes next."""
-    return _last(tokens.positions, tokens.lengths) + 1
+def next_positions(tokens: Tokens, prompt: Prompt, sparsity: Sparsity) -> Int[Array, "b"]:
+    """Rotary position of the first new token in a stage: behind its own tokens, or behind the prompt as it was."""
+    return tokens.lengths if sparsity.positions == "renumber" else prompt.lengths
 
 
 def prune(layer: Layer, sparsity: Sparsity, jitter: Array | None) -> tuple[Tokens, Event]:

@@ -252,10 +252,10 @@ def make_plan(
     words = visual_tokens if text_tokens is None else text_tokens
 
     def flops(plan: Plan) -> float:
-        return paper_flops(text, [words + visual for visual in plan.entering()])
+        return float(paper_flops(text, [words + visual for visual in plan.entering()]))
 
     def held(plan: Plan) -> float:
-        return cache_bytes(text, [words + visual for visual in plan.entering()], itemsize=2)
+        return float(cache_bytes(text, [words + visual for visual in plan.entering()], itemsize=2))
 
     if sparsity.flops_share is not None:
         share = sparsity.flops_share
@@ -376,30 +376,40 @@ def solve(
     """The plan whose cost is nearest to a target, among counts that fall by one common factor per pruning layer.
 
     Counts are visual_tokens * ratio^i at the i-th pruning layer, at least 1; every cost that grows with them
-    can be a target (equivalent tokens, FLOPs, cache bytes).
+    can be a target (equivalent tokens, FLOPs, cache bytes). Each pruning layer drops a token at least, so a target
+    next to dense does without the first of them, and one of dense or more without any.
 
     Raises:
       UserError: the target is below what keeping one token at every layer costs.
     """
 
-    def plan(counts: Sequence[int]) -> Plan:
+    def plan(layers: Sequence[int], counts: Sequence[int]) -> Plan:
         return _cut(sparsity, depth, visual_tokens, tuple(zip(layers, counts, strict=True)))
 
     def counts(ratio: float) -> tuple[int, ...]:
         return tuple(max(1, round(visual_tokens * ratio ** (i + 1))) for i in range(len(layers)))
 
-    least = cost(plan(counts(0.0)))
+    def reach(layers: Sequence[int]) -> tuple[float, float]:
+        return cost(plan(layers, [1] * len(layers))), cost(plan(layers, [visual_tokens] * len(layers)))
+
+    least, most = reach(layers)
     if target < least:
         places = ", ".join(map(str, layers))
         raise UserError(
             f"{option}: not possible with pruning after layers {places} of {depth}: the least is {least:,.1f} "
             "(prune earlier with --keep-at LAYER:COUNT,..., or ask for more)"
         )
+    dense = plan((), ())
+    if target >= cost(dense):
+        return dense
+    while most < target and len(layers) > 1 and reach(layers[1:])[0] <= target:
+        layers = layers[1:]
+        most = reach(layers)[1]
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (middle, high) if cost(plan(counts(middle))) <= target else (low, middle)
+        low, high = (middle, high) if cost(plan(layers, counts(middle))) <= target else (low, middle)
     # One step of the ratio may move several counts at once: choose among the corners of that step.
     candidates = product(*({a, b} for a, b in zip(counts(low), counts(high), strict=True)))
-    plans = [plan(c) for c in candidates if list(c) == sorted(c, reverse=True)]
+    plans = [plan(layers, c) for c in candidates if list(c) == sorted(c, reverse=True)]
     return min(plans, key=lambda p: (abs(cost(p) - target), cost(p)))

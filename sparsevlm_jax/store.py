@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,9 +30,7 @@ from sparsevlm_jax.errors import UserError
 MANIFEST = "manifest.json"
 VERSION = 1  # of this layout
 _CHUNK_BYTES = 64_000_000  # what is read at least to get a shard of a parameter
-_STRIP = 64  # columns that are transposed at once; measured
-
-Path_ = tuple[str, ...]
+_BLOCK = 512  # rows and columns that are transposed at once; measured
 
 
 class Record(NamedTuple):
@@ -47,6 +48,11 @@ class Record(NamedTuple):
     stored_dtype: str
     stored_digest: str
 
+    @property
+    def nbytes(self) -> int:
+        """As it is stored."""
+        return math.prod(self.shape) * np.dtype(self.stored_dtype).itemsize
+
 
 class Manifest(NamedTuple):
     """What a converted checkpoint holds and where it comes from."""
@@ -61,6 +67,11 @@ class Manifest(NamedTuple):
     @property
     def records(self) -> list[Record]:
         return [record for group in self.groups for record in group]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all parameters."""
+        return sum(record.nbytes for record in self.records)
 
     def to_json(self) -> str:
         groups = [[record._asdict() for record in group] for group in self.groups]
@@ -105,38 +116,44 @@ def group_folder(folder: Path, number: int) -> Path:
     return folder / "params" / f"group_{number:05}"
 
 
-def save_group(folder: Path, state: Mapping[Path_, np.ndarray], metadata: dict[str, Any]) -> None:
+def save_group(folder: Path, state: Mapping[tuple[str, ...], np.ndarray], job: str, records: Sequence[Record]) -> None:
     """Writes a group; its folder appears when it is complete.
 
     Args:
-      state: parameters by path. Transposed views are copied chunk by chunk while they are written.
-      metadata: JSON to keep with it.
+      state: parameters by path, in C order: orbax takes three times as long for transposed views.
+      job, records: kept with it, for `group_records`.
 
     Raises:
       UserError: the disk does not take it.
     """
+    metadata: dict[str, Any] = {"job": job, "records": [record._asdict() for record in records]}
+    context = ocp.Context()
     # Files of plain chunks: one database per group (OCDBT) takes twice as long, and random bits do not compress.
-    saving = ocp.options.ArrayOptions.Saving(
-        use_ocdbt=False,
-        use_compression=False,
-        storage_options=ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=_CHUNK_BYTES),
-    )
+    context.array.saving.use_ocdbt = False
+    context.array.saving.use_compression = False
+    context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
     try:
-        with ocp.Context(array_options=ocp.options.ArrayOptions(saving=saving)):
+        with context, _quiet():
             ocp.save(str(folder), traverse_util.unflatten_dict(dict(state)), custom_metadata=metadata)
     except (OSError, RuntimeError, ValueError) as error:  # tensorstore reports a full disk as a ValueError
         raise UserError(f"{folder}: cannot be written: {_reason(error)}") from error
 
 
-def group_metadata(folder: Path) -> dict[str, Any]:
-    """What `save_group` was given to keep; empty where the folder is no complete group."""
+def group_records(folder: Path, job: str) -> tuple[Record, ...] | None:
+    """The records of a complete group that belongs to a job; None where the folder is anything else."""
     try:
-        return dict(ocp.metadata(str(folder)).custom_metadata or {})
+        with _quiet():
+            metadata: Any = ocp.metadata(str(folder)).custom_metadata
+        if metadata["job"] != job:
+            return None
+        records = read_records(metadata["records"])
     except Exception:  # half of a group fails in as many ways as there are halves
-        return {}
+        return None
+    chunks = sum(item.stat().st_size for item in folder.glob("state/*/c/**/*") if item.is_file())
+    return records if chunks >= sum(record.nbytes for record in records) else None
 
 
-def restore_group(folder: Path, abstract: Mapping[Path_, Any] | None = None) -> dict[Path_, Any]:
+def restore_group(folder: Path, abstract: Mapping[tuple[str, ...], Any] | None = None) -> dict[tuple[str, ...], Any]:
     """Reads a group.
 
     Args:
@@ -148,7 +165,8 @@ def restore_group(folder: Path, abstract: Mapping[Path_, Any] | None = None) -> 
     """
     try:
         tree = None if abstract is None else traverse_util.unflatten_dict(dict(abstract))
-        return traverse_util.flatten_dict(ocp.load(str(folder), tree))
+        with _quiet():
+            return dict(traverse_util.flatten_dict(ocp.load(str(folder), tree)))
     except (OSError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{folder}: cannot be restored, convert the source again: {_reason(error)}") from error
 
@@ -159,12 +177,14 @@ def digest(array: np.ndarray) -> str:
 
 
 def in_order(array: np.ndarray) -> np.ndarray:
-    """The array in C order; copied, where it has to be, in strips: four times as fast as NumPy on a transposed matrix."""
-    if array.flags.c_contiguous:
-        return array
+    """The array in C order. A transposed matrix is copied block by block: six times as fast as NumPy does it alone."""
+    if array.ndim != 2 or array.flags.c_contiguous:
+        return np.ascontiguousarray(array)
     copy = np.empty(array.shape, array.dtype)
-    for start in range(0, array.shape[-1], _STRIP):
-        copy[..., start : start + _STRIP] = array[..., start : start + _STRIP]
+    for y in range(0, array.shape[0], _BLOCK):
+        for x in range(0, array.shape[1], _BLOCK):
+            block = array[y : y + _BLOCK, x : x + _BLOCK]
+            copy[y : y + _BLOCK, x : x + _BLOCK] = np.ascontiguousarray(block.T).T
     return copy
 
 
@@ -172,6 +192,18 @@ def parallel(function: Any, items: Sequence[Any]) -> list[Any]:
     """`map` over threads: reading, hashing and copying release Python's lock."""
     with ThreadPoolExecutor() as pool:
         return list(pool.map(function, items))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without orbax's warnings, at every group, that it is no OCDBT database."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _reason(error: Exception) -> str:

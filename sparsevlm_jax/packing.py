@@ -1,0 +1,63 @@
+"""Ragged rows of token ids into one rectangle, its sides taken from buckets so that few shapes are compiled.
+
+Axis letters: b batch, l packed sequence length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from sparsevlm_jax.config import LlavaConfig
+from sparsevlm_jax.errors import UserError
+
+TEXT_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+NEW_TOKEN_BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+class Packed(NamedTuple):
+    """Rows of ids in one rectangle: padding at the end, `text` + `visual` columns."""
+
+    input_ids: Int[np.ndarray, "b l"]
+    lengths: Int[np.ndarray, "b"]
+    text: int
+    visual: int
+
+
+def pack(rows: Sequence[np.ndarray], image_token_id: int) -> Packed:
+    """Pads rows of ids to the bucket of their text and to their largest number of visual tokens.
+
+    Raises:
+      UserError: more text than the largest bucket.
+    """
+    visual = [int(np.sum(row == image_token_id)) for row in rows]
+    most_text = max(len(row) - v for row, v in zip(rows, visual, strict=True))
+    text = bucket(most_text, TEXT_BUCKETS, "the prompt's text")
+    ids = np.zeros((len(rows), text + max(visual)), np.int32)
+    for padded, row in zip(ids, rows, strict=True):
+        padded[: len(row)] = row
+    # Padding must not look like a picture, whatever id the marker has.
+    ids[np.arange(ids.shape[1])[None, :] >= np.array([len(r) for r in rows])[:, None]] = 0 if image_token_id else 1
+    return Packed(ids, np.array([len(row) for row in rows], np.int32), text, max(visual))
+
+
+def bucket(size: int, buckets: Sequence[int], what: str) -> int:
+    """The smallest bucket that holds `size`.
+
+    Raises:
+      UserError: none does.
+    """
+    for limit in buckets:
+        if size <= limit:
+            return limit
+    raise UserError(f"{what} has {size} tokens, the largest bucket {buckets[-1]}: shorten it")
+
+
+def shrink_markers(row: np.ndarray, config: LlavaConfig, tokens_per_image: int) -> np.ndarray:
+    """Leaves the first `tokens_per_image` of the markers of each picture."""
+    visual = row == config.image_token_id
+    number = (np.cumsum(visual) - 1) % config.tokens_per_image
+    return row[~visual | (number < tokens_per_image)]
