@@ -1,0 +1,186 @@
+"""Every implementation of the decoder's attention against plain softmax in NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sparsevlm_jax import attention
+from sparsevlm_jax.attention import apply_rope, attend, attention_rows, choose_implementation
+
+LENGTH, HEAD_DIM = 27, 8
+LENGTHS = np.array([27, 11, 1], np.int32)
+HEADS = [(4, 4), (4, 2), (4, 1)]  # query heads, key-value heads
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two full blocks and a remainder."""
+    monkeypatch.setattr(attention, "BLOCK", 10)
+
+
+def inputs(heads: int, kv_heads: int, dtype: str = "float32") -> tuple[jax.Array, ...]:
+    """Query, key, value; the padding of short rows is loud."""
+    random = np.random.default_rng(0)
+    found = []
+    for count in (heads, kv_heads, kv_heads):
+        x = random.normal(0, 2, (len(LENGTHS), LENGTH, count, HEAD_DIM))
+        x[np.arange(LENGTH)[None] >= LENGTHS[:, None]] *= 100
+        found.append(jnp.asarray(x, dtype))
+    return tuple(found)
+
+
+def reference(query: Any, key: Any, value: Any, visible: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Attended values [b, l, n, h] and probabilities [b, n, l, s], float64; visible [b, l, s]."""
+    q, k, v = (np.asarray(x, np.float64) for x in (query, key, value))
+    k, v = (np.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    logits = np.einsum("blnh,bsnh->bnls", q, k) / np.sqrt(q.shape[-1])
+    logits = np.where(visible[:, None], logits, -np.inf)
+    with np.errstate(invalid="ignore"):
+        e = np.exp(logits - logits.max(-1, keepdims=True))
+        probabilities = e / e.sum(-1, keepdims=True)
+    return np.einsum("bnls,bsnh->blnh", probabilities, v), probabilities
+
+
+def causal() -> np.ndarray:
+    places = np.arange(LENGTH)
+    return (places <= places[:, None])[None] & (places < LENGTHS[:, None, None])
+
+
+def valid(x: Any) -> np.ndarray:
+    """The tokens [.., n, h] that are not padding."""
+    return np.asarray(x, np.float64)[np.arange(LENGTH)[None] < LENGTHS[:, None]]
+
+
+@pytest.mark.parametrize("implementation", ["xla", "blockwise"])
+@pytest.mark.parametrize("heads", HEADS)
+def test_prefill_attention_is_softmax(implementation: str, heads: tuple[int, int]) -> None:
+    qkv = inputs(*heads)
+    expected, _ = reference(*qkv, causal())
+    out = attend(*qkv, jnp.asarray(LENGTHS), causal=True, implementation=implementation)
+    np.testing.assert_allclose(valid(out), valid(expected), atol=2e-5, rtol=0)
+    assert np.all(np.isfinite(out))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "blockwise"])
+@pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 5e-2), ("float16", 6e-3)])
+def test_prefill_attention_takes_16_bit(implementation: str, dtype: str, tolerance: float) -> None:
+    qkv = inputs(4, 2, dtype)
+    run = jax.jit(partial(attend, causal=True, implementation=implementation))  # not every product compiles on a CPU
+    out = run(*qkv, jnp.asarray(LENGTHS))
+    assert out.dtype == dtype
+    expected, _ = reference(*qkv, causal())
+    np.testing.assert_allclose(valid(out), valid(expected), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_decoding_attention_sees_the_filled_part_of_the_cache(heads: tuple[int, int]) -> None:
+    query, key, value = inputs(*heads)
+    visible = np.arange(LENGTH)[None, None] < LENGTHS[:, None, None]
+    expected, _ = reference(query[:, :1], key, value, visible)
+    out = attend(query[:, :1], key, value, jnp.asarray(LENGTHS), causal=False, implementation="auto")
+    np.testing.assert_allclose(out, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+def test_attention_rows_are_rows_of_the_softmax(heads: tuple[int, int]) -> None:
+    query, key, value = inputs(*heads)
+    rows = np.array([[0, 13, 26], [3, 10, 9], [0, 0, 0]])
+    _, expected = reference(query, key, value, causal())
+    chosen = jnp.take_along_axis(query, rows[:, :, None, None], axis=1)
+    found = attention_rows(chosen, key, jnp.asarray(rows), jnp.asarray(LENGTHS))
+    for b in range(len(LENGTHS)):
+        np.testing.assert_allclose(found[b], expected[b][:, rows[b]], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_attention_rows_are_float32_whatever_the_dtype(dtype: str) -> None:
+    query, key, value = inputs(4, 2, dtype)
+    rows = jnp.broadcast_to(jnp.arange(LENGTH)[None], query.shape[:2])
+    found = attention_rows(query, key, rows, jnp.asarray(LENGTHS))
+    _, expected = reference(query, key, value, causal())
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-5, rtol=0)
+
+
+def shapes(jaxpr: Any) -> Iterator[tuple[int, ...]]:
+    for equation in jaxpr.eqns:
+        yield from (value.aval.shape for value in equation.outvars)
+        for parameter in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "jaxpr")):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from shapes(inner)
+
+
+@pytest.mark.parametrize("implementation, squares", [("blockwise", False), ("xla", True)])
+def test_only_blockwise_avoids_length_by_length(implementation: str, squares: bool) -> None:
+    run = partial(attend, causal=True, implementation=implementation)
+    found = shapes(jax.make_jaxpr(run)(*inputs(4, 2), jnp.asarray(LENGTHS)).jaxpr)
+    assert any(sum(size >= LENGTH for size in shape) > 1 for shape in found) == squares
+
+
+def test_large_logits_go_blockwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    query, key = (1, 64, 4, 16), (1, 64, 4, 16)
+    monkeypatch.setattr(attention, "LOGITS_LIMIT", 4 * 4 * 64 * 64)
+    assert choose_implementation(query, key, jnp.dtype("float32")) == "xla"
+    monkeypatch.setattr(attention, "LOGITS_LIMIT", 4 * 4 * 64 * 64 - 1)
+    assert choose_implementation(query, key, jnp.dtype("float32")) == "blockwise"
+
+
+@pytest.mark.parametrize(
+    "nvidia, dtype, length, head_dim, expected",
+    [
+        (True, "bfloat16", 64, 128, "cudnn"),
+        (True, "float16", 64, 64, "cudnn"),
+        (True, "float32", 64, 128, "xla"),
+        (True, "bfloat16", 64, 132, "xla"),
+        (True, "bfloat16", 64, 256, "xla"),
+        (True, "bfloat16", 1, 128, "xla"),
+        (False, "bfloat16", 64, 128, "xla"),
+    ],
+)
+def test_cudnn_takes_16_bit_prefills_on_nvidia(
+    monkeypatch: pytest.MonkeyPatch, nvidia: bool, dtype: str, length: int, head_dim: int, expected: str
+) -> None:
+    monkeypatch.setattr(attention, "_default_backend_is_nvidia", lambda: nvidia)
+    query, key = (1, length, 4, head_dim), (1, 64, 4, head_dim)
+    assert choose_implementation(query, key, jnp.dtype(dtype)) == expected
+
+
+def test_auto_computes_what_it_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "LOGITS_LIMIT", 0)
+    qkv = inputs(4, 2)
+    jaxpr = jax.make_jaxpr(partial(attend, causal=True, implementation="auto"))(*qkv, jnp.asarray(LENGTHS))
+    assert not any(sum(size >= LENGTH for size in shape) > 1 for shape in shapes(jaxpr.jaxpr))
+
+
+@pytest.mark.parametrize("head_dim, theta", [(16, 10000.0), (128, 10000.0), (64, 500000.0)])
+def test_rope_rotates_pairs_half_a_head_apart(head_dim: int, theta: float) -> None:
+    positions = np.array([[0, 1, 2, 63, 640, 1999, 2000]])
+    x = np.random.default_rng(0).normal(0, 1, (1, 7, 2, head_dim))
+    angle = positions[0][:, None] * theta ** (-2.0 * np.arange(head_dim // 2) / head_dim)
+    turn = np.exp(1j * angle)[None, :, None]
+    half = head_dim // 2
+    turned = (x[..., :half] + 1j * x[..., half:]) * turn
+    expected = np.concatenate([turned.real, turned.imag], axis=-1)
+    found = apply_rope(jnp.asarray(x, jnp.float32), jnp.asarray(positions), theta)
+    np.testing.assert_allclose(found, expected, atol=1e-3, rtol=0)
+    np.testing.assert_allclose(found[:, :4], expected[:, :4], atol=2e-5, rtol=0)
+
+
+def test_rope_depends_on_distance_only() -> None:
+    random = np.random.default_rng(1)
+    query, key = (jnp.asarray(random.normal(0, 1, (1, 1, 1, 32)), jnp.float32) for _ in range(2))
+
+    def product(at: int, of: int) -> float:
+        rotated = (apply_rope(x, jnp.asarray([[p]]), 10000.0) for x, p in ((query, at), (key, of)))
+        return float(jnp.vdot(*rotated))
+
+    assert product(700, 650) == pytest.approx(product(50, 0), abs=1e-3)
+    assert product(700, 650) != pytest.approx(product(51, 0), abs=1e-2)

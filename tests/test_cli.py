@@ -1,0 +1,437 @@
+"""The command: what it prints where, its exit codes, and what it says about bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+from sparsevlm_jax import cli, demo
+from sparsevlm_jax.methods import METHODS
+
+PHOTO = str(demo.photo())
+VISUAL = 36  # visual tokens of a picture in the model below
+SUMMARY = re.compile(
+    r"sparsevlm: v1\.5: 36 > 12 visual tokens \(\d+\.\d equivalent, \d+\.\d entering a layer on average\); "
+    r"prefill \d+\.\d{3} s, \d+ decoding steps \d+\.\d{3} s, compile \d+\.\d s on \w+"
+)
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiler() -> Iterator[None]:
+    """Halves the time of this file, which is mostly XLA optimising programs that run once."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model, made small: one pruning layer, pictures of 6 × 6 patches."""
+    with pytest.MonkeyPatch.context() as patch:
+        for sizes in (demo.LANGUAGE, demo.VISION):
+            for name, size in {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48}.items():
+                patch.setitem(sizes, name, size)
+        patch.setitem(demo.LANGUAGE, "head_dim", 8)
+        patch.setitem(demo.VISION, "image_size", 48)
+        patch.setattr(demo, "PIXELS", 48)
+        return demo.build(tmp_path_factory.mktemp("models") / "small")
+
+
+@pytest.fixture
+def broken(model: Path, tmp_path: Path) -> Path:
+    """A copy of the model to spoil."""
+    return Path(shutil.copytree(model, tmp_path / "broken"))
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command in this process; tests/conftest.py has set the compilation cache, which it then leaves alone."""
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # so that the command's own setting does not outlive the test
+
+    def call(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["sparsevlm", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert isinstance(stop.value.code, int)
+        printed = capsys.readouterr()
+        return Result(stop.value.code, printed.out, printed.err)
+
+    return call
+
+
+@pytest.fixture
+def ask(run: Run, model: Path) -> Run:
+    """Asks the small model one question about the photograph, with further options."""
+    return lambda *options: run(
+        "ask", "--model", model, "--image", PHOTO, "--question", "What is this?", "--max-new-tokens", 6, *options
+    )
+
+
+def spawn(*arguments: object) -> subprocess.Popen[str]:
+    """Runs the command in a process of its own."""
+    command = [sys.executable, "-m", "sparsevlm_jax", *map(str, arguments)]
+    environment = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def succeeded(result: Result) -> Any:
+    """The JSON that a run has printed."""
+    assert result.code == 0, result.err
+    return json.loads(result.out)
+
+
+def error_of(result: Result) -> str:
+    """The one line that a run has left after bad input."""
+    assert (result.code, result.out) == (2, ""), result
+    lines = result.err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("sparsevlm: error: "), result.err
+    return lines[0]
+
+
+def write_json(file: Path, **changes: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+# What `ask` prints
+
+
+def test_ask_prints_the_answer_on_stdout_and_one_summary_line_on_stderr(ask):
+    result = ask()
+    assert result.code == 0
+    assert result.out.strip()
+    assert SUMMARY.fullmatch(result.err.rstrip("\n"))
+
+
+def test_json_holds_the_answer_and_all_of_the_summary(ask):
+    report = succeeded(ask("--json"))
+    assert report["answers"] == [ask().out.removesuffix("\n")]
+    assert len(report["tokens"][0]) == 6 and report["decode_steps"] == 5
+    assert (report["model"], report["method"], report["backend"]) == ("small", "v1.5", "cpu")
+    assert [(s["layers"], s["entering"], s["standing"]) for s in report["plan"]["stages"]] == [
+        ([0, 0], VISUAL, 12),
+        ([1, 1], 12, 12),
+    ]
+    assert (report["plan"]["equivalent_tokens"], report["plan"]["entering_tokens"]) == (12.0, 24.0)
+    assert all(report[f"{part}_seconds"] >= 0 for part in ("compile", "prefill", "decode"))
+
+
+def test_streamed_answer_equals_the_whole_one(ask):
+    streamed, whole = ask("--stream"), ask()
+    assert streamed.out == whole.out
+    assert SUMMARY.fullmatch(streamed.err.rstrip("\n"))
+
+
+def test_question_without_picture_is_answered(run, model):
+    result = run("ask", "--model", model, "--question", "Is the sky blue?", "--max-new-tokens", 4)
+    assert result.code == 0 and result.out.strip()
+    assert result.err.startswith("sparsevlm: text only, nothing to prune; prefill ")
+
+
+def test_several_pictures_go_into_one_prompt(ask):
+    report = succeeded(ask("--image", PHOTO, "--method", "dense", "--max-new-tokens", 1, "--json"))
+    assert report["plan"]["stages"][0]["entering"] == 2 * VISUAL
+
+
+def test_seed_decides_what_is_sampled(ask):
+    first, again, other = (ask("--method", "dense", "--temperature", 5, "--seed", seed).out for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_demo_model_is_the_default_and_says_on_stderr_that_its_answer_is_noise(run, model, monkeypatch):
+    monkeypatch.setattr(demo, "path", lambda: model)
+    monkeypatch.setattr(demo, "IS_TRAINED", False)
+    result = run("ask", "--image", PHOTO, "--question", "What is this?", "--max-new-tokens", 6)
+    assert result.code == 0 and "noise" not in result.out
+    noise, summary = result.err.splitlines()
+    assert "random weights: its answer is noise" in noise
+    assert SUMMARY.fullmatch(summary)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_answers_a_batch(ask, method):
+    own = {"dense": [], "v1": ["--scale", 0.1, "--bias", 2], "v2.0": ["--heads", 2, "--keep", 25]}
+    settings = own.get(method, ["--keep", 25])
+    batch = ["--question", "Where is the dog?", "--max-new-tokens", 1, "--json"]
+    report = succeeded(ask("--method", method, *settings, *batch))
+    assert report["method"] == method
+    assert len(report["answers"]) == len(report["tokens"]) == 2
+    # What v1 reports is the most that any rank can ask for.
+    assert (report["plan"]["equivalent_tokens"] == VISUAL) == (method in ("dense", "v1"))
+
+
+def test_plain_answers_of_a_batch_come_in_the_order_of_the_questions(ask):
+    batch = ["--question", "Where is the dog?", "--method", "dense", "--max-new-tokens", 1]
+    report = succeeded(ask(*batch, "--json"))
+    assert ask(*batch).out == "\n".join(report["answers"]) + "\n"
+
+
+# Bad input to `ask`
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "v3"], '"v3": expected one of dense, v1, v1.5, v2.0,'),
+        (["--keep", 0], "--keep 0: at least 1"),
+        (["--keep", VISUAL + 1], f"--keep {VISUAL + 1}: the prompt has only {VISUAL} visual tokens"),
+        (["--keep", 1], "--keep 1: not possible"),
+        (["--keep", "ten"], "--keep"),
+        (["--flops-share", 0.01], "--flops-share 0.01: not possible"),
+        (["--flops-share", 1.5], "--flops-share 1.5: a share in"),
+        (["--cache-bytes", 10], "--cache-bytes 10: not possible"),
+        (["--keep", 10, "--keep-at", "1:10"], "--keep and --keep-at are different budgets"),
+        (["--keep-at", "2:300:1"], '--keep-at "2:300:1": expected LAYER:COUNT'),
+        (["--keep-at", "1-10"], '--keep-at "1-10": expected LAYER:COUNT'),
+        (["--keep-at", ""], '--keep-at "": expected LAYER:COUNT'),
+        (["--keep-at", "0:20,2:10"], "layer 2: the decoder has layers 0 to 1"),
+        (["--keep-at", "1:10,0:20"], "ascending"),
+        (["--method", "v1", "--keep", 100], "for anything else set --scale and --bias"),
+        (["--scale", 1], "--scale belongs to --method v1"),
+        (["--method", "v2.0", "--heads", 5], "5 heads, the decoder has 4"),
+        (["--method", "v2.0", "--heads", 0], "--heads"),
+        (["--dtype", "int8"], '"int8" is not supported: choose float32, bfloat16, float16'),
+        (["--aspect", "stretch"], '"stretch": expected pad or crop'),
+        (["--top-p", 0], "top_p 0.0 must be in (0, 1]"),
+        (["--temperature", -1], "temperature -1.0 must"),
+        (["--seed", -1], "--seed"),
+        (["--max-new-tokens", 0], "--max-new-tokens"),
+        (["--max-new-tokens", 5000], "more than the model's context of 2048"),
+        (["--stream", "--json"], "--stream prints one answer as text"),
+        (["--stream", "--question", "And this?"], "--stream prints one answer as text"),
+        (["--question", "<image> or <image>?"], "2 <image> markers, but 1 picture came"),
+        (["--question", "caf\udce9?"], "--question: not text"),
+        (["--image", "no-such.png"], "no-such.png: no such file"),
+        (["--image", __file__], "test_cli.py: not a picture"),
+        (["--revision", "main"], 'a revision ("main") can be chosen of a hub id only'),
+        (["--model", "/no/such/folder"], "/no/such/folder: no such folder"),
+        (["--model", "nobody/nothing"], "nobody/nothing: not a folder, not complete in the hub's cache"),
+        (["--bogus"], "--bogus"),
+        (["extra"], "extra"),
+    ],
+    ids=lambda value: " ".join(map(repr, value)) if isinstance(value, list) else "",
+)
+def test_bad_option_is_one_line_and_exit_code_2(ask, options, message):
+    assert message in error_of(ask(*options))
+
+
+def test_missing_question_is_an_error(run):
+    error = error_of(run("ask", "--image", PHOTO))
+    assert "--question" in error and "--help" in error
+
+
+def test_unknown_command_is_an_error(run):
+    assert "answer" in error_of(run("answer"))
+
+
+def test_decompression_bomb_is_an_error(ask, tmp_path):
+    Image.new("1", (10_000, 9_000)).save(tmp_path / "bomb.png")
+    assert "bomb.png: has more pixels than" in error_of(ask("--image", tmp_path / "bomb.png"))
+
+
+def test_bad_picture_is_found_before_the_model_is_loaded(ask, monkeypatch):
+    monkeypatch.setattr(cli, "load", lambda *_, **__: pytest.fail("loads the model"))
+    assert "no such file" in error_of(ask("--image", "no-such.png"))
+
+
+def test_truncated_weights_are_an_error(ask, broken):
+    file = broken / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "model.safetensors: truncated" in error_of(ask("--model", broken))
+
+
+def test_nan_in_the_weights_is_an_error(ask, broken):
+    weights = load_file(broken / "model.safetensors")
+    weights["language_model.lm_head.weight"][3, 4] = np.nan
+    save_file(weights, broken / "model.safetensors")
+    error = error_of(ask("--model", broken))
+    assert "NaN" in error and "language_model.lm_head.weight" in error
+
+
+def test_missing_tensor_is_an_error(ask, broken):
+    weights = load_file(broken / "model.safetensors")
+    del weights["language_model.lm_head.weight"]
+    save_file(weights, broken / "model.safetensors")
+    assert "language_model.lm_head.weight" in error_of(ask("--model", broken))
+
+
+def test_another_architecture_is_an_error(ask, broken):
+    write_json(broken / "config.json", model_type="qwen2_vl")
+    assert 'model_type is "qwen2_vl", expected "llava"' in error_of(ask("--model", broken))
+
+
+def test_checkpoint_without_processor_cannot_be_asked(ask, broken):
+    for name in ("tokenizer.json", "preprocessor_config.json"):
+        (broken / name).unlink()
+    assert "no tokenizer and processor files" in error_of(ask("--model", broken))
+
+
+def test_image_markers_that_a_template_adds_are_an_error(ask, broken):
+    (broken / "chat_template.jinja").write_text("{{ messages[0]['content'] }} <image>")
+    assert "2 <image> tokens for 1 picture" in error_of(ask("--model", broken))
+
+
+# `plan`
+
+
+def test_plan_shows_the_published_schedule_of_7b(run):
+    result = run("plan", "--model", "llava-1.5-7b", "--method", "v1.5", "--keep", 192)
+    assert result.code == 0 and result.err == ""
+    rows = [re.findall(r"[\d-]+(?: to \d+)?", line) for line in result.out.splitlines() if " to " in line]
+    assert rows == [
+        ["0 to 2", "576", "300", "9", "309"],
+        ["3 to 6", "309", "200", "4", "204"],
+        ["7 to 15", "204", "110", "3", "113"],
+        ["16 to 31", "113", "-", "-", "113"],
+    ]
+    assert "192.03 of 576" in result.out and "206.50 of 576" in result.out
+    cuts = [float(cut) for cut in re.findall(r"FLOPs.*dense.*?([\d.]+)% less", result.out)]
+    assert len(cuts) == 2 and min(cuts) >= 53
+
+
+def test_plan_as_json_compares_with_dense(run, model):
+    report = succeeded(run("plan", "--model", model, "--method", "random", "--keep", 25, "--json"))
+    dense, pruned = report["dense"], report["pruned"]
+    assert (report["method"], report["text_tokens"]) == ("random", 118)
+    assert dense["equivalent_tokens"] == VISUAL and pruned["equivalent_tokens"] == 25
+    for cost in ("paper_flops", "xla_flops", "cache_bytes"):
+        assert 0 < pruned[cost] < dense[cost]
+    assert report["tower_xla_flops"] > 0
+    assert pruned["counts_are_upper_bounds"] is False
+
+
+def test_plan_needs_no_weights(run, broken):
+    (broken / "model.safetensors").unlink()
+    assert run("plan", "--model", broken).code == 0
+
+
+def test_plan_takes_layers_and_counts(run, model):
+    report = succeeded(run("plan", "--model", model, "--method", "uniform", "--keep-at", "-1:20,0:10", "--json"))
+    assert [(s["entering"], s["kept"]) for s in report["pruned"]["stages"]] == [(VISUAL, 20), (20, 10), (10, None)]
+
+
+def test_plan_counts_pictures_and_text(run, model):
+    report = succeeded(run("plan", "--model", model, "--images", 3, "--text-tokens", 7, "--json"))
+    assert report["dense"]["entering_tokens"] == 3 * VISUAL
+    keys_and_values, layers, width, itemsize = 2, 2, 32, 2
+    assert report["dense"]["cache_bytes"] == keys_and_values * layers * (3 * VISUAL + 7) * width * itemsize
+
+
+def test_plan_says_that_v1_counts_are_upper_bounds(run, model):
+    assert "All counts are upper bounds" in run("plan", "--model", model, "--method", "v1", "--keep", 64).out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "llava-2"], "neither a folder nor one of llava-1.5-7b, llava-1.5-13b, tiny"),
+        ([], "--model"),
+        (["--model", "tiny", "--images", 0], "--images"),
+        (["--model", "tiny", "--text-tokens", 0], "--text-tokens"),
+        (["--model", "tiny", "--method", "v1", "--keep", 100], "set --scale and --bias"),
+        (["--model", "tiny", "--keep", 577], "--keep 577: the prompt has only 16 visual tokens"),
+        (["--model", "llava-1.5-7b", "--keep", 35], "--keep 35: not possible with pruning after layers 2, 6, 15 of 32"),
+        (["--model", __file__], "cannot be read as JSON"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_bad_option_of_plan_is_one_line_and_exit_code_2(run, options, message):
+    assert message in error_of(run("plan", *options))
+
+
+# The command as a whole
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"]], ids=["nothing", "--help"])
+def test_help_lists_the_commands(run, arguments):
+    result = run(*arguments)
+    assert result.code == 0 and result.err == ""
+    assert re.search(r"^  ask .*\n  plan ", result.out, re.MULTILINE)
+
+
+def test_help_of_ask_names_every_method(run):
+    text = " ".join(run("ask", "--help").out.split())
+    assert ", ".join(METHODS) in text
+
+
+def test_compiled_programs_are_kept_in_the_users_cache_folder(run, monkeypatch, tmp_path):
+    settings = {}
+    monkeypatch.setattr(jax.config, "update", settings.__setitem__)
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    run("--help")
+    assert settings["jax_compilation_cache_dir"] == str(tmp_path / "sparsevlm_jax" / "xla")
+
+
+def test_users_own_compilation_cache_is_left_alone(run, monkeypatch):
+    settings = {}
+    monkeypatch.setattr(jax.config, "update", settings.__setitem__)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/somewhere")
+    run("--help")
+    assert not settings
+
+
+def test_interrupting_leaves_no_traceback(ask, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "load", interrupted)
+    assert ask() == (130, "", "")
+
+
+def test_a_bug_keeps_its_traceback(ask, monkeypatch):
+    def buggy(*_, **__):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(cli, "load", buggy)
+    with pytest.raises(RuntimeError, match="a bug"):
+        ask()
+
+
+def test_python_m_prints_what_the_command_prints(ask, model):
+    question = ["--image", PHOTO, "--question", "What is this?", "--max-new-tokens", 6]
+    process = spawn("ask", "--model", model, *question)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (0, ask().out)
+    assert SUMMARY.fullmatch(err.rstrip("\n"))
+
+
+def test_prompt_above_the_largest_bucket_is_one_line_from_all_libraries_together(broken):
+    config = json.loads((broken / "config.json").read_text())
+    write_json(broken / "config.json", text_config=config["text_config"] | {"max_position_embeddings": 9000})
+    process = spawn("ask", "--model", broken, "--question", "dog " * 4200)
+    out, err = process.communicate(timeout=120)
+    assert "the largest bucket 4096" in error_of(Result(process.returncode, out, err))
+
+
+@pytest.mark.parametrize("command", ["plan", "ask"])
+def test_reader_that_goes_away_leaves_no_traceback(model, command):
+    streaming = ["--question", "Why?", "--max-new-tokens", 4, "--stream"]
+    with spawn(command, "--model", model, *(streaming if command == "ask" else ["--json"])) as process:
+        process.stdout.close()
+        err = process.stderr.read()
+    assert process.returncode == 1
+    assert all(line.startswith("sparsevlm: ") for line in err.splitlines())
