@@ -341,8 +341,8 @@ def _check_settings(
 ) -> None:
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens {max_new_tokens}: at least 1")
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise UserError(f"temperature {temperature} must not be negative and top_p {top_p} must be in (0, 1]")
+    if not 0 <= temperature < float("inf") or not 0 < top_p <= 1:  # nan is neither
+        raise UserError(f"temperature {temperature} must be 0 or more and top_p {top_p} must be in (0, 1]")
     context = config.text.max_position_embeddings
     longest = max((len(row) for row in rows), default=0)
     if not longest:

@@ -88,6 +88,11 @@ class Sparsity:
         for layer, count in self.keep_at or ():
             if layer < -1 or count < 0:
                 raise UserError(f"--keep-at {layer}:{count}: layers count from 0 (-1: before the first), counts too")
+        for option, value in (("--scale", self.scale), ("--bias", self.bias)):
+            if value is not None and not abs(value) < 1e6:  # nan is not
+                raise UserError(f"{option} {value}: a number below a million is expected")
+        if self.heads < 1:
+            raise UserError(f"--heads {self.heads}: at least 1")
         for option, share in (("--flops-share", self.flops_share), ("ratio", self.ratio)):
             if share is not None and not 0 < share <= 1:
                 raise UserError(f"{option} {share}: a share in (0, 1] is expected")
@@ -115,8 +120,9 @@ class Sparsity:
         """
         if scale is None or bias is None:
             if keep not in V1_SCALE_AND_BIAS:
+                found = "no budget" if keep is None else f"--keep {keep}"
                 known = ", ".join(map(str, V1_SCALE_AND_BIAS))
-                raise UserError(f"--keep {keep}: v1 knows {known}; for anything else set --scale and --bias")
+                raise UserError(f"{found}: v1 knows --keep {known}; for anything else set --scale and --bias")
             scale, bias = V1_SCALE_AND_BIAS[keep]
         return cls(method="v1", scale=scale, bias=bias, published_layers=V1_PRUNING_LAYERS)
 

@@ -15,9 +15,20 @@ from sparsevlm_jax.config import LlavaConfig, VisionConfig
 from sparsevlm_jax.llama import ACTIVATIONS, linear
 
 
-def layer_norm(eps: float) -> nn.LayerNorm:
-    """Layer normalisation that computes in float32; callers cast its result back."""
-    return nn.LayerNorm(epsilon=eps, dtype=jnp.float32, use_fast_variance=False)
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + eps) * scale + bias in float32, cast back. Flax's own mixes dtypes in 16 bit."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        shape = (1,) * (x.ndim - 1) + (-1,)
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), x.dtype).astype(jnp.float32).reshape(shape)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), x.dtype).astype(jnp.float32).reshape(shape)
+        centred = x.astype(jnp.float32)
+        centred -= jnp.mean(centred, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        return (centred * (jax.lax.rsqrt(variance + self.eps) * scale) + bias).astype(x.dtype)
 
 
 class TowerAttention(nn.Module):
@@ -59,15 +70,15 @@ class TowerLayer(nn.Module):
     config: VisionConfig
 
     def setup(self) -> None:
-        self.layer_norm1 = layer_norm(self.config.layer_norm_eps)
+        self.layer_norm1 = LayerNorm(self.config.layer_norm_eps)
         self.self_attn = TowerAttention(self.config)
-        self.layer_norm2 = layer_norm(self.config.layer_norm_eps)
+        self.layer_norm2 = LayerNorm(self.config.layer_norm_eps)
         self.mlp = TowerMLP(self.config)
 
     def __call__(self, x: Float[Array, "m v d"]) -> tuple[Float[Array, "m v d"], Float[Array, "m v"]]:
-        attended, class_row = self.self_attn(self.layer_norm1(x).astype(x.dtype))
+        attended, class_row = self.self_attn(self.layer_norm1(x))
         x = x + attended
-        return x + self.mlp(self.layer_norm2(x).astype(x.dtype)), class_row
+        return x + self.mlp(self.layer_norm2(x)), class_row
 
 
 class Tower(nn.Module):
@@ -84,9 +95,9 @@ class Tower(nn.Module):
             c.hidden_size, patch, strides=patch, padding="VALID", use_bias=False, precision=jax.lax.Precision.HIGHEST
         )
         self.position_embedding = nn.Embed(c.grid**2 + 1, c.hidden_size)
-        self.pre_layernorm = layer_norm(c.layer_norm_eps)
+        self.pre_layernorm = LayerNorm(c.layer_norm_eps)
         self.layers = [TowerLayer(c) for _ in range(c.num_hidden_layers)]
-        self.post_layernorm = layer_norm(c.layer_norm_eps)  # in every checkpoint; LLaVA's features leave it out
+        self.post_layernorm = LayerNorm(c.layer_norm_eps)  # in every checkpoint; LLaVA's features leave it out
 
     def __call__(
         self, pixel_values: Float[Array, "m 3 height width"]
@@ -117,7 +128,7 @@ class Tower(nn.Module):
             positions = _interpolate_positions(positions, self.config.grid, grid)
         first = jnp.broadcast_to(self.class_embedding[None, None, :], (images, 1, width))
         x = jnp.concatenate([first, patches.reshape(images, grid * grid, width)], axis=1) + positions[None]
-        return self.pre_layernorm(x).astype(x.dtype)
+        return self.pre_layernorm(x)
 
 
 def shrink_pictures(pixel_values: Float[Array, "m 3 _h _w"], size: int) -> Float[Array, "m 3 {size} {size}"]:

@@ -175,6 +175,14 @@ def test_pruning_makes_no_value_with_two_axes_of_sequence_length(method: str, tr
         assert max((long_axes(shape, plan) for shape in inside), default=0) <= 1, scope
 
 
+@pytest.mark.parametrize("trace", [False, True])
+def test_the_shares_of_original_tokens_are_followed_only_in_a_trace(trace: bool) -> None:
+    plan = plan_of("v1.5")
+    run = partial(prefill, config=replace(MODEL, attention="xla"), plan=plan, trace=trace, max_new_tokens=4)
+    found = values(jax.make_jaxpr(run)(*shapes()).jaxpr)
+    assert any(shape[-2:] == (TEXT + VISUAL, VISUAL) for _, shape in found) == trace
+
+
 def test_without_a_trace_nothing_is_computed_for_it() -> None:
     model = models.config(layers=2)
     plan = make_plan(sparsity("v1.5", layers=(0,)), model, 40, 24)

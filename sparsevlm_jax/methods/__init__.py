@@ -15,6 +15,7 @@ METHODS: dict[str, Method] = {
     method.name: method
     for method in (DENSE, V1, V15, V20, RANDOM, UNIFORM, POOL, DOWNSAMPLE, FASTV, PYRAMIDDROP, VISION)
 }
+BUDGETS = ("keep", "keep_at", "flops_share", "cache_bytes")
 
 
 def sparsity(method: str, **settings: Any) -> Sparsity:
@@ -26,15 +27,19 @@ def sparsity(method: str, **settings: Any) -> Sparsity:
     if method not in METHODS:
         raise UserError(f'--method "{method}": expected one of {", ".join(METHODS)}')
     given = {name: value for name, value in settings.items() if value is not None}
+    for name, owner in (("scale", "v1"), ("bias", "v1"), ("heads", "v2.0")):
+        if name in given and method != owner:
+            raise UserError(f"--{name} belongs to --method {owner}, not to {method}")
     if method == "v1":
         law = Sparsity.v1(given.pop("keep", None), given.pop("scale", None), given.pop("bias", None))
-        for name in ("keep_at", "flops_share", "cache_bytes"):
+        for name in BUDGETS[1:]:
             if name in given:
                 raise UserError(f"v1 takes no --{name.replace('_', '-')}: its counts follow from --scale and --bias")
         return replace(law, **given)
-    for name in ("scale", "bias"):
-        if name in given:
-            raise UserError(f"--{name} belongs to --method v1, not to {method}")
+    if method == "dense":
+        for name in BUDGETS:
+            if name in given:
+                raise UserError(f"dense takes no --{name.replace('_', '-')}: it keeps everything")
     return replace(METHODS[method].settings, **given)
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsevlm_jax.attention import attention_rows
+from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.schedule import Sparsity, StagePlan
 from sparsevlm_jax.sparsify import Tokens, positions_where, take
 
@@ -46,7 +47,8 @@ class Layer(NamedTuple):
 
     def attention(self, rows: Int[Array, "b r"]) -> Float[Array, "b n r l"]:
         """The layer's attention probabilities in these rows, float32; never all rows."""
-        assert self.query is not None and self.key is not None, "there is no attention before the first layer"
+        if self.query is None or self.key is None:
+            raise UserError("pruning layer -1: this method scores by attention, there is none before the first layer")
         return attention_rows(take(self.query, rows), self.key, rows, self.tokens.lengths)
 
 
