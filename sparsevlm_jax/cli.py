@@ -91,12 +91,25 @@ def ask(
     dtype: Annotated[
         str | None, typer.Option(metavar="D", help="float32, bfloat16 or float16; default: the checkpoint's.")
     ] = None,
+    ladder: Annotated[
+        bool,
+        typer.Option("--ladder", help="v1 only: run stages as programs of their own, as short as this prompt needs."),
+    ] = False,
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer while it is made.")] = False,
     as_json: Json = False,
 ) -> None:
     """Answers a question about pictures."""
     sparsity = _sparsity(
-        method, keep, keep_at, flops_share, cache_bytes, scale=scale, bias=bias, heads=heads, seed=seed
+        method,
+        keep,
+        keep_at,
+        flops_share,
+        cache_bytes,
+        scale=scale,
+        bias=bias,
+        heads=heads,
+        seed=seed,
+        ladder=ladder or None,
     )
     if stream and (len(question) > 1 or as_json):
         raise UserError("--stream prints one answer as text: give one --question and no --json")
@@ -283,6 +296,7 @@ def _ask_report(answers: list[str], result: Generation, model: Model) -> dict[st
         "model": model.name,
         "method": result.plan.sparsity.method,
         "plan": _plan_report(result.plan),
+        "visual_tokens": result.visual_tokens,
         "prompt_tokens": result.packed.lengths.tolist(),
         "compile_seconds": result.compile_seconds,
         "prefill_seconds": result.prefill_seconds,
@@ -294,12 +308,12 @@ def _ask_report(answers: list[str], result: Generation, model: Model) -> dict[st
 
 
 def _summary(result: Generation) -> str:
-    plan = result.plan
-    counts = [plan.visual_tokens] + [stage.standing for stage in plan.stages if stage.keep is not None]
-    at_most = "at most " if _counts_are_upper_bounds(plan) else ""
+    plan, rows = result.plan, result.visual_tokens
+    counts = [f"{min(n)}" if min(n) == max(n) else f"{min(n)}-{max(n)}" for n in zip(*rows, strict=True)]
+    standing, entering = (sum(map(f, rows)) / len(rows) for f in (plan.equivalent_tokens, plan.entering_tokens))
     tokens = (
-        f"{plan.sparsity.method}: {at_most}{' > '.join(map(str, counts))} visual tokens "
-        f"({plan.equivalent_tokens():.1f} equivalent, {plan.entering_tokens():.1f} entering a layer on average)"
+        f"{plan.sparsity.method}: {' > '.join(counts)} visual tokens "
+        f"({standing:.1f} equivalent, {entering:.1f} entering a layer on average)"
     )
     return (
         f"{tokens if plan.visual_tokens else 'text only, nothing to prune'}; "

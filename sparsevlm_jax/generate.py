@@ -54,6 +54,7 @@ class Generation:
     """Answers as ids, how they were computed, and how long each part took."""
 
     tokens: list[list[int]]  # per row, end token left out
+    visual_tokens: list[list[int]]  # per row: those that entered each stage of the plan
     plan: Plan
     packed: Packed
     compile_seconds: float
@@ -242,6 +243,7 @@ class Run:
     ) -> None:
         _check_settings(config, rows, pictures, max_new_tokens, temperature, top_p)
         self.params = params
+        self.image_token_id = config.image_token_id
         self.max_new_tokens = max_new_tokens
         self.packed = pack(rows, config.image_token_id)
         self.plan = make_plan(sparsity, config, self.packed.visual, self.packed.text)
@@ -254,6 +256,7 @@ class Run:
         self.sampler = Sampler(jnp.float32(temperature or 1.0), jnp.float32(top_p))
         self.keys = jax.random.split(jax.random.key(0) if key is None else key, len(rows))
         self.pictures = jax.tree.map(jnp.asarray, pictures) if self.packed.visual else None
+        self.visual_tokens: list[list[int]] = []  # known after the prefill
         self.compile_seconds = self.prefill_seconds = self.decode_seconds = 0.0
 
     def instalments(self, every: int) -> Iterator[Generation]:
@@ -269,9 +272,12 @@ class Run:
     def prefill(self) -> State:
         ids, lengths = jnp.asarray(self.packed.input_ids), jnp.asarray(self.packed.lengths)
         if self.plan.sparsity.ladder:
-            return self._prefill_by_rungs(ids, lengths)
-        args = (self.params, ids, lengths, self.pictures, self.keys, self.sampler)
-        state, self.prefill_seconds = self._timed(start, *args, **self.static)
+            state = self._prefill_by_rungs(ids, lengths)
+        else:
+            args = (self.params, ids, lengths, self.pictures, self.keys, self.sampler)
+            state, self.prefill_seconds = self._timed(start, *args, **self.static)
+        text = np.sum((self.packed.input_ids != self.image_token_id) & self.packed.valid, axis=1)
+        self.visual_tokens = (np.asarray(state.cache.lengths) - text[None, :]).T.tolist()
         return state
 
     def resume(self, logits: Float[Array, "b vocab"], cache: Cache) -> State:
@@ -319,6 +325,7 @@ class Run:
             tokens.append(chosen[:-1] if chosen and chosen[-1] in ends else chosen)
         return Generation(
             tokens,
+            self.visual_tokens,
             self.plan,
             self.packed,
             self.compile_seconds,

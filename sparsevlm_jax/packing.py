@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from sparsevlm_jax.config import LlavaConfig
 from sparsevlm_jax.errors import UserError
@@ -25,6 +25,10 @@ class Packed(NamedTuple):
     lengths: Int[np.ndarray, "b"]
     text: int
     visual: int
+
+    @property
+    def valid(self) -> Bool[np.ndarray, "b l"]:
+        return np.arange(self.input_ids.shape[1])[None, :] < self.lengths[:, None]
 
 
 def pack(rows: Sequence[np.ndarray], image_token_id: int) -> Packed:

@@ -201,25 +201,31 @@ class Plan:
     def num_layers(self) -> int:
         return self.stages[-1].stop
 
-    def entering(self) -> list[int]:
-        """Visual tokens that enter each layer: what compute costs."""
-        return [stage.visual for stage in self.stages for _ in range(stage.start, stage.stop)]
+    def entering(self, visual: Sequence[int] | None = None) -> list[int]:
+        """Visual tokens that enter each layer: what compute costs.
 
-    def standing(self) -> list[int]:
-        """Visual tokens standing after each layer: what the authors' budgets count."""
+        Args:
+          visual: tokens entering each stage in some row, where those are fewer than planned.
+        """
+        counts = [stage.visual for stage in self.stages] if visual is None else visual
+        return [n for stage, n in zip(self.stages, counts, strict=True) for _ in range(stage.start, stage.stop)]
+
+    def standing(self, visual: Sequence[int] | None = None) -> list[int]:
+        """Visual tokens standing after each layer: what the authors' budgets count. `visual` as for `entering`."""
+        counts = [stage.visual for stage in self.stages] if visual is None else visual
         after: list[int] = []
-        for stage in self.stages:
+        for stage, now, then in zip(self.stages, counts, [*counts[1:], counts[-1]], strict=True):
             if stage.start < stage.stop:
-                after += [stage.visual] * (stage.stop - stage.start - 1) + [stage.standing]
+                after += [now] * (stage.stop - stage.start - 1) + [then]
         return after
 
-    def equivalent_tokens(self) -> float:
+    def equivalent_tokens(self, visual: Sequence[int] | None = None) -> float:
         """Mean over layers of the visual tokens standing after each: the authors' count (their 192 is 192.03)."""
-        return sum(self.standing()) / self.num_layers
+        return sum(self.standing(visual)) / self.num_layers
 
-    def entering_tokens(self) -> float:
+    def entering_tokens(self, visual: Sequence[int] | None = None) -> float:
         """Mean over layers of the visual tokens entering each: what costs (206.5 for their 192)."""
-        return sum(self.entering()) / self.num_layers
+        return sum(self.entering(visual)) / self.num_layers
 
 
 def make_plan(
@@ -255,21 +261,9 @@ def make_plan(
         return _cut(sparsity, depth, visual_tokens, sparsity.keep_at)
     if sparsity.keep is not None:
         return _keep(sparsity, depth, visual_tokens, layers, sparsity.keep)
-    words = visual_tokens if text_tokens is None else text_tokens
-
-    def flops(plan: Plan) -> float:
-        return float(paper_flops(text, [words + visual for visual in plan.entering()]))
-
-    def held(plan: Plan) -> float:
-        return float(cache_bytes(text, [words + visual for visual in plan.entering()], itemsize=2))
-
-    if sparsity.flops_share is not None:
-        share = sparsity.flops_share
-        target = share * paper_flops(text, [words + visual_tokens] * depth)
-        return solve(sparsity, depth, visual_tokens, layers, flops, target, f"--flops-share {share}")
-    if sparsity.cache_bytes is not None:
-        size = sparsity.cache_bytes
-        return solve(sparsity, depth, visual_tokens, layers, held, size, f"--cache-bytes {size}")
+    if sparsity.flops_share is not None or sparsity.cache_bytes is not None:
+        words = visual_tokens if text_tokens is None else text_tokens
+        return _afford(sparsity, text, visual_tokens, words, layers)
     if sparsity.ratio is not None:
         counts = [int(visual_tokens * sparsity.ratio ** (i + 1)) for i in range(len(layers))]
         return _cut(sparsity, depth, visual_tokens, tuple(zip(layers, counts, strict=True)))
@@ -354,6 +348,25 @@ def _keep(sparsity: Sparsity, depth: int, visual_tokens: int, layers: Sequence[i
     return solve(sparsity, depth, visual_tokens, layers, Plan.equivalent_tokens, target, f"--keep {target}")
 
 
+def _afford(sparsity: Sparsity, text: TextConfig, visual_tokens: int, text_tokens: int, layers: Sequence[int]) -> Plan:
+    """Counts for a share of dense FLOPs, or for bytes of keys and values."""
+    depth = text.num_hidden_layers
+    dense = paper_flops(text, [text_tokens + visual_tokens] * depth)
+
+    def flops_share(plan: Plan) -> float:
+        return paper_flops(text, [text_tokens + visual for visual in plan.entering()]) / dense
+
+    def held(plan: Plan) -> float:
+        return float(cache_bytes(text, [text_tokens + visual for visual in plan.entering()], itemsize=2))
+
+    if sparsity.flops_share is not None:
+        share = sparsity.flops_share
+        return solve(sparsity, depth, visual_tokens, layers, flops_share, share, f"--flops-share {share}")
+    assert sparsity.cache_bytes is not None
+    size = sparsity.cache_bytes
+    return solve(sparsity, depth, visual_tokens, layers, held, size, f"--cache-bytes {size}")
+
+
 def _shrink(sparsity: Sparsity, config: LlavaConfig, visual_tokens: int) -> Plan:
     """One stage on pictures of the largest grid that fits the budget."""
     if config.vision_feature_select_strategy != "default":
@@ -365,7 +378,7 @@ def _shrink(sparsity: Sparsity, config: LlavaConfig, visual_tokens: int) -> Plan
     grid = isqrt(keep // pictures)
     if not 1 <= grid <= config.vision.grid:
         raise UserError(
-            f"--keep {keep}: {pictures} pictures can have {pictures} to {visual_tokens} visual tokens in all"
+            f"--keep {keep}: shrunk pictures of this prompt have {pictures} to {visual_tokens} visual tokens in all"
         )
     return Plan(sparsity, (_last_stage(0, config.text.num_hidden_layers, pictures * grid**2),), grid)
 
@@ -402,7 +415,7 @@ def solve(
     if target < least:
         places = ", ".join(map(str, layers))
         raise UserError(
-            f"{option}: not possible with pruning after layers {places} of {depth}: the least is {least:,.1f} "
+            f"{option}: not possible with pruning after layers {places} of {depth}: the least is {least:,.7g} "
             "(prune earlier with --keep-at LAYER:COUNT,..., or ask for more)"
         )
     dense = plan((), ())

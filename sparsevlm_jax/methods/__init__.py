@@ -27,7 +27,7 @@ def sparsity(method: str, **settings: Any) -> Sparsity:
     if method not in METHODS:
         raise UserError(f'--method "{method}": expected one of {", ".join(METHODS)}')
     given = {name: value for name, value in settings.items() if value is not None}
-    for name, owner in (("scale", "v1"), ("bias", "v1"), ("heads", "v2.0")):
+    for name, owner in (("scale", "v1"), ("bias", "v1"), ("ladder", "v1"), ("heads", "v2.0")):
         if name in given and method != owner:
             raise UserError(f"--{name} belongs to --method {owner}, not to {method}")
     if method == "v1":
