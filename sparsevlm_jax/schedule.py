@@ -414,8 +414,9 @@ def solve(
     least, most = reach(layers)
     if target < least:
         places = ", ".join(map(str, layers))
+        lowest = f"{least:.3f}" if least < 1 else f"{least:,.1f}"  # a share, or tokens or bytes
         raise UserError(
-            f"{option}: not possible with pruning after layers {places} of {depth}: the least is {least:,.7g} "
+            f"{option}: not possible with pruning after layers {places} of {depth}: the least is {lowest} "
             "(prune earlier with --keep-at LAYER:COUNT,..., or ask for more)"
         )
     dense = plan((), ())
