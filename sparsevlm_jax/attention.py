@@ -13,6 +13,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 IMPLEMENTATIONS = ("auto", "xla", "blockwise", "cudnn")
@@ -25,9 +26,14 @@ def exact(dtype: jnp.dtype) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
 
 
-def rope_frequencies(head_dim: int, theta: float) -> Float[Array, "half_h"]:
-    """Angular frequencies theta^(-2i/h) of rotary position embedding, float32 (RoFormer, section 3.2.2)."""
-    return 1.0 / (theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim))
+def rope_frequencies(head_dim: int, theta: float) -> Float[np.ndarray, "half_h"]:
+    """Angular frequencies 1 / theta^(2i/h) of rotary position embedding, float32 (RoFormer, section 3.2.2).
+
+    Made on the host and rounded as PyTorch rounds them, power first: v2.0 divides by sums of their cosines, which
+    come near zero, so the last bit shows.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    return np.float32(1.0) / np.power(np.float64(theta), exponents.astype(np.float64)).astype(np.float32)
 
 
 def apply_rope(x: Float[Array, "b l n h"], positions: Int[Array, "b l"], theta: float) -> Float[Array, "b l n h"]:

@@ -15,6 +15,8 @@ import hashlib
 import json
 import logging
 import math
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,6 +32,7 @@ from sparsevlm_jax.errors import UserError
 MANIFEST = "manifest.json"
 VERSION = 1  # of this layout
 _CHUNK_BYTES = 64_000_000  # what is read at least to get a shard of a parameter
+_CHUNK_INDEX = 20  # bytes of index and checksum behind a chunk in its file
 _BLOCK = 512  # rows and columns that are transposed at once; measured
 
 
@@ -149,8 +152,8 @@ def group_records(folder: Path, job: str) -> tuple[Record, ...] | None:
         records = read_records(metadata["records"])
     except Exception:  # half of a group fails in as many ways as there are halves
         return None
-    chunks = sum(item.stat().st_size for item in folder.glob("state/*/c/**/*") if item.is_file())
-    return records if chunks >= sum(record.nbytes for record in records) else None
+    chunks = [item.stat().st_size - _CHUNK_INDEX for item in folder.glob("state/*/c/**/*") if item.is_file()]
+    return records if sum(chunks) >= sum(record.nbytes for record in records) else None
 
 
 def restore_group(folder: Path, abstract: Mapping[tuple[str, ...], Any] | None = None) -> dict[tuple[str, ...], Any]:
@@ -196,10 +199,10 @@ def parallel(function: Any, items: Sequence[Any]) -> list[Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without orbax's warnings, at every group, that it is no OCDBT database."""
+    """Without orbax's log: it warns at every group that it is no OCDBT database, and prints what it raises as well."""
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
@@ -207,5 +210,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+    """One line; tensorstore's own hide the system's words, but state its error number."""
+    text = str(error).strip()
+    number = re.search(r"os_error_code='(\d+)'", text)
+    return os.strerror(int(number[1])) if number else (text.splitlines() or [type(error).__name__])[0][:300]

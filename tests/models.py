@@ -33,7 +33,7 @@ def config(kv_heads: int = 4, image_size: int = 56, layers: int = LAYERS) -> Lla
 def params(model: LlavaConfig, dtype: str = "float32") -> dict[str, Any]:
     """Random parameters whose attention is far from uniform and whose logits are well apart."""
     random = np.random.default_rng(7)
-    flat = dict(traverse_util.flatten_dict(abstract_params(model, jnp.dtype(dtype))))
+    flat: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(abstract_params(model, jnp.dtype(dtype))))
     for path, leaf in flat.items():
         if path[-1] in ("scale", "bias"):
             middle, std = float(path[-1] == "scale"), 0.1
@@ -67,7 +67,7 @@ def prompt(
 
 def one_row(batch: Prompt, i: int) -> Prompt:
     """A row of a batch as a batch of its own, in the same rectangle."""
-    return Prompt(*(None if part is None else part[i : i + 1] for part in batch))
+    return jax.tree.map(lambda part: part[i : i + 1], batch)
 
 
 @cache

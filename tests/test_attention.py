@@ -25,7 +25,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "BLOCK", 10)
 
 
-def inputs(heads: int, kv_heads: int, dtype: str = "float32") -> tuple[jax.Array, ...]:
+def inputs(heads: int, kv_heads: int, dtype: str = "float32") -> tuple[jax.Array, jax.Array, jax.Array]:
     """Query, key, value; the padding of short rows is loud."""
     random = np.random.default_rng(0)
     found = []
@@ -33,7 +33,7 @@ def inputs(heads: int, kv_heads: int, dtype: str = "float32") -> tuple[jax.Array
         x = random.normal(0, 2, (len(LENGTHS), LENGTH, count, HEAD_DIM))
         x[np.arange(LENGTH)[None] >= LENGTHS[:, None]] *= 100
         found.append(jnp.asarray(x, dtype))
-    return tuple(found)
+    return found[0], found[1], found[2]
 
 
 def reference(query: Any, key: Any, value: Any, visible: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -68,7 +68,7 @@ def events() -> Iterator[list[str]]:
     """Records what jax traces and compiles."""
     seen: list[str] = []
 
-    def listen(event: str, duration: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
         if event in (TRACED, COMPILED):
             seen.append(event)
 
@@ -100,7 +100,9 @@ def ask(before: int, after: int, tokens: int, seed: int) -> list[int]:
 
 
 def sizes() -> np.ndarray:
-    return np.array([start._cache_size(), decode._cache_size()])
+    """How many programs `start` and `decode` hold."""
+    jitted: tuple[Any, Any] = (start, decode)
+    return np.array([program._cache_size() for program in jitted])
 
 
 def test_a_layout_is_compiled_once_and_another_question_in_its_bucket_compiles_nothing() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from sparsevlm_jax.packing import pack
 from tests import models, oracle
 
 MODEL = models.config(layers=4)
+SHORT = models.config(layers=2)  # where whole programs are compiled, from pixels to the last token
 TEXT, VISUAL = 24, 40  # columns of the rectangle that prompts are packed into
 ROWS = [(7, 40, 17), (3, 31, 12), (9, 22, 8), (0, 0, 20)]
 METHODS: dict[str, dict[str, Any]] = {
@@ -46,8 +47,8 @@ def picture(seed: int) -> np.ndarray:
 def ids(seed: int, *parts: int | str) -> np.ndarray:
     """A row of ids: runs of so many random words, and pictures."""
     random = np.random.default_rng(seed)
-    image = np.full(MODEL.tokens_per_image, MODEL.image_token_id)
-    found = [image if part == "picture" else random.integers(0, 180, part) for part in parts]
+    image = np.full(SHORT.tokens_per_image, SHORT.image_token_id)
+    found = [random.integers(0, 180, part) if isinstance(part, int) else image for part in parts]
     return np.concatenate(found).astype(np.int32)
 
 
@@ -60,13 +61,15 @@ CONVERSATION = [
 ]
 PICTURES = [[picture(1)], [picture(2), picture(3)], [], [picture(4)]]
 PIXELS = np.stack([p for row in PICTURES for p in row])
-FIVE = sparsity("v1.5", layers=(0, 2))
+FIVE = sparsity("v1.5", layers=(0,))
 
 
-def answers(rows=CONVERSATION, pixels=PIXELS, settings: Sparsity = FIVE, end=(), tokens: int = 8, **options):
+def answers(
+    rows: Any = CONVERSATION, pixels: Any = PIXELS, settings: Sparsity = FIVE, end=(), tokens: int = 8, **options
+):
     return generate_ids(
-        models.params(MODEL),
-        MODEL,
+        models.params(SHORT),
+        SHORT,
         rows,
         pixels,
         sparsity=settings,
@@ -84,10 +87,13 @@ def traced(method: str) -> tuple[Any, Trace, np.ndarray, Any]:
     """Two rows of different lengths, prefilled and decoded: prompt, trace, logits of every step, final cache."""
     batch = models.prompt(ROWS[:2], text=TEXT, visual=VISUAL)
     weights, plan = models.params(MODEL), plan_of(method)
-    run = models.compiled_prefill(MODEL, plan, SEQUENCES.shape[1], trace=True)
-    _, _, trace = run(weights, batch)
-    logits, held = models.forced_logits(weights, MODEL, plan, batch, SEQUENCES[:2])
-    return batch, jax.tree.map(np.asarray, trace), logits, held
+    run, step = models.compiled_prefill(MODEL, plan, 5, trace=True), models.compiled_step(MODEL, plan)
+    logits, held, trace = run(weights, batch)
+    found = [logits]
+    for column in SEQUENCES[:2].T:
+        logits, held = step(weights, jnp.asarray(column), held)
+        found.append(logits)
+    return batch, jax.tree.map(np.asarray, trace), np.stack(found, axis=1), held
 
 
 def recompute(method: str, row: int, new: np.ndarray) -> np.ndarray:
@@ -159,10 +165,11 @@ def test_a_new_token_stands_behind_the_full_prompt_in_v20() -> None:
 def test_keeping_all_visual_tokens_is_dense() -> None:
     everything = make_plan(Sparsity.v15(keep=VISUAL), MODEL, VISUAL, TEXT)
     assert [(stage.start, stage.stop, stage.keep) for stage in everything.stages] == [(0, 4, None)]
-    batch, weights = models.prompt(ROWS, text=TEXT, visual=VISUAL), models.params(MODEL)
-    logits, _ = models.forced_logits(weights, MODEL, everything, batch, SEQUENCES[:, :1])
-    dense, _ = models.forced_logits(weights, MODEL, plan_of("dense"), batch, SEQUENCES[:, :1])
-    np.testing.assert_array_equal(logits, dense)
+    batch = models.prompt(ROWS, text=TEXT, visual=VISUAL)
+    logits, held, _ = models.compiled_prefill(MODEL, everything, 0)(models.params(MODEL), batch)
+    dense_logits, dense_held = prefilled("dense")
+    np.testing.assert_array_equal(logits, dense_logits)
+    np.testing.assert_array_equal(held.positions, dense_held.positions)
 
 
 def test_pruning_changes_the_logits() -> None:
@@ -173,7 +180,7 @@ def test_pruning_changes_the_logits() -> None:
 
 
 def test_jit_equals_no_jit() -> None:
-    model = models.config(layers=2)  # without jit every operation of every shape compiles by itself
+    model = models.config(layers=1)  # without jit every operation of every shape compiles by itself
     plan = make_plan(sparsity("v1.5", layers=(0,)), model, VISUAL, TEXT)
     batch, weights = models.prompt(ROWS[:2], text=TEXT, visual=VISUAL), models.params(model)
     logits, held, _ = prefill(weights, batch, model, plan, max_new_tokens=1)
@@ -185,7 +192,7 @@ def test_jit_equals_no_jit() -> None:
 @pytest.mark.parametrize("dtype, tolerance", [("bfloat16", 2.0), ("float16", 0.2)])
 def test_16_bit_parameters_compute_nearly_the_same(dtype: str, tolerance: float) -> None:
     """Dense, where no choice of tokens depends on the rounding; logits spread over about 20."""
-    model = models.config(layers=2)
+    model = models.config(layers=1)
     plan = make_plan(Sparsity.dense(), model, VISUAL, TEXT)
     found = [
         models.forced_logits(
@@ -251,16 +258,17 @@ def test_rows_with_pictures_shrink_and_text_only_rows_do_not(method: str) -> Non
 @cache
 def alone(settings: Sparsity) -> list[list[int]]:
     """Eight greedy tokens of every row of the conversation, each by itself under the batch's plan, decoded by hand."""
-    found, weights = [], models.params(MODEL)
-    packed = pack(CONVERSATION, MODEL.image_token_id)
-    plan = make_plan(settings, MODEL, packed.visual, packed.text)
+    found, weights = [], models.params(SHORT)
+    to_prompt = jax.jit(partial(embed, config=SHORT), compiler_options=models.QUICK)
+    packed = pack(CONVERSATION, SHORT.image_token_id)
+    plan = make_plan(settings, SHORT, packed.visual, packed.text)
     for i, pictures in enumerate(PICTURES):
         row, length = jnp.asarray(packed.input_ids[i : i + 1]), jnp.asarray(packed.lengths[i : i + 1])
-        prompt = embed(weights, row, length, jnp.asarray(np.stack(pictures)) if pictures else None, MODEL)
-        logits, held, _ = models.compiled_prefill(MODEL, plan, 8)(weights, prompt._replace(saliency=None))
+        prompt = to_prompt(weights, row, length, jnp.asarray(np.stack(pictures)) if pictures else None)
+        logits, held, _ = models.compiled_prefill(SHORT, plan, 8)(weights, prompt._replace(saliency=None))
         tokens = [int(jnp.argmax(logits[0]))]
         while len(tokens) < 8:
-            logits, held = models.compiled_step(MODEL, plan)(weights, jnp.asarray(tokens[-1:]), held)
+            logits, held = models.compiled_step(SHORT, plan)(weights, jnp.asarray(tokens[-1:]), held)
             tokens.append(int(jnp.argmax(logits[0])))
         found.append(tokens)
     return found
@@ -317,7 +325,7 @@ def test_a_longer_answer_begins_with_the_shorter_one() -> None:
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
 def test_streaming_gives_the_same_tokens(options: dict[str, Any], every: int) -> None:
     settings: dict[str, Any] = {"sparsity": FIVE, "max_new_tokens": 8, "end_tokens": (), **options}
-    instalments = list(stream_ids(models.params(MODEL), MODEL, CONVERSATION, PIXELS, every=every, **settings))
+    instalments = list(stream_ids(models.params(SHORT), SHORT, CONVERSATION, PIXELS, every=every, **settings))
     whole = answers(**options).tokens
     assert instalments[-1].tokens == whole
     seen = [len(instalment.tokens[0]) for instalment in instalments]
@@ -328,7 +336,7 @@ def test_streaming_gives_the_same_tokens(options: dict[str, Any], every: int) ->
 
 def test_streaming_stops_when_every_row_has_ended() -> None:
     settings: dict[str, Any] = {"sparsity": FIVE, "max_new_tokens": 8, "end_tokens": ends(FIVE)}
-    instalments = list(stream_ids(models.params(MODEL), MODEL, CONVERSATION, PIXELS, **settings))
+    instalments = list(stream_ids(models.params(SHORT), SHORT, CONVERSATION, PIXELS, **settings))
     expected = until_end(alone(FIVE), ends(FIVE))
     assert instalments[-1].tokens == expected
     assert len(instalments) == max(map(len, expected)) + 1

@@ -50,7 +50,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def row(name: str, config: LlavaConfig) -> Row:
     random = np.random.default_rng(list(CASES).index(name))
     image = np.full(config.tokens_per_image, config.image_token_id)
-    parts = [image if part == "picture" else random.integers(0, 250, part) for part in CASES[name]]
+    parts = [random.integers(0, 250, part) if isinstance(part, int) else image for part in CASES[name]]
     pictures = CASES[name].count("picture")
     pixels = random.normal(0, 1, (pictures, 3, SIZE, SIZE)).astype(np.float32) if pictures else None
     return Row(np.concatenate(parts).astype(np.int32), pixels)
@@ -70,7 +70,7 @@ def our_logits(model: Model, rows: list[Row]) -> np.ndarray:
     plan = make_plan(Sparsity.dense(), config, packed.visual, packed.text)
 
     @jax.jit
-    def run(params: Any, ids: jax.Array, lengths: jax.Array, pixels: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def run(params: Any, ids: jax.Array, lengths: jax.Array, pixels: jax.Array | None) -> Any:
         prompt = embed(params, ids, lengths, pixels, config)
         last, _, trace = prefill(params, prompt, config, plan, trace=True, max_new_tokens=0)
         return last, Llava(config).apply({"params": params}, trace.hidden, method="logits")

@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sparsevlm_jax.attention import rope_frequencies
+from sparsevlm_jax.attention import apply_rope
 from sparsevlm_jax.methods.base import Layer, Method, Scores
 from sparsevlm_jax.schedule import V1_PRUNING_LAYERS, Sparsity
-from sparsevlm_jax.sparsify import score_visual
+from sparsevlm_jax.sparsify import EXACT, score_visual, take
 
 
 def score_by_raters(layer: Layer, sparsity: Sparsity) -> Scores:
@@ -72,12 +72,12 @@ def gravity(
 ) -> Float[Array, "b r l"]:
     """Rotary kernel of all-ones query and key at the distance of each chosen row to each token.
 
-    w(x) = 2 / sqrt(h) * sum_i cos(x theta^(-2i/h)): what the rotary embedding alone makes of a distance of x.
+    w(x) = 2 / sqrt(h) * sum_i cos(x theta^(-2i/h)): what the rotary embedding alone makes of a distance of x. Computed
+    as the released code does, from rotated vectors of ones: where w comes near zero another way shows.
     """
-    rater_positions = jnp.take_along_axis(positions, rows, axis=1)
-    distance = (rater_positions[:, :, None] - positions[:, None, :]).astype(jnp.float32)
-    angles = distance[..., None] * rope_frequencies(head_dim, theta)[None, None, None, :]
-    return 2.0 / math.sqrt(head_dim) * jnp.sum(jnp.cos(angles), axis=-1)
+    ones = jnp.ones((*positions.shape, 1, head_dim), jnp.float32)
+    rotated = apply_rope(ones, positions, theta)[:, :, 0]
+    return jnp.einsum("brh,blh->brl", take(rotated, rows), rotated, precision=EXACT) / math.sqrt(head_dim)
 
 
 def select_heads(sums: Float[Array, "b n"], count: int) -> Bool[Array, "b n"]:

@@ -1,0 +1,19 @@
+"""A pruning method of your own: keep the visual tokens with the longest hidden states. Importing it adds it."""
+
+import jax.numpy as jnp
+
+import sparsevlm_jax as sv
+from sparsevlm_jax.methods import Layer, Method, Scores
+
+
+def score_by_length(layer: Layer, sparsity: sv.Sparsity) -> Scores:
+    """Scores of all tokens of the layer's output, [b, l]; the visual tokens with the highest stay."""
+    return Scores(jnp.linalg.norm(layer.tokens.hidden.astype(jnp.float32), axis=-1))
+
+
+LOUD = Method(
+    settings=sv.Sparsity(method="loud", layers=(1, 3), ratio=0.5, recycle=True, positions="keep"),
+    score=score_by_length,
+    source="an example: half of what is left after layers 1 and 3; the dropped are merged, positions kept",
+)
+sv.METHODS[LOUD.name] = LOUD
