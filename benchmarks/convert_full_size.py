@@ -1,0 +1,152 @@
+"""Converts a random checkpoint of the size of LLaVA-1.5-7B and measures memory and rate.
+
+    python -m benchmarks.convert_full_size FOLDER        needs 30 GB there; --layers 2 for a rehearsal
+
+Writes benchmarks/results/convert_7b.json. The bound: the whole process stays below 3 GiB plus twice the largest group.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from sparsevlm_jax.config import PRESETS, LlavaConfig
+from sparsevlm_jax.llava import abstract_params
+from sparsevlm_jax.weights import spec
+
+RESULTS = Path(__file__).parent / "results"
+SHARDS = 3
+GIB = 2**30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="an empty or new folder; it is emptied again at the end")
+    parser.add_argument("--model", choices=["llava-1.5-7b", "llava-1.5-13b"], default="llava-1.5-7b")
+    parser.add_argument("--layers", type=int, help="fewer decoder layers, for a rehearsal (no results file)")
+    options = parser.parse_args()
+    config = PRESETS[options.model]()
+    if options.layers:
+        config = replace(config, text=replace(config.text, num_hidden_layers=options.layers))
+    source, target, back = (options.folder / name for name in ("source", "orbax", "back"))
+    source.mkdir(parents=True)
+    try:
+        nbytes = make_checkpoint(source, config)
+        result = {"model": options.model, "dtype": "float16", "bytes": nbytes, "shards": SHARDS}
+        result["convert"] = measure("convert", [str(source), str(target)], nbytes)
+        result["check"] = measure("check", [str(target)], nbytes)
+        shutil.rmtree(source)  # room for the way back
+        result["to_hf"] = measure("to_hf", [str(target), str(back)], nbytes)
+        result["machine"] = {
+            "cpu": _cpu(),
+            "cores": os.cpu_count(),
+            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "python": platform.python_version(),
+        }
+        print(json.dumps(result, indent=2))
+        if not options.layers:
+            RESULTS.mkdir(exist_ok=True)
+            name = f"convert_{options.model.rsplit('-', 1)[1]}.json"
+            (RESULTS / name).write_text(json.dumps(result, indent=2) + "\n")
+    finally:
+        shutil.rmtree(options.folder)
+
+
+def make_checkpoint(folder: Path, config: LlavaConfig) -> int:
+    """Writes random float16 weights in the published form: names of transformers 4.x, shards and index; its bytes."""
+    entries = list(spec(abstract_params(config, np.dtype(np.float16))).values())
+    sizes = [2 * int(np.prod(entry.shape)) for entry in entries]
+    total, random = sum(sizes), np.random.default_rng(0)
+    shards: list[list[int]] = [[] for _ in range(SHARDS)]
+    for number in range(len(entries)):
+        shards[min(SHARDS - 1, sum(sizes[:number]) * SHARDS // total)].append(number)
+    places = {}
+    for index, members in enumerate(shards):
+        file = f"model-{index + 1:05}-of-{SHARDS:05}.safetensors"
+        header, end = {}, 0
+        for number in members:
+            entry, size = entries[number], sizes[number]
+            header[entry.name] = {"dtype": "F16", "shape": entry.hf_shape, "data_offsets": [end, end + size]}
+            places[entry.name], end = file, end + size
+        text = json.dumps(header).encode()
+        with (folder / file).open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            for number in members:
+                # Random bits with an exponent below that of infinity: finite, and no compressor shrinks them.
+                bits = random.integers(0, 2**16, sizes[number] // 2, np.uint16) & np.uint16(0xBFFF)
+                stream.write(bits.data)
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": places})
+    )
+    (folder / "config.json").write_text(json.dumps(_hf_config(config)))
+    return total
+
+
+def measure(what: str, arguments: list[str], nbytes: int) -> dict[str, float | bool]:
+    """Runs one step as a process of its own: seconds, rate, and the memory that the kernel counted for it."""
+    script = f"""
+import json, sys
+import jax
+jax.config.update("jax_platforms", "cpu")
+from convert.memory import memory
+from convert.check import check
+from convert.reverse import to_hf
+from convert.run import convert
+anonymous = 0
+def watch(done, total):
+    global anonymous
+    anonymous = max(anonymous, memory()["RssAnon"])
+    print(f"{{done / 1e9:.1f}} of {{total / 1e9:.1f}} GB, {{memory()['VmHWM'] / 2**30:.2f}} GiB", file=sys.stderr)
+result = {what}(*sys.argv[1:], watch=watch)
+print(json.dumps({{"VmHWM": memory()["VmHWM"], "RssAnon": anonymous, "group": getattr(result, "largest_group", 0)}}))
+"""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", script, *arguments], check=True, stdout=subprocess.PIPE, text=True)
+    seconds = time.perf_counter() - start
+    found = json.loads(done.stdout.splitlines()[-1])
+    report: dict[str, float | bool] = {
+        "seconds": round(seconds, 1),
+        "bytes_per_second": round(nbytes / seconds),
+        "VmHWM_bytes": found["VmHWM"],
+        "RssAnon_bytes": found["RssAnon"],
+    }
+    if found["group"]:
+        bound = 3 * GIB + 2 * found["group"]
+        report |= {"largest_group_bytes": found["group"], "bound_bytes": bound, "within": found["VmHWM"] < bound}
+    return report
+
+
+def _hf_config(config: LlavaConfig) -> dict[str, object]:
+    from dataclasses import asdict
+
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "torch_dtype": "float16",
+        "image_token_index": config.image_token_id,
+        "projector_hidden_act": config.projector_hidden_act,
+        "multimodal_projector_bias": config.projector_bias,
+        "vision_feature_layer": config.vision_feature_layer,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "vision_config": {**asdict(config.vision), "model_type": "clip_vision_model"},
+        "text_config": {**asdict(config.text), "model_type": "llama"},
+    }
+
+
+def _cpu() -> str:
+    lines = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return lines[0].split(":", 1)[1].strip() if lines else platform.processor()
+
+
+if __name__ == "__main__":
+    main()

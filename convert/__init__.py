@@ -1,0 +1,1 @@
+"""Hugging Face PyTorch weights to orbax and back: streamed, verified, resumable."""

@@ -1,0 +1,254 @@
+"""Conversion to orbax: group by group into a folder beside the target, which gets its name when all is complete."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from convert import bins, original
+from convert.groups import Pair, group
+from convert.source import FILES, Source, open_source, read_json, with_dtype
+from sparsevlm_jax import store
+from sparsevlm_jax.checkpoint import DTYPES
+from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.shards import shortlist
+from sparsevlm_jax.store import MANIFEST, Manifest, Record
+from sparsevlm_jax.weights import all_finite
+
+_PACKAGES = ("sparsevlm_jax", "orbax-checkpoint", "jax", "flax", "transformers", "numpy")
+
+# Called with the bytes of the source that are done and with all of them.
+Watch = Callable[[int, int], None]
+
+
+class Result(NamedTuple):
+    """What a conversion did."""
+
+    groups: int
+    resumed: int  # groups that an earlier run had finished
+    nbytes: int  # of the source's tensors
+    largest_group: int  # bytes
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    dtype: str | None = None,
+    revision: str | None = None,
+    vision_tower: str | Path | None = None,
+    watch: Watch = lambda done, total: None,
+) -> Result:
+    """Converts a PyTorch checkpoint; the same call resumes one that was interrupted.
+
+    Args:
+      source, revision, vision_tower: see `open_source`. The source is only read.
+      target: a folder that does not exist yet, or the finished result of this very conversion. Until it is complete
+        everything is in a folder beside it, `.NAME.partial`.
+      dtype: "float32", "bfloat16" or "float16"; by default every tensor keeps its own.
+      watch: is told about progress.
+
+    Raises:
+      UserError: a faulty source, a target that is in the way, a full disk. What was finished stays for the next try.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f'dtype "{dtype}" is not supported: choose {", ".join(DTYPES)}')
+    opened, target = open_source(source, revision=revision, vision_tower=vision_tower), Path(target).expanduser()
+    groups, job = group(opened), _job(opened, dtype)
+    sizes = [sum(opened.nbytes(name) for name, _ in pairs) for pairs in groups]
+    result = Result(len(groups), len(groups), sum(sizes), max(sizes))
+    if store.is_converted(target) and store.read_manifest(target).job == job:
+        return result  # a run that was killed just after its last step
+    _check_target(target, opened.folder)
+    with workplace(target) as partial:
+        finished = _resume(partial, job, len(groups))
+        result = result._replace(resumed=len(finished))
+        left = [pair for number, pairs in enumerate(groups) if number not in finished for pair in pairs]
+        check_room(partial, sum(_stored_bytes(opened, pair, dtype) for pair in left))
+        done = sum(sizes[number] for number in finished)
+        watch(done, result.nbytes)
+        for number, pairs in enumerate(groups):
+            if number in finished:
+                continue
+            check_room(partial, sum(_stored_bytes(opened, pair, dtype) for pair in pairs))  # others fill the disk too
+            finished[number] = _convert_group(store.group_folder(partial, number), opened, pairs, dtype, job)
+            done += sizes[number]
+            watch(done, result.nbytes)
+            bins.release()
+        _finalise(partial, target, opened, dtype, job, [finished[number] for number in range(len(groups))])
+    return result
+
+
+def _convert_group(
+    folder: Path, source: Source, pairs: Sequence[Pair], dtype: str | None, job: str
+) -> tuple[Record, ...]:
+    """Reads, checks, casts and writes a group."""
+
+    def read(pair: Pair) -> tuple[np.ndarray, Record]:
+        name, entry = pair
+        tensor = source.tensors[name]
+        array = tensor.read()
+        digest = stored_digest = store.digest(array)
+        if dtype not in (None, tensor.dtype):
+            with np.errstate(over="ignore"):  # an overflow is reported below, with its name
+                array = array.astype(dtype)
+            stored_digest = store.digest(array)
+        path, stored = "/".join(entry.path), array.dtype.name
+        record = Record(path, name, tensor.file.name, tensor.shape, tensor.dtype, digest, stored, stored_digest)
+        return store.in_order(entry.to_param(array)), record
+
+    tensors = store.parallel(read, pairs)
+    spoilt = [record.name for array, record in tensors if not all_finite(array)]
+    if spoilt:
+        stored = tensors[0][1].stored_dtype
+        raise UserError(f"{source.folder}: NaN or infinity, as {stored}, in {len(spoilt)} tensors: {shortlist(spoilt)}")
+    state = {entry.path: array for (_, entry), (array, _) in zip(pairs, tensors, strict=True)}
+    records = tuple(record for _, record in tensors)
+    store.save_group(folder, state, job, records)
+    return records
+
+
+@contextmanager
+def workplace(target: Path) -> Iterator[Path]:
+    """The folder beside the target in which it is made; one process at a time.
+
+    Raises:
+      UserError: it cannot be made, or another process works in it.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        handle = os.open(partial, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{partial}: cannot be made: {error.strerror}") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it ends
+        yield partial
+    except BlockingIOError:
+        raise UserError(f"{partial}: another process is writing {target}") from None
+    except OSError as error:
+        raise UserError(f"{error.filename or partial}: cannot be written: {error.strerror or error}") from error
+    finally:
+        os.close(handle)
+
+
+def _resume(partial: Path, job: str, count: int) -> dict[int, tuple[Record, ...]]:
+    """The groups that an earlier run of the same job finished; everything else is removed."""
+    finished = {}
+    for number in range(count):
+        records = store.group_records(store.group_folder(partial, number), job)
+        if records is not None:
+            finished[number] = records
+    clear(partial, {store.group_folder(partial, number) for number in finished})
+    return finished
+
+
+def _finalise(
+    partial: Path, target: Path, source: Source, dtype: str | None, job: str, groups: Sequence[tuple[Record, ...]]
+) -> None:
+    """Writes what stands beside the parameters, the manifest last, and gives the folder its name."""
+    copy_files(source.folder, partial, FILES if source.layout == "hf" else ("generation_config.json",))
+    if source.layout == "original":
+        aspect = read_json(source.folder / "config.json").get("image_aspect_ratio")
+        original.write_processor(source.folder, partial, source.config, aspect)
+    config = source.config if dtype is None else with_dtype(source.config, dtype)
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    manifest = Manifest(
+        version=store.VERSION,
+        job=job,
+        source={
+            "name": source.name,
+            "layout": source.layout,
+            "config_digest": source.config_digest,
+            "files": {file.name: file.stat().st_size for file in source.files},
+            "ignored": source.ignored,
+        },
+        versions=_versions(),
+        files={item.name: file_digest(item) for item in sorted(partial.iterdir()) if item.is_file()},
+        groups=tuple(groups),
+    )
+    (partial / MANIFEST).write_text(manifest.to_json())
+    publish(partial, target)
+
+
+def clear(partial: Path, keep: Collection[Path] = ()) -> None:
+    """Empties a folder, but for some groups."""
+    params = store.group_folder(partial, 0).parent
+    items = [*partial.iterdir(), *(params.iterdir() if params.is_dir() else ())]
+    for item in items:
+        if item not in keep and not (item == params and keep):
+            shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink(missing_ok=True)
+
+
+def publish(partial: Path, target: Path) -> None:
+    """Gives a complete folder its name; what it holds is on the disk before."""
+    for item in [*(item for item in partial.iterdir() if item.is_file()), partial]:
+        handle = os.open(item, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    os.rename(partial, target)
+
+
+def file_digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _job(source: Source, dtype: str | None) -> str:
+    """Identifies what is converted and how, without reading the weights."""
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source.files]
+    pairs = [(name, entry.path, source.tensors[name].dtype) for name, entry in source.pairs]
+    whole = [store.VERSION, source.config_digest, source.config, files, sorted(pairs), dtype]
+    return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
+
+def _check_target(target: Path, source: Path) -> None:
+    if target.exists():
+        raise UserError(f"{target}: exists already, and is not the result of this conversion; choose another folder")
+    if target.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"{target}: lies inside the source, which is never touched; choose another folder")
+
+
+def check_room(folder: Path, needed: int) -> None:
+    """A disk that is too small is better known at once.
+
+    Raises:
+      UserError: it has fewer than `needed` bytes left.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(f"{folder}: needs {needed / 1e9:.1f} GB more, the disk has {free / 1e9:.1f} GB left")
+
+
+def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:
+    """Copies those of the files that are there."""
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with suppress(PackageNotFoundError):  # this package itself, in a checkout
+            found[name] = version(name)
+    return found
+
+
+def _stored_bytes(source: Source, pair: Pair, dtype: str | None) -> int:
+    name, entry = pair
+    return math.prod(entry.shape) * np.dtype(dtype or source.tensors[name].dtype).itemsize
