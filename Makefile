@@ -23,7 +23,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/sparsevlm ask --image $(PHOTO) --question "$(QUESTION)" $(ARGS)
 
 test: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

@@ -38,3 +38,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=ROOT / "tests" / "golden",
         help="folder of recorded traces for tests/test_golden.py (default: tests/golden)",
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several processes, what shares a computation stays together: tests of a recorded trace, or of a file."""
+    for item in items:
+        parameters = getattr(item, "callspec", None)
+        trace = parameters.params.get("lm_trace") if parameters else None
+        event = parameters.params.get("pruning_event") if parameters else None
+        shared = trace or (event and event[0]) or item.path
+        item.add_marker(pytest.mark.xdist_group(Path(shared).stem))

@@ -1,0 +1,247 @@
+"""Conversations: what both policies promise, against fresh runs of the same ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from sparsevlm_jax import Chat, Model, Sparsity, UserError, embed, load, make_plan, sparsity
+from sparsevlm_jax import chat as chat_module
+from sparsevlm_jax.checkpoint import GenerationDefaults
+from sparsevlm_jax.generate import generate_ids
+from sparsevlm_jax.processing import Processor
+from tests import hf, models
+
+KEEP_AT = ((0, 5),)
+V15, V20 = Sparsity.v15(keep_at=KEEP_AT), Sparsity.v20(keep_at=KEEP_AT, heads=2)
+QUESTIONS = (
+    "what is there in the picture, and where in all of it is that",
+    "why",
+)  # both turns lie in one bucket of lengths
+NEW, ROOM = 4, 64
+
+
+embedded = jax.jit(embed, static_argnames=("config", "plan"), compiler_options=models.QUICK)
+
+
+class Turn(NamedTuple):
+    """A question as it was asked, and where its answer stands in the conversation."""
+
+    question: str
+    start: int
+    stop: int
+
+
+@pytest.fixture(scope="module")
+def vicuna(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    loaded = load(hf.tiny_llava(tmp_path_factory.mktemp("chat"), layers=2))
+    return replace(loaded, generation=GenerationDefaults((), 0))  # no token ends an answer
+
+
+@pytest.fixture(scope="module")
+def model(vicuna: Model) -> Model:
+    """With a chat template; its prompts are short, so its programs are small."""
+    old = vicuna.processor
+    return replace(vicuna, processor=Processor(old.tokenizer, old.image_processor, hf.CHAT_TEMPLATE, vicuna.config))
+
+
+@pytest.fixture(scope="module")
+def picture() -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (56, 56, 3), np.uint8))
+
+
+def start_chat(
+    model: Model, images: Sequence[Image.Image], selection: str, pruning: Sparsity = V15, **other: Any
+) -> Chat:
+    settings = {"sparsity": pruning, "selection": selection, "max_new_tokens": NEW, "room": ROOM} | other
+    return Chat(model, images, **settings)
+
+
+def converse(chat: Chat, questions: Sequence[str] = QUESTIONS) -> list[Turn]:
+    turns = []
+    for question in questions:
+        if turns:
+            start = len(chat.ids) + len(chat.processor.next_turn(question))
+        else:
+            start = len(chat.processor([chat.images], [question]).ids[0])
+        answer = chat.ask(question)
+        assert answer == chat.processor.decode(chat.ids[start:])
+        turns.append(Turn(question, start, len(chat.ids)))
+    return turns
+
+
+def fresh_answer(chat: Chat, ids: np.ndarray) -> list[int]:
+    """To a conversation as one prompt, from pixels."""
+    pixels = chat.processor([chat.images], ["what"]).pixel_values
+    return generate_ids(
+        chat.model.params,
+        chat.model.config,
+        [ids],
+        pixels,
+        sparsity=chat.sparsity,
+        max_new_tokens=NEW,
+        end_tokens=chat.model.generation.eos_token_ids,
+    ).tokens[0]
+
+
+def predicted(chat: Chat, first_prompt: int) -> np.ndarray:
+    """The likeliest id behind every id from the first prompt's last on, decoded one by one on that prompt's cache."""
+    config, params = chat.model.config, chat.model.params
+    pixels = chat.processor([chat.images], ["what"]).pixel_values
+    visual = config.tokens_per_image * len(pixels)
+    plan = make_plan(chat.sparsity, config, visual, first_prompt - visual)
+    ids = jnp.asarray(chat.ids[None, :first_prompt])
+    batch = embedded(params, ids, jnp.array([first_prompt]), jnp.asarray(pixels), config=config, plan=plan)
+    forced = np.zeros((1, ROOM), np.int32)  # always as many: one program
+    forced[0, : len(chat.ids) - first_prompt] = chat.ids[first_prompt:]
+    logits, _ = models.forced_logits(params, config, plan, batch, forced)
+    return logits[0].argmax(-1)
+
+
+def check_answers(chat: Chat, turns: Sequence[Turn]) -> None:
+    """Every id of every answer was the likeliest, and an answer shorter than `NEW` ended with an end token."""
+    likeliest = predicted(chat, turns[0].start)
+    for turn in turns:
+        offset, length = turn.start - turns[0].start, turn.stop - turn.start
+        assert chat.ids[turn.start : turn.stop].tolist() == likeliest[offset : offset + length].tolist()
+        assert length == NEW or likeliest[offset + length] in chat.model.generation.eos_token_ids
+
+
+@pytest.mark.parametrize("pruning", [V15, sparsity("pool", keep=4)], ids=lambda s: s.method)
+def test_again_answers_as_a_fresh_run_of_the_conversation_from_pixels(
+    model: Model, picture: Image.Image, pruning: Sparsity
+) -> None:
+    chat = start_chat(model, [picture], "again", pruning)
+    for turn in converse(chat):
+        assert chat.ids[turn.start : turn.stop].tolist() == fresh_answer(chat, chat.ids[: turn.start])
+
+
+@pytest.mark.parametrize("pruning", [V15, V20], ids=lambda s: s.method)
+def test_first_answers_as_if_the_first_prompt_had_been_decoded_on(
+    model: Model, picture: Image.Image, pruning: Sparsity
+) -> None:
+    chat = start_chat(model, [picture], "first", pruning)
+    check_answers(chat, converse(chat, [*QUESTIONS, "is it a boat"]))
+
+
+def test_policies_agree_on_the_first_question(model: Model, picture: Image.Image) -> None:
+    again, first = (start_chat(model, [picture], selection) for selection in ("again", "first"))
+    assert again.ask(QUESTIONS[0]) == first.ask(QUESTIONS[0])
+    assert again.ids.tolist() == first.ids.tolist()
+
+
+def test_first_goes_on_behind_an_answer_that_ended_early(model: Model, picture: Image.Image) -> None:
+    chat = start_chat(model, [picture], "first")
+    (turn,) = converse(chat, QUESTIONS[:1])
+    end = int(chat.ids[turn.start + 1])
+    ending = replace(model, generation=GenerationDefaults((end,), 0))
+    chat = start_chat(ending, [picture], "first")
+    turns = converse(chat)
+    assert turns[0].stop - turns[0].start == 1, "the end token is no part of the conversation"
+    check_answers(chat, turns)
+
+
+def test_without_pictures_both_policies_answer_as_a_fresh_run(model: Model) -> None:
+    again, first = (start_chat(model, [], selection) for selection in ("again", "first"))
+    turns = converse(again)
+    assert converse(first) == turns
+    assert first.ids.tolist() == again.ids.tolist()
+    for turn in turns:
+        assert again.ids[turn.start : turn.stop].tolist() == fresh_answer(again, again.ids[: turn.start])
+
+
+@pytest.mark.parametrize("selection", ["again", "first"])
+def test_the_tower_runs_once(
+    model: Model, picture: Image.Image, selection: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded, seen = [], []
+    encode, run = chat_module._encode, chat_module.Run
+
+    def recorded_encode(*args: Any, **static: Any) -> Any:
+        encoded.append(encode(*args, **static))
+        return encoded[-1]
+
+    def recorded_run(*args: Any, **settings: Any) -> Any:
+        seen.append(args[3])
+        return run(*args, **settings)
+
+    monkeypatch.setattr(chat_module, "_encode", recorded_encode)
+    monkeypatch.setattr(chat_module, "Run", recorded_run)
+    converse(start_chat(model, [picture], selection))
+    assert len(encoded) == 1
+    assert all(pictures is encoded[0] for pictures in seen)
+    assert len(seen) == (2 if selection == "again" else 1)
+
+
+def test_the_template_frames_every_turn(model: Model, picture: Image.Image) -> None:
+    chat = start_chat(model, [picture], "again")
+    first, second = converse(chat)
+    assert chat.processor.decode(chat.ids[: first.start]) == f"USER: \n{QUESTIONS[0]} ASSISTANT:"
+    assert chat.processor.decode(chat.ids[first.stop : second.start]) == f"USER: {QUESTIONS[1]} ASSISTANT:"
+    assert (chat.ids == chat.model.config.image_token_id).sum() == chat.model.config.tokens_per_image
+
+
+def test_vicuna_turns_are_parted_by_the_end_token(vicuna: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def answer(self: Chat, ids: np.ndarray) -> SimpleNamespace:
+        asked.append(ids)
+        return SimpleNamespace(tokens=[[70, 71]])
+
+    monkeypatch.setattr(Chat, "_prefill", answer)
+    chat = start_chat(vicuna, [], "again")
+    converse(chat)
+    tokenizer = chat.processor.tokenizer
+    between = asked[1][len(asked[0]) + 2 :]
+    assert between[0] == tokenizer.eos_token_id
+    assert tokenizer.decode(between[1:]).strip() == f"USER: {QUESTIONS[1]} ASSISTANT:"
+
+
+@pytest.mark.parametrize("selection", ["again", "first"])
+def test_a_marker_in_a_later_question_is_refused(model: Model, picture: Image.Image, selection: str) -> None:
+    chat = start_chat(model, [picture], selection)
+    chat.ask(QUESTIONS[0])
+    refused(chat, "and in <image>", "<image> in a later question")
+
+
+def test_a_conversation_that_outgrows_the_cache_is_refused(model: Model, picture: Image.Image) -> None:
+    chat = start_chat(model, [picture], "first")
+    chat.ask(QUESTIONS[0])
+    refused(chat, "is it here or there " * 3, f"the cache has {ROOM}: raise room")
+    chat.ask(QUESTIONS[1])
+    other = start_chat(model, [picture], "first")
+    converse(other)
+    assert other.ids.tolist() == chat.ids.tolist(), "it goes on as if the question had not been asked"
+
+
+@pytest.mark.parametrize("selection", ["again", "first"])
+def test_a_conversation_that_outgrows_the_context_is_refused(
+    model: Model, picture: Image.Image, selection: str
+) -> None:
+    chat = start_chat(model, [picture], selection)
+    first = len(chat.processor([[picture]], [QUESTIONS[0]]).ids[0])
+    text = replace(model.config.text, max_position_embeddings=first + NEW + 5)
+    chat.model = replace(model, config=replace(model.config, text=text))
+    chat.ask(QUESTIONS[0])
+    refused(chat, QUESTIONS[1], f"the model's context of {first + NEW + 5}")
+
+
+def refused(chat: Chat, question: str, reason: str) -> None:
+    """The question is, and the conversation stays as it was."""
+    before = chat.ids.tolist()
+    with pytest.raises(UserError, match=reason):
+        chat.ask(question)
+    assert chat.ids.tolist() == before
+
+
+def test_an_unknown_selection_is_refused(model: Model) -> None:
+    with pytest.raises(UserError, match='selection is "last": expected again or first'):
+        start_chat(model, [], "last")
