@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import sparsevlm_jax as sv
 
 config = sv.tiny()  # or model = sv.load("path"); config, params = model.config, model.params
-params = sv.init_params(config, jax.random.key(0), jnp.dtype(jnp.float32))
+params = sv.init_params(config, jax.random.key(0), jnp.float32)
 visual, text, batch = config.tokens_per_image, 32, 8
 plan = sv.make_plan(sv.Sparsity.v15(keep_at=[(1, 8), (3, 4)]), config, visual, text)
 

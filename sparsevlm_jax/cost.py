@@ -53,7 +53,7 @@ def xla_flops(config: LlavaConfig, plan: Plan, text_tokens: int) -> float:
         )
     )
     run = partial(prefill, config=config, plan=plan, max_new_tokens=0)
-    return _flops(run, abstract_params(config, jnp.dtype(jnp.bfloat16)), prompt)
+    return _flops(run, abstract_params(config, jnp.bfloat16), prompt)
 
 
 def tower_xla_flops(config: LlavaConfig, plan: Plan) -> float:
@@ -61,7 +61,7 @@ def tower_xla_flops(config: LlavaConfig, plan: Plan) -> float:
     vision = config.vision
     pixels = jax.ShapeDtypeStruct((1, vision.num_channels, vision.image_size, vision.image_size), jnp.bfloat16)
     run = partial(encode_images, config=config, plan=plan)
-    return _flops(run, abstract_params(config, jnp.dtype(jnp.bfloat16)), pixels)
+    return _flops(run, abstract_params(config, jnp.bfloat16), pixels)
 
 
 def _flops(function, *shapes) -> float:  # noqa: ANN001, ANN002

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsevlm_jax import sparsify
@@ -346,7 +347,7 @@ def prune(layer: Layer, sparsity: Sparsity, jitter: Array | None) -> tuple[Token
     return after, Event(stage.stop - 1, tokens, scores, selection, recycled, after)
 
 
-def init_params(config: LlavaConfig, key: Array, dtype: jnp.dtype) -> Params:
+def init_params(config: LlavaConfig, key: Array, dtype: DTypeLike) -> Params:
     """Random parameters, for tests and benchmarks."""
     shape = (1, config.vision.num_channels, config.vision.image_size, config.vision.image_size)
     ids, lengths = jnp.zeros((1, 2), jnp.int32), jnp.full((1,), 2, jnp.int32)
@@ -354,7 +355,7 @@ def init_params(config: LlavaConfig, key: Array, dtype: jnp.dtype) -> Params:
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
-def abstract_params(config: LlavaConfig, dtype: jnp.dtype) -> Params:
+def abstract_params(config: LlavaConfig, dtype: DTypeLike) -> Params:
     """Shapes and dtypes of the parameter tree, without making it."""
     return jax.eval_shape(lambda key: init_params(config, key, dtype), jax.random.key(0))
 

@@ -181,7 +181,7 @@ def test_uniform_leaves_no_gap_wider_than_its_stride() -> None:
         count = min(7, visual - 1)
         places = np.flatnonzero(row)
         assert len(places) == count
-        gaps = np.diff([-1, *places])
+        gaps = np.diff(places, prepend=-1)
         assert gaps.max() <= -(-visual // count) and gaps.min() >= visual // count
         assert places[-1] == visual - 1
 

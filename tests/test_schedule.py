@@ -316,9 +316,10 @@ def test_shrinking_takes_the_largest_grid_that_fits(method: str, pictures: int, 
             make_plan(settings, SEVEN_B, pictures * 576)
         return
     plan = make_plan(settings, SEVEN_B, pictures * 576)
-    assert plan.grid == isqrt(keep // pictures)
-    assert pictures * plan.grid**2 <= keep < pictures * (plan.grid + 1) ** 2
-    assert [(s.visual, s.keep) for s in plan.stages] == [(pictures * plan.grid**2, None)]
+    grid = isqrt(keep // pictures)
+    assert plan.grid == grid
+    assert pictures * grid**2 <= keep < pictures * (grid + 1) ** 2
+    assert [(s.visual, s.keep) for s in plan.stages] == [(pictures * grid**2, None)]
 
 
 def test_shrinking_needs_a_square_of_patches() -> None:
