@@ -34,7 +34,7 @@ class Prompt(NamedTuple):
     """Input embeddings of a batch, packed: the first `lengths` tokens of a row are valid, in order."""
 
     embeddings: Float[Array, "b l d"]
-    visual: Bool[Array, "b l"]
+    visual: Bool[Array, "b l"]  # False in the padding
     lengths: Int[Array, "b"]
     saliency: Float[Array, "b l"] | None = None  # for methods that rate by the tower's attention
 
@@ -110,7 +110,8 @@ class Llava(nn.Module):
 
     def embed(self, input_ids: Int[Array, "b l"], lengths: Int[Array, "b"], pictures: Pictures | None) -> Prompt:
         """See the function `embed`."""
-        visual = input_ids == self.config.image_token_id
+        valid = jnp.arange(input_ids.shape[1])[None, :] < lengths[:, None]
+        visual = (input_ids == self.config.image_token_id) & valid
         # The marker may lie outside the table (-200 in original LLaVA checkpoints).
         words = self.language_model.embed_tokens(jnp.clip(input_ids, 0, self.config.text.vocab_size - 1))
         if pictures is None:

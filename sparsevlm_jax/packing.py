@@ -43,8 +43,6 @@ def pack(rows: Sequence[np.ndarray], image_token_id: int) -> Packed:
     ids = np.zeros((len(rows), text + max(visual)), np.int32)
     for padded, row in zip(ids, rows, strict=True):
         padded[: len(row)] = row
-    # Padding must not look like a picture, whatever id the marker has.
-    ids[np.arange(ids.shape[1])[None, :] >= np.array([len(r) for r in rows])[:, None]] = 0 if image_token_id else 1
     return Packed(ids, np.array([len(row) for row in rows], np.int32), text, max(visual))
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsevlm_jax import Plan, Sparsity, decode_step, embed, make_plan, prefill, sparsity
+from sparsevlm_jax import Plan, Sparsity, decode_step, embed, init_params, make_plan, prefill, sparsity, tiny
 from sparsevlm_jax.decoding import Sampler, sample
 from sparsevlm_jax.generate import generate_ids, stream_ids
 from sparsevlm_jax.llava import Trace
@@ -399,3 +399,18 @@ def test_top_p_is_taken_after_the_temperature() -> None:
     """Hot enough, the likeliest two tokens no longer hold half of the mass."""
     assert np.count_nonzero(draws(1.0, 0.5)) == 2
     assert np.count_nonzero(draws(100.0, 0.5)) == 3
+
+
+def test_padding_with_the_marker_of_pictures_is_not_a_picture() -> None:
+    config = tiny()
+    params = init_params(config, jax.random.key(0), jnp.float32)
+    marker, words = config.image_token_id, 5
+    picture = [marker] * config.tokens_per_image
+    # The first row is text alone, padded with the marker.
+    rows = np.array([[1] * words + picture, [1] * 2 + picture + [1] * (words - 2)], np.int32)
+    lengths = jnp.array([words, rows.shape[1]])
+    pixels = jax.random.normal(jax.random.key(1), (1, 3, config.vision.image_size, config.vision.image_size))
+    prompt = embed(params, jnp.asarray(rows), lengths, pixels, config)
+    assert not prompt.visual[0].any()
+    alone = embed(params, jnp.asarray(rows[1:]), lengths[1:], pixels, config)
+    np.testing.assert_array_equal(prompt.embeddings[1], alone.embeddings[0])
