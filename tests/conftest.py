@@ -13,6 +13,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Most of a run is XLA compiling; a second run of the same programs reads them from here. Tracing is not cached.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# XLA's own passes run as for users; only LLVM does less, which halves the compiling. JAX_DISABLE_MOST_OPTIMIZATIONS=0
+# tests what users run to the last instruction.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis
 import jax

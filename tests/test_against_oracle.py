@@ -79,7 +79,7 @@ def test_library_agrees_with_the_oracle_on_random_prompts(name: str) -> None:
     plan = make_plan(sparsity, model, VISUAL, TEXT)
     program, weights, tally = run(model, plan), models.params(model), Counter[str]()
 
-    @settings(max_examples=15)
+    @settings(max_examples=12)
     @given(st.lists(rows(), min_size=ROWS, max_size=ROWS))
     def agrees(drawn: list[tuple[models.Row, int]]) -> None:
         batch = models.prompt([row for row, _ in drawn], text=TEXT, visual=VISUAL, seeds=[seed for _, seed in drawn])

@@ -227,11 +227,12 @@ def test_a_conversation_that_outgrows_the_context_is_refused(
     model: Model, picture: Image.Image, selection: str
 ) -> None:
     chat = start_chat(model, [picture], selection)
-    first = len(chat.processor([[picture]], [QUESTIONS[0]]).ids[0])
-    text = replace(model.config.text, max_position_embeddings=first + NEW + 5)
-    chat.model = replace(model, config=replace(model.config, text=text))
     chat.ask(QUESTIONS[0])
-    refused(chat, QUESTIONS[1], f"the model's context of {first + NEW + 5}")
+    context = len(chat.ids) + 5
+    chat.model = replace(
+        model, config=replace(model.config, text=replace(model.config.text, max_position_embeddings=context))
+    )
+    refused(chat, QUESTIONS[1], f"the model's context of {context}")
 
 
 def refused(chat: Chat, question: str, reason: str) -> None:
