@@ -140,7 +140,7 @@ class Chat:
     def _encode(self, pixel_values: np.ndarray) -> Pictures:
         config = self.model.config
         visual = len(pixel_values) * config.tokens_per_image
-        plan = make_plan(self.sparsity, config, visual) if False else None
+        plan = make_plan(self.sparsity, config, visual) if self.sparsity.method in SHRINKING else None
         return _encode(self.model.params, jnp.asarray(pixel_values), config=config, plan=plan)
 
 

@@ -22,10 +22,8 @@ from tests import hf, models
 
 KEEP_AT = ((0, 5),)
 V15, V20 = Sparsity.v15(keep_at=KEEP_AT), Sparsity.v20(keep_at=KEEP_AT, heads=2)
-QUESTIONS = (
-    "what is there in the picture, and where in all of it is that",
-    "why",
-)  # both turns lie in one bucket of lengths
+# The first one is so long that both turns lie in one bucket of lengths.
+QUESTIONS = ("what is there in the picture, and where in all of it is that", "why")
 NEW, ROOM = 4, 64
 
 
