@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,14 +14,23 @@ import jax
 import typer
 
 from convert import commands
-from sparsevlm_jax import demo, methods
-from sparsevlm_jax.checkpoint import Model, load
+from sparsevlm_jax.checkpoint import Model
 from sparsevlm_jax.config import PRESETS, LlavaConfig
 from sparsevlm_jax.cost import Cost, cost, tower_xla_flops
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.generate import Generation, pieces, require_processor, stream_ids
-from sparsevlm_jax.pictures import open_image
+from sparsevlm_jax.options import (
+    Aspect,
+    Images,
+    MaxNewTokens,
+    ModelOptions,
+    PruningOptions,
+    Seed,
+    require_readable,
+    spread_options,
+)
 from sparsevlm_jax.schedule import Plan, Sparsity, make_plan
+from sparsevlm_jax.units import in_bytes, in_si
 
 app = typer.Typer(
     help="LLaVA in JAX with SparseVLM: visual tokens are dropped and recycled while the decoder runs.",
@@ -30,67 +39,28 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Method = Annotated[str, typer.Option(metavar="NAME", help=f"One of {', '.join(methods.METHODS)}.")]
-Keep = Annotated[
-    int | None,
-    typer.Option(
-        metavar="N", help="Keep N equivalent visual tokens (mean over layers); default: a third, or as the method says."
-    ),
-]
-KeepAt = Annotated[
-    str | None,
-    typer.Option(metavar="L:K,...", help="After layer L (from 0; -1: before the first) keep K visual tokens."),
-]
-FlopsShare = Annotated[
-    float | None, typer.Option(metavar="S", help="Or a budget: this share of the dense decoder's FLOPs, as 0.5.")
-]
-CacheBytes = Annotated[
-    int | None, typer.Option(metavar="BYTES", help="Or a budget for keys and values, at two bytes a value.")
-]
-Scale = Annotated[float | None, typer.Option(metavar="A", help="v1 only: keep int(rank * A + B) tokens.")]
-Bias = Annotated[float | None, typer.Option(metavar="B", help="v1 only: see --scale.")]
-Heads = Annotated[int | None, typer.Option(metavar="N", min=1, help="v2.0 only: heads to select; default: 14.")]
 Json = Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")]
-
-FLOPS_UNITS = ("", "k", "M", "G", "T", "P")
-BYTES_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 @app.command()
+@spread_options
 def ask(
+    *,
     question: Annotated[
         list[str], typer.Option(metavar="TEXT", help="Repeat it for a batch of questions about the same pictures.")
     ],
-    image: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="A picture; repeat it for several, leave it out for none.")
-    ] = None,
-    model: Annotated[str | None, typer.Option(metavar="DIR_OR_HF_ID", help="Default: the embedded demo model.")] = None,
-    revision: Annotated[str | None, typer.Option(metavar="R", help="Branch, tag or commit of a hub id.")] = None,
-    method: Method = "v1.5",
-    keep: Keep = None,
-    keep_at: KeepAt = None,
-    flops_share: FlopsShare = None,
-    cache_bytes: CacheBytes = None,
-    scale: Scale = None,
-    bias: Bias = None,
-    heads: Heads = None,
-    max_new_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="The longest answer.")] = 128,
+    image: Images = None,
+    source: ModelOptions,
+    pruning: PruningOptions,
+    max_new_tokens: MaxNewTokens = 128,
     temperature: Annotated[
         float, typer.Option(metavar="T", help="0 takes the likeliest token; above, it samples.")
     ] = 0.0,
     top_p: Annotated[
         float, typer.Option(metavar="P", help="Sample from the smallest set of tokens of this probability.")
     ] = 1.0,
-    seed: Annotated[
-        int, typer.Option(metavar="S", min=0, max=2**32 - 1, help="Of sampling, and of --method random.")
-    ] = 0,
-    aspect: Annotated[
-        str | None,
-        typer.Option(metavar="pad|crop", help="How pictures become square; default: as the checkpoint says."),
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(metavar="D", help="float32, bfloat16 or float16; default: the checkpoint's.")
-    ] = None,
+    seed: Seed = 0,
+    aspect: Aspect = None,
     ladder: Annotated[
         bool,
         typer.Option("--ladder", help="v1 only: run stages as programs of their own, as short as this prompt needs."),
@@ -99,25 +69,11 @@ def ask(
     as_json: Json = False,
 ) -> None:
     """Answers a question about pictures."""
-    sparsity = _sparsity(
-        method,
-        keep,
-        keep_at,
-        flops_share,
-        cache_bytes,
-        scale=scale,
-        bias=bias,
-        heads=heads,
-        seed=seed,
-        ladder=ladder or None,
-    )
+    sparsity = pruning.sparsity(seed=seed, ladder=ladder or None)
     if stream and (len(question) > 1 or as_json):
         raise UserError("--stream prints one answer as text: give one --question and no --json")
-    if not all(_is_text(q) for q in question):
-        raise UserError("--question: not text in this terminal's encoding, which should be UTF-8")
-    for picture in image or []:
-        open_image(picture)  # a wrong name should not cost the time to load a model
-    loaded = load(demo.path() if model is None else model, revision=revision, dtype=dtype)
+    require_readable(image or [], question)
+    loaded = source.load()
     processor = require_processor(loaded)
     inputs = processor([image or []] * len(question), question, aspect)
     instalments = stream_ids(
@@ -145,28 +101,23 @@ def ask(
     else:
         print("" if stream else "\n".join(answers))
     # After the answer, so that a run that fails says one thing only.
-    if model is None and not demo.IS_TRAINED:
+    if source.answers_noise:
         _note("the embedded model has random weights: its answer is noise")
     _note(_summary(result))
 
 
 @app.command()
+@spread_options
 def plan(
+    *,
     model: Annotated[str, typer.Option(metavar="NAME_OR_DIR", help=f"{', '.join(PRESETS)}, or a folder.")],
-    method: Method = "v1.5",
-    keep: Keep = None,
-    keep_at: KeepAt = None,
-    flops_share: FlopsShare = None,
-    cache_bytes: CacheBytes = None,
-    scale: Scale = None,
-    bias: Bias = None,
-    heads: Heads = None,
+    pruning: PruningOptions,
     images: Annotated[int, typer.Option(metavar="N", min=1, help="Pictures in the prompt.")] = 1,
     text_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="All tokens that are not visual.")] = 118,
     as_json: Json = False,
 ) -> None:
     """Shows what a schedule keeps and what it costs, against dense. Needs no weights."""
-    sparsity = _sparsity(method, keep, keep_at, flops_share, cache_bytes, scale=scale, bias=bias, heads=heads)
+    sparsity = pruning.sparsity()
     if model not in PRESETS and not Path(model).exists():
         raise UserError(f"--model {model}: neither a folder nor one of {', '.join(PRESETS)}")
     config = PRESETS[model]() if model in PRESETS else LlavaConfig.from_file(model)
@@ -177,7 +128,7 @@ def plan(
     if as_json:
         report = {
             "model": model,
-            "method": method,
+            "method": pruning.method,
             "text_tokens": text_tokens,
             "dense": _plan_report(dense) | asdict(dense_cost),
             "pruned": _plan_report(pruned) | asdict(pruned_cost),
@@ -229,45 +180,6 @@ def _keep_compiled_programs() -> None:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsevlm_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-def _sparsity(
-    method: str,
-    keep: int | None,
-    keep_at: str | None,
-    flops_share: float | None,
-    cache_bytes: int | None,
-    **settings: float | int | None,
-) -> Sparsity:
-    """The settings that the options ask for.
-
-    Raises:
-      UserError: more than one budget, or one that is malformed or not the method's.
-    """
-    budgets = {"keep": keep, "keep_at": keep_at, "flops_share": flops_share, "cache_bytes": cache_bytes}
-    given = [f"--{name.replace('_', '-')}" for name, value in budgets.items() if value is not None]
-    if len(given) > 1:
-        raise UserError(f"{' and '.join(given)} are different budgets: give one of them")
-    return methods.sparsity(method, **budgets | {"keep_at": _parse_keep_at(keep_at)}, **settings)
-
-
-def _is_text(argument: str) -> bool:
-    """False where the argument has bytes that Python could not decode."""
-    try:
-        argument.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _parse_keep_at(text: str | None) -> tuple[tuple[int, int], ...] | None:
-    if text is None:
-        return None
-    try:
-        pairs = [part.split(":") for part in text.split(",")]
-        return tuple((int(layer), int(count)) for layer, count in pairs)
-    except ValueError:
-        raise UserError(f'--keep-at "{text}": expected LAYER:COUNT,LAYER:COUNT,... as in 2:300,6:200,15:110') from None
 
 
 def _plan_report(plan: Plan) -> dict[str, Any]:
@@ -326,10 +238,10 @@ def _print_plan(plan: Plan, cost: Cost, dense: Plan, dense_cost: Cost, tower: fl
     from rich.console import Console
     from rich.table import Table
 
-    def against(what: str, step: int, units: tuple[str, ...], of: str = "") -> str:
+    def against(what: str, scaled: Callable[[float | int], str], of: str = "") -> str:
         value, whole = getattr(cost, what), getattr(dense_cost, what)
         change = f"{abs(1 - value / whole):.1%} {'more' if value > whole else 'less'}"
-        return f"{_scaled(value, step, units)}{of} (dense {_scaled(whole, step, units)}, {change})"
+        return f"{scaled(value)}{of} (dense {scaled(whole)}, {change})"
 
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     stages = Table("layers", "visual tokens entering", "kept", "merged", "standing after")
@@ -346,16 +258,11 @@ def _print_plan(plan: Plan, cost: Cost, dense: Plan, dense_cost: Cost, tower: fl
     for name, value in (
         ("equivalent tokens (standing after a layer)", f"{plan.equivalent_tokens():.2f} of {dense.visual_tokens}"),
         ("tokens entering a layer, which is what costs", f"{plan.entering_tokens():.2f} of {dense.visual_tokens}"),
-        ("FLOPs by the paper's formula", against("paper_flops", 1000, FLOPS_UNITS, " multiply-adds")),
-        ("FLOPs of the program, by XLA", against("xla_flops", 1000, FLOPS_UNITS, ", two per multiply-add")),
-        ("vision tower and projector, by XLA", f"{_scaled(tower, 1000, FLOPS_UNITS)}, in addition"),
-        ("keys and values, 16 bit", against("cache_bytes", 1024, BYTES_UNITS)),
+        ("FLOPs by the paper's formula", against("paper_flops", in_si, " multiply-adds")),
+        ("FLOPs of the program, by XLA", against("xla_flops", in_si, ", two per multiply-add")),
+        ("vision tower and projector, by XLA", f"{in_si(tower)}, in addition"),
+        ("keys and values, 16 bit", against("cache_bytes", in_bytes)),
         ("other tokens in the prompt", str(text_tokens)),
     ):
         facts.add_row(name, value)
     console.print(facts)
-
-
-def _scaled(value: float | int, step: int, units: tuple[str, ...]) -> str:
-    power = min(int(math.log(max(value, 1), step)), len(units) - 1)
-    return f"{value / step**power:.2f} {units[power]}"

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from sparsevlm_jax import cli, demo
+from sparsevlm_jax import cli, demo, options
 from sparsevlm_jax.methods import METHODS
 
 PHOTO = str(demo.photo())
@@ -260,7 +260,7 @@ def test_decompression_bomb_is_an_error(ask, tmp_path):
 
 
 def test_bad_picture_is_found_before_the_model_is_loaded(ask, monkeypatch):
-    monkeypatch.setattr(cli, "load", lambda *_, **__: pytest.fail("loads the model"))
+    monkeypatch.setattr(options, "load", lambda *_, **__: pytest.fail("loads the model"))
     assert "no such file" in error_of(ask("--image", "no-such.png"))
 
 
@@ -405,7 +405,7 @@ def test_interrupting_leaves_no_traceback(ask, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load", interrupted)
+    monkeypatch.setattr(options, "load", interrupted)
     assert ask() == (130, "", "")
 
 
@@ -413,7 +413,7 @@ def test_a_bug_keeps_its_traceback(ask, monkeypatch):
     def buggy(*_, **__):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(cli, "load", buggy)
+    monkeypatch.setattr(options, "load", buggy)
     with pytest.raises(RuntimeError, match="a bug"):
         ask()
 
