@@ -1,0 +1,1 @@
+"""XLA against PyTorch: what pruning gives on this machine, measured."""
