@@ -1,0 +1,1 @@
+"""How the embedded demo model was made: scenes, questions, objective, training, export. Not part of the wheel."""

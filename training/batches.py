@@ -1,0 +1,80 @@
+"""Batches of scenes and questions as arrays. A batch is a function of seed and step, so training can stop anywhere."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from training.questions import Question, ask_some
+from training.scenes import CELLS, GRID, PLACES, Scene, draw_scene, patch_mask
+from training.words import END, ID, PAD, VOCABULARY, encode
+
+Arrays = Any  # NumPy's on the host, JAX's in a program
+LONGEST = 11  # ids of the longest question with "assistant:", its answer and the end
+# CLIP's, as processors write them.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Batch(NamedTuple):
+    """Scenes and questions. m scenes, q questions of each, t ids, v patches, w words."""
+
+    pixels: Arrays  # float32 [m, 3, PIXELS, PIXELS], normalised
+    words: Arrays  # bool [m, v, w]: what can be said of each patch
+    present: Arrays  # bool [m, w]: what can be said of the scene
+    questions: Arrays  # int32 [m, q, t]: question, "assistant:", answer, end, padding
+    ends: Arrays  # int32 [m, q]: where "assistant:" stands
+    blind: Arrays  # bool [m, q]: "assistant:" and what follows cannot see the scene, only the question can
+
+
+def make_batch(seed: int, step: int, scenes: int, questions: int, most_digits: int) -> Batch:
+    """The training batch of a step.
+
+    Args:
+      seed, step: decide everything.
+      scenes, questions: how many scenes, and questions about each.
+      most_digits: scenes have from 1 to that many.
+    """
+    random = np.random.default_rng((seed, step))
+    drawn = [draw_scene(random, "train", int(random.integers(1, most_digits + 1))) for _ in range(scenes)]
+    asked = [question for scene in drawn for question in ask_some(scene, random, questions)]
+    ids, ends = zip(*map(_ids, asked), strict=True) if asked else ((), ())
+    words = np.stack([patch_words(scene) for scene in drawn])
+    return Batch(
+        pixels=np.stack([normalise(scene.pixels) for scene in drawn]),
+        words=words,
+        present=words.any(axis=1),
+        questions=np.asarray(ids, np.int32).reshape(scenes, questions, LONGEST),
+        ends=np.asarray(ends, np.int32).reshape(scenes, questions),
+        blind=random.random((scenes, questions)) < 0.5,
+    )
+
+
+def normalise(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [h, w, 3] to float32 [3, h, w] as the checkpoint's processor does."""
+    scaled = (pixels.astype(np.float32) / 255 - np.asarray(MEAN, np.float32)) / np.asarray(STD, np.float32)
+    return scaled.transpose(2, 0, 1)
+
+
+def patch_words(scene: Scene) -> np.ndarray:
+    """Which words of the vocabulary hold for each patch, bool [GRID², w].
+
+    A digit's patches are its value and its colour; every patch is its place.
+    """
+    words = np.zeros((GRID**2, len(VOCABULARY)), bool)
+    for digit in scene.digits:
+        mask = patch_mask((digit,))
+        words[mask, ID[str(digit.value)]] = True
+        words[mask, ID[digit.colour]] = True
+    centres = (np.arange(GRID) + 0.5) * CELLS / GRID
+    row, column = (axis.reshape(-1).astype(int) for axis in np.meshgrid(centres, centres, indexing="ij"))
+    for patch, cell in enumerate(row * CELLS + column):
+        words[patch, ID[PLACES[cell]]] = True
+    return words
+
+
+def _ids(question: Question) -> tuple[list[int], int]:
+    asked = encode(question.text)
+    ids = [*asked, ID["assistant:"], ID[question.answer], END]
+    return ids + [PAD] * (LONGEST - len(ids)), len(asked)

@@ -1,0 +1,74 @@
+"""The trained parameters as a Hugging Face LLaVA folder, 16 bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+from safetensors.numpy import save_file
+
+from sparsevlm_jax.llava import Params
+from sparsevlm_jax.weights import spec
+from training.batches import MEAN, STD
+from training.model import CONFIG
+from training.scenes import PIXELS
+from training.words import BEGIN, CHAT_TEMPLATE, END, PAD, SPECIAL, UNKNOWN, tokenizer
+
+DTYPE = np.float16
+
+
+def export(params: Params, folder: Path) -> None:
+    """Writes config.json, weights, tokenizer and processor files; what was there is replaced."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in _json_files().items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / "tokenizer.json").write_text(tokenizer().to_str(pretty=True) + "\n", encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    leaves = traverse_util.flatten_dict(params)
+    tensors = {
+        name: np.ascontiguousarray(entry.to_hf(np.asarray(leaves[entry.path])).astype(DTYPE))
+        for name, entry in spec(params).items()
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _json_files() -> dict[str, dict[str, Any]]:
+    ends = {"bos_token_id": BEGIN, "eos_token_id": END, "pad_token_id": PAD}
+    image_processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": PIXELS},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": PIXELS, "width": PIXELS},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": MEAN,
+        "image_std": STD,
+        "do_convert_rgb": True,
+    }
+    return {
+        "config.json": CONFIG,
+        "generation_config.json": ends,
+        "preprocessor_config.json": image_processor,
+        "processor_config.json": {
+            "processor_class": "LlavaProcessor",
+            "patch_size": CONFIG["vision_config"]["patch_size"],
+            "vision_feature_select_strategy": CONFIG["vision_feature_select_strategy"],
+            "num_additional_image_tokens": 1,
+            "image_token": "<image>",
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": SPECIAL[BEGIN],
+            "eos_token": SPECIAL[END],
+            "pad_token": SPECIAL[PAD],
+            "unk_token": SPECIAL[UNKNOWN],
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": CONFIG["text_config"]["max_position_embeddings"],
+        },
+    }

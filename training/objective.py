@@ -1,0 +1,145 @@
+"""What is minimised: word-patch alignment, and answers to questions packed behind their scene.
+
+Axis letters: m scenes, q questions of a scene, t ids of a question, p prefix (two words and the v visual tokens),
+n heads, h head dim, d width, w words of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from sparsevlm_jax.config import LlavaConfig
+from sparsevlm_jax.llava import Llava, Params
+from training.batches import Batch
+from training.words import BEGIN, END, ID
+
+PREFIX_WORDS = (BEGIN, ID["user:"])  # in front of the picture
+RARE = 4.0  # weight of a word that holds for a patch against one that does not: few do
+MASKED = -1e30  # a finite stand-in for -inf, whose gradients are numbers
+OFFSET = 5.0  # subtracted from word-patch products: unrelated pairs need not be pushed far below zero
+
+
+class Losses(NamedTuple):
+    """Means over a batch."""
+
+    alignment: Float[Array, ""]
+    presence: Float[Array, ""]
+    answer: Float[Array, ""]
+    accuracy: Float[Array, ""]
+    blind_accuracy: Float[Array, ""]  # where only the question's words see the scene
+
+
+def losses(params: Params, config: LlavaConfig, batch: Batch, with_questions: bool) -> Losses:
+    """Losses of a batch.
+
+    alignment: binary cross-entropy of (projected patch · word embedding - OFFSET), over all patches and words. It
+    stands in for CLIP's pretraining and LLaVA's first stage. presence: the same for the projected class token and
+    the whole scene, which gives the class token something to look for, as CLIP's objective does.
+    answer: cross-entropy of the answer and the end token; 0 without questions.
+    """
+    model = Llava(config)
+    return model.apply({"params": params}, batch, with_questions, method=_losses)  # pyright: ignore[reportReturnType]
+
+
+def _losses(model: Llava, batch: Batch, with_questions: bool) -> Losses:
+    features, _ = model.vision_tower(batch.pixels)
+    projected = model.multi_modal_projector(features)
+    table = model.language_model.embed_tokens.embedding
+    scores = jnp.einsum("mvd,wd->mvw", projected, table) - OFFSET
+    alignment = _weighted(scores[:, 1:], batch.words)
+    presence = _weighted(scores[:, :1], batch.present[:, None])
+    if not with_questions:
+        zero = jnp.zeros(())
+        return Losses(alignment, presence, zero, zero, zero)
+    logits = answer_logits(model, projected[:, 1:], batch.questions, batch.ends, batch.blind)
+    answers = jnp.take_along_axis(batch.questions, batch.ends[:, :, None] + 1, axis=2)
+    targets = jnp.concatenate([answers, jnp.full_like(answers, END)], axis=2)
+    answer = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    right = (jnp.argmax(logits[:, :, 0], axis=-1) == answers[:, :, 0]).astype(jnp.float32)
+    return Losses(
+        alignment=alignment,
+        presence=presence,
+        answer=jnp.mean(answer),
+        accuracy=jnp.mean(right),
+        blind_accuracy=jnp.mean(right, where=batch.blind),
+    )
+
+
+def answer_logits(
+    model: Llava,
+    visual: Float[Array, "m v d"],
+    questions: Int[Array, "m q t"],
+    ends: Int[Array, "m q"],
+    blind: Bool[Array, "m q"],
+) -> Float[Array, "m q 2 w"]:
+    """Logits behind "assistant:" and behind the answer, for all questions of a scene in one pass.
+
+    Each question stands at the positions it would have alone behind the picture and sees the prefix and itself: ten
+    times the throughput of a question at a time.
+    """
+    decoder, (scenes, count, length) = model.language_model, questions.shape
+    words = jnp.broadcast_to(jnp.asarray(PREFIX_WORDS)[None], (scenes, len(PREFIX_WORDS)))
+    asked = decoder.embed_tokens(questions).reshape(scenes, count * length, -1)
+    hidden = jnp.concatenate([decoder.embed_tokens(words), visual, asked], axis=1)
+    prefix = hidden.shape[1] - asked.shape[1]
+    places = jnp.concatenate([jnp.arange(prefix), prefix + jnp.tile(jnp.arange(length), count)])
+    positions = jnp.broadcast_to(places[None], hidden.shape[:2])
+    answering = jnp.arange(length)[None, None, :] >= ends[:, :, None]
+    sees_scene = ~(answering & blind[:, :, None])
+
+    def attend_packed(query: Array, key: Array, value: Array) -> tuple[Array, None]:
+        return _attend_packed(query, key, value, prefix, sees_scene), None
+
+    for layer in decoder.layers:
+        hidden, _ = layer(hidden, positions, attend_packed)
+    asked = hidden[:, prefix:].reshape(scenes, count, length, -1)
+    last = ends[:, :, None] + jnp.arange(2)[None, None, :]
+    return decoder.logits(jnp.take_along_axis(asked, last[..., None], axis=2))
+
+
+def _attend_packed(
+    query: Float[Array, "m l n h"],
+    key: Float[Array, "m l n h"],
+    value: Float[Array, "m l n h"],
+    prefix: int,
+    sees_scene: Bool[Array, "m q t"],
+) -> Float[Array, "m l n h"]:
+    """Causal attention of the prefix, and of every question over the prefix and itself under one softmax.
+
+    The two parts of a question's softmax are never put side by side: on CPUs that costs more than the products.
+    """
+    scenes, count, length = sees_scene.shape
+    query, key, value = (x.swapaxes(1, 2) for x in (query * query.shape[-1] ** -0.5, key, value))
+    heads, prefix_key, prefix_value = query.shape[1], key[:, :, :prefix], value[:, :, :prefix]
+    own = (scenes, heads, count, length)
+    own_query, own_key, own_value = (x[:, :, prefix:].reshape(*own, -1) for x in (query, key, value))
+
+    causal = jnp.tril(jnp.ones((prefix, prefix), bool))[None, None]
+    within = jnp.einsum("mnph,mnsh->mnps", query[:, :, :prefix], prefix_key)
+    within = jax.nn.softmax(jnp.where(causal, within, MASKED), axis=-1)
+    first = jnp.einsum("mnps,mnsh->mnph", within, prefix_value)
+
+    is_scene = (jnp.arange(prefix) >= len(PREFIX_WORDS))[None, None, None]
+    visible = sees_scene.reshape(scenes, 1, count * length, 1) | ~is_scene
+    to_prefix = jnp.einsum("mnlh,mnph->mnlp", query[:, :, prefix:], prefix_key)
+    to_prefix = jnp.where(visible, to_prefix, MASKED)
+    causal = jnp.tril(jnp.ones((length, length), bool))[None, None, None]
+    to_own = jnp.where(causal, jnp.einsum("mnqth,mnqsh->mnqts", own_query, own_key), MASKED)
+    most = jnp.maximum(jnp.max(to_prefix, axis=-1), jnp.max(to_own, axis=-1).reshape(to_prefix.shape[:-1]))
+    most = jax.lax.stop_gradient(most)
+    to_prefix, to_own = jnp.exp(to_prefix - most[..., None]), jnp.exp(to_own - most.reshape(own)[..., None])
+    total = jnp.sum(to_prefix, axis=-1) + jnp.sum(to_own, axis=-1).reshape(most.shape)
+    rest = jnp.einsum("mnqts,mnqsh->mnqth", to_own, own_value).reshape(scenes, heads, count * length, -1)
+    rest = (rest + jnp.einsum("mnlp,mnph->mnlh", to_prefix, prefix_value)) / total[..., None]
+    return jnp.concatenate([first, rest], axis=2).swapaxes(1, 2)
+
+
+def _weighted(scores: Float[Array, "m v w"], holds: Bool[Array, "m v w"]) -> Float[Array, ""]:
+    """Binary cross-entropy, summed over words, those that hold weighted up."""
+    entropy = optax.sigmoid_binary_cross_entropy(scores, jnp.asarray(holds, jnp.float32))
+    return jnp.mean(jnp.sum(jnp.where(holds, RARE, 1.0) * entropy, axis=-1))

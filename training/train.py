@@ -1,0 +1,115 @@
+"""Trains the demo model: `python -m training.train OUT`. The same command after a kill goes on from a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from training.batches import Batch, make_batch
+from training.export import export
+from training.log import Log, draw_curves
+from training.model import config, start
+from training.stages import STAGES, Stage, State, begin, make_step
+
+SAVE_EVERY = 200  # steps; a multiple of log.LOG_EVERY, so that a mean of losses never spans a restart
+
+
+def train(
+    folder: Path,
+    stages: Sequence[Stage] = STAGES,
+    *,
+    seed: int = 0,
+    save_every: int = SAVE_EVERY,
+    stop: int | None = None,
+) -> State:
+    """Trains from the last checkpoint in `folder`, or from the beginning.
+
+    Writes `log.jsonl` and checkpoints into `folder`. A batch is a function of seed and step, and a stage's start one of
+    the state before it, so a run that was stopped gives the losses of one that was not.
+
+    Args:
+      stages: what to train, one after the other.
+      seed: of parameters and batches.
+      save_every: steps from one checkpoint to the next, a multiple of log.LOG_EVERY.
+      stop: end after that many steps, as a kill would.
+
+    Returns:
+      The state after the last step.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    model = config()
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(_checkpoints(folder, save_every))
+        done = checkpoints.latest.step if checkpoints.latest else 0
+        log = stack.enter_context(Log(folder / "log.jsonl", done, sum(stage.steps for stage in stages)))
+        state, first = State(start(model, seed), ()), 0
+        for stage in stages:
+            last = first + stage.steps
+            state = begin(stage, model, state.params, seed)
+            if first < done <= last:
+                state = checkpoints.load_pytree(done, jax.eval_shape(lambda state: state, state))
+            step = make_step(model, stage)
+            for number, batch in _batches(stage, seed, first, range(max(done, first), last)):
+                state, losses = step(state, batch)
+                log.add(number + 1, stage, losses)
+                checkpoints.save_pytree(number + 1, state)
+                if number + 1 == stop:
+                    return state
+            first = last
+    return state
+
+
+def _checkpoints(folder: Path, every: int) -> ocp.training.Checkpointer:
+    saving, keeping = ocp.training.save_decision_policies, ocp.training.preservation_policies
+    return ocp.training.Checkpointer(
+        str(folder.resolve() / "checkpoints"),
+        # Orbax's own policies do not fit its protocols by their annotations.
+        save_decision_policy=saving.FixedIntervalPolicy(every),  # pyright: ignore[reportArgumentType]
+        preservation_policy=keeping.LatestN(2),  # pyright: ignore[reportArgumentType]
+    )
+
+
+def _batches(stage: Stage, seed: int, first: int, steps: range) -> Iterator[tuple[int, Batch]]:
+    """The stage's batches, each made while the one before it is learned from."""
+
+    def make(step: int) -> Batch:
+        return make_batch(seed, step, stage.scenes, stage.questions, stage.most_digits(step - first))
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(make, steps.start) if steps else None
+        for step in steps:
+            assert ahead is not None
+            batch = ahead.result()
+            ahead = pool.submit(make, step + 1)
+            yield step, batch
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m training.train", description=__doc__)
+    parser.add_argument("out", type=Path, help="folder for log, checkpoints and, at the end, the model")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    state = train(options.out, seed=options.seed)
+    export(state.params, options.out / "model")
+    draw_curves(options.out / "log.jsonl", options.out / "curves.png")
+    environment = {
+        "command": f"python -m training.train OUT --seed {options.seed}",
+        "python": platform.python_version(),
+        "processor": f"{platform.machine()}, {os.cpu_count()} cores",
+        **{name: version(name) for name in ("jax", "flax", "optax", "numpy", "scikit-learn", "pillow")},
+    }
+    (options.out / "run.json").write_text(json.dumps(environment, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""The demo model's tokenizer: a word is a token, and the words are those of the questions and answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from training.questions import ANSWERS
+
+SPECIAL = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
+UNKNOWN, BEGIN, END, PAD, IMAGE = range(len(SPECIAL))
+TURNS = ("user:", "assistant:")
+FUNCTION_WORDS = (
+    *("what", "which", "where", "how", "many", "is", "are", "at", "the", "there", "a"),
+    *("digit", "digits", "colour"),
+)
+WORDS = (*TURNS, *FUNCTION_WORDS, *ANSWERS)
+VOCABULARY = (*SPECIAL, *WORDS)
+ID = {word: number for number, word in enumerate(VOCABULARY)}
+# Roles as the words above; pictures before the question, as everywhere in the training set.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: "
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} "
+    "{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def encode(text: str) -> list[int]:
+    """Ids of a question, as the tokenizer gives them."""
+    return [ID[word] for word in text.rstrip("?").split()]
+
+
+def tokenizer() -> Any:
+    """The same as a `tokenizers.Tokenizer`: lower case, punctuation left out, unknown words as `<unk>`."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+    tokenizer = Tokenizer(models.WordLevel(dict(ID), unk_token=SPECIAL[UNKNOWN]))
+    tokenizer.normalizer = normalizers.Sequence(
+        [
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"[?.!,]"), " "),
+            normalizers.Replace(Regex(r"\bcolor\b"), "colour"),
+            normalizers.Replace(Regex(r"\bcenter\b"), "centre"),
+        ]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BEGIN)])
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(list(SPECIAL))
+    return tokenizer
