@@ -18,6 +18,7 @@ from sparsevlm_jax.checkpoint import Model
 from sparsevlm_jax.config import PRESETS, LlavaConfig
 from sparsevlm_jax.cost import Cost, cost, tower_xla_flops
 from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.explain.command import explain
 from sparsevlm_jax.generate import Generation, pieces, require_processor, stream_ids
 from sparsevlm_jax.options import (
     Aspect,
@@ -26,6 +27,7 @@ from sparsevlm_jax.options import (
     ModelOptions,
     PruningOptions,
     Seed,
+    note,
     require_readable,
     spread_options,
 )
@@ -101,9 +103,8 @@ def ask(
     else:
         print("" if stream else "\n".join(answers))
     # After the answer, so that a run that fails says one thing only.
-    if source.answers_noise:
-        _note("the embedded model has random weights: its answer is noise")
-    _note(_summary(result))
+    source.warn_of_noise()
+    note(_summary(result))
 
 
 @app.command()
@@ -139,6 +140,7 @@ def plan(
         _print_plan(pruned, pruned_cost, dense, dense_cost, tower, text_tokens)
 
 
+app.command()(explain)
 app.command()(commands.convert)
 app.command()(commands.inspect)
 
@@ -166,12 +168,8 @@ def main() -> None:
 
 
 def _fail(message: str) -> int:
-    _note("error: " + " ".join(message.split()))
+    note("error: " + " ".join(message.split()))
     return 2
-
-
-def _note(message: str) -> None:
-    print(f"sparsevlm: {message}", file=sys.stderr)
 
 
 def _keep_compiled_programs() -> None:

@@ -6,6 +6,7 @@ A command under `spread_options` names a group as one parameter and gets it as o
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
@@ -43,10 +44,10 @@ class ModelOptions:
     def load(self) -> Model:
         return load(demo.path() if self.model is None else self.model, revision=self.revision, dtype=self.dtype)
 
-    @property
-    def answers_noise(self) -> bool:
-        """The embedded model is asked, and nobody has trained it."""
-        return self.model is None and not demo.IS_TRAINED
+    def warn_of_noise(self) -> None:
+        """Says so where the embedded model has answered and nobody has trained it."""
+        if self.model is None and not demo.IS_TRAINED:
+            note("the embedded model has random weights: its answer is noise")
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,11 @@ def spread_options(command: Callable[..., None]) -> Callable[..., None]:
     spread = [option for name, own in signature.parameters.items() for option in options.get(name, [own])]
     vars(run)["__signature__"] = signature.replace(parameters=spread)
     return run
+
+
+def note(message: str) -> None:
+    """A line about the run, on stderr."""
+    print(f"sparsevlm: {message}", file=sys.stderr)
 
 
 def require_readable(images: Sequence[Path], questions: Sequence[str]) -> None:

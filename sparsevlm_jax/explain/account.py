@@ -1,0 +1,178 @@
+"""What an explanation says in words and numbers; the page and the sheet lay it out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple
+
+from sparsevlm_jax.cost import xla_flops
+from sparsevlm_jax.explain.record import Explanation, Pruning, Stage, first_difference
+from sparsevlm_jax.explain.words import pieces
+from sparsevlm_jax.generate import Generation, require_processor
+from sparsevlm_jax.methods import METHODS
+from sparsevlm_jax.schedule import cache_bytes, paper_flops
+from sparsevlm_jax.units import in_bytes, in_si
+
+LISTENING = ("v1", "v1.5", "v2.0")  # methods whose scores come from the raters
+END = "end of the answer"
+
+
+class Answer(NamedTuple):
+    """An answer, and where it parts from the other: `same`, then `differs` (empty where it does not), then `rest`."""
+
+    text: str
+    same: str
+    differs: str
+    rest: str
+
+
+class Saving(NamedTuple):
+    """One quantity, pruned and dense, and how much less that is."""
+
+    name: str
+    pruned: str
+    dense: str
+    change: str
+
+
+class StageCost(NamedTuple):
+    """What a stage's layers take in and cost; multiply-adds by the paper's formula, keys and values in 16 bit."""
+
+    layers: str
+    patches: int  # visual tokens that are one patch, or the class token, as it was
+    merged: int
+    text: int
+    multiply_adds: str
+    cache: str
+
+
+def stage_name(stage: Stage) -> str:
+    """Which layers the stage is, counted from 0."""
+    start, stop = stage.plan.start, stage.plan.stop
+    if start == stop:
+        return "Before the first layer" if start == 0 else "Behind the last layer"
+    return f"Layer {start}" if stop == start + 1 else f"Layers {start} to {stop - 1}"
+
+
+def entering(stage: Stage) -> str:
+    """What enters, as a sentence."""
+    merged = merged_tokens(stage)
+    parts = f": {stage.visual - merged} as they were and {merged} merged" if merged else ""
+    return f"{_count(stage.visual, 'visual token')}{parts}"
+
+
+def merged_tokens(stage: Stage) -> int:
+    """Merged tokens that enter."""
+    return len(set(stage.fates[stage.fates > 0].tolist()))
+
+
+def outcome(pruning: Pruning) -> str:
+    """What a pruning layer did, as a sentence."""
+    merged = f", {pruning.recycled} merged into {pruning.merged}" if pruning.merged else ""
+    return f"{pruning.kept} kept{merged}, {pruning.dropped} dropped"
+
+
+def scored_by(explanation: Explanation) -> str:
+    """How the method scores, in its own words."""
+    method = METHODS[explanation.pruned.plan.sparsity.method]
+    said = (inspect.getdoc(method.score) if method.score else None) or method.source
+    return said.splitlines()[0].rstrip(".")
+
+
+def answers(explanation: Explanation) -> tuple[Answer, Answer]:
+    """The dense and the pruned answer."""
+    dense, pruned = explanation.dense, explanation.pruned
+    at = first_difference(dense.tokens[0], pruned.tokens[0])
+    return _answer(explanation, dense, at), _answer(explanation, pruned, at)
+
+
+def verdict(explanation: Explanation) -> str:
+    """Whether the two answers are the same, and where they part."""
+    at = first_difference(explanation.dense.tokens[0], explanation.pruned.tokens[0])
+    if at is None:
+        return "Same answer, token for token."
+    dense, pruned = (f"“{answer.differs.strip()}”" for answer in answers(explanation))
+    return f"They part at token {at + 1}: {dense} dense, {pruned} pruned."
+
+
+def savings(explanation: Explanation) -> list[Saving]:
+    """Tokens, FLOPs by both conventions, and cache, over the whole decoder, pruned against dense."""
+    config, words = explanation.model.config, explanation.text_tokens
+    pruned, dense = explanation.pruned.plan, explanation.dense.plan
+    visual = [stage.visual for stage in explanation.stages]
+    lengths, whole = ([words + n for n in layers] for layers in (pruned.entering(visual), dense.entering()))
+    entered, flops, operations, held = (
+        (pruned.entering_tokens(visual), dense.visual_tokens),
+        tuple(paper_flops(config.text, n) for n in (lengths, whole)),
+        tuple(xla_flops(config, plan, words) for plan in (pruned, dense)),
+        tuple(cache_bytes(config.text, n, 2) for n in (lengths, whole)),
+    )
+    return [
+        _saving("Visual tokens entering a layer, on average", entered, lambda n: f"{n:.1f}".removesuffix(".0")),
+        _saving("Multiply-adds, by the paper's formula", flops, in_si),
+        _saving("FLOPs of the program, by XLA", operations, in_si),
+        _saving("Keys and values, 16 bit", held, in_bytes),
+    ]
+
+
+def stage_costs(explanation: Explanation) -> list[StageCost]:
+    """Costs of every stage that has layers."""
+    text, words = explanation.model.config.text, explanation.text_tokens
+    found = []
+    for stage in explanation.stages:
+        lengths = [words + stage.visual] * (stage.plan.stop - stage.plan.start)
+        if lengths:
+            merged = merged_tokens(stage)
+            flops, held = in_si(paper_flops(text, lengths)), in_bytes(cache_bytes(text, lengths, 2))
+            found.append(StageCost(stage_name(stage), stage.visual - merged, merged, words, flops, held))
+    return found
+
+
+def notes(explanation: Explanation) -> list[str]:
+    """What a reader has to know about this run to read it rightly."""
+    plan, method = explanation.pruned.plan, explanation.pruned.plan.sparsity.method
+    found = []
+    if plan.grid is not None:
+        found.append(
+            f"{method} drops no token: every picture enters as {plan.grid} × {plan.grid} larger cells, and all of them "
+            "go through every layer."
+        )
+    elif len(plan.stages) == 1:
+        found.append("Nothing is pruned here: every patch goes through every layer.")
+    elif method not in LISTENING:
+        found.append(
+            f"{method} does not ask the question's words: the marks on them show who would rate under SparseVLM. "
+            f"It ranks patches so: {scored_by(explanation)}."
+        )
+    if plan.sparsity.scale is not None:
+        found.append(
+            "v1 decides from the picture and the question how many tokens stay. The counts are those of this run; "
+            "XLA counts the program, which is made for the most that could stay."
+        )
+    if explanation.class_tokens:
+        found.append(
+            f"The tower's class token is a visual token too, {explanation.class_tokens} in all: it is counted, "
+            "but it is no patch and has no place in the picture."
+        )
+    return found
+
+
+def _answer(explanation: Explanation, generation: Generation, at: int | None) -> Answer:
+    processor, tokens = require_processor(explanation.model), generation.tokens[0]
+    text = processor.decode(tokens)
+    if at is None:
+        return Answer(text, text, "", "")
+    parts = pieces(tokens, processor)
+    differs = "".join(parts[at : at + 1]) or END
+    return Answer(text, "".join(parts[:at]).lstrip(), differs if at else differs.lstrip(), "".join(parts[at + 1 :]))
+
+
+def _saving(name: str, values: tuple[float | int, ...], show: Callable[[float | int], str]) -> Saving:
+    pruned, dense = values
+    change = "the same" if pruned == dense else f"{abs(1 - pruned / dense):.0%} {'more' if pruned > dense else 'less'}"
+    return Saving(name, show(pruned), show(dense), change)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,60 @@
+"""The command `sparsevlm explain`. What draws is imported when it runs."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparsevlm_jax import files
+from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.options import (
+    Aspect,
+    MaxNewTokens,
+    ModelOptions,
+    PruningOptions,
+    Seed,
+    require_readable,
+    spread_options,
+)
+
+
+@spread_options
+def explain(
+    *,
+    question: Annotated[str, typer.Option(metavar="TEXT", help="The question about the picture or pictures.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.html", help="The page to write.")],
+    image: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="A picture; repeat it for several in one prompt.")
+    ] = None,
+    png: Annotated[bool, typer.Option("--png", help="Also write the same as one picture, OUT.png.")] = False,
+    source: ModelOptions,
+    pruning: PruningOptions,
+    max_new_tokens: MaxNewTokens = 128,
+    seed: Seed = 0,
+    aspect: Aspect = None,
+) -> None:
+    """Shows on one page what was kept, merged and dropped of a picture, and why."""
+    from sparsevlm_jax.explain.page import render
+    from sparsevlm_jax.explain.record import explain as record
+    from sparsevlm_jax.explain.record import require_picture
+    from sparsevlm_jax.explain.sheet import draw_sheet
+
+    sparsity = pruning.sparsity(seed=seed)
+    if output.suffix not in (".html", ".htm"):
+        raise UserError(f"-o {output}: a page is written, give a name that ends in .html")
+    files.require_writable(output)
+    require_readable(image or [], [question])
+    require_picture(image or [])
+    explanation = record(source.load(), image or [], question, sparsity, max_new_tokens=max_new_tokens, aspect=aspect)
+    written = [output]
+    files.write(output, render(explanation).encode())
+    if png:
+        file = io.BytesIO()
+        draw_sheet(explanation).save(file, "PNG")
+        written.append(output.with_suffix(".png"))
+        files.write(written[-1], file.getvalue())
+    source.warn_of_noise()
+    print("\n".join(map(str, written)))

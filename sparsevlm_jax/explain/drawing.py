@@ -1,0 +1,138 @@
+"""Pictures of what was kept, merged and dropped, and of scores. NumPy and Pillow only.
+
+Kept patches are clear, merged ones tinted and numbered, dropped ones faded and struck through: no statement is made by
+colour alone.
+
+Axis letters: g patches per side, S pixels per side of a picture as the model sees it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from sparsevlm_jax.explain.provenance import DROPPED
+
+SIDE = 480  # pixels per side of a drawing, about: patches are all of the same size
+RGB = tuple[int, int, int]
+# Okabe and Ito's palette, without black, ordered so that neighbours differ in lightness too.
+TINTS: tuple[RGB, ...] = (
+    (230, 159, 0),
+    (86, 180, 233),
+    (0, 158, 115),
+    (240, 228, 66),
+    (213, 94, 0),
+    (204, 121, 167),
+    (0, 114, 178),
+)
+# Cividis (Nunez, Anderton, Renslow 2018) at nine even steps: lightness rises evenly, for every kind of colour vision.
+CIVIDIS: tuple[RGB, ...] = (
+    (0, 34, 78),
+    (28, 54, 110),
+    (66, 77, 109),
+    (96, 100, 112),
+    (124, 123, 120),
+    (155, 147, 118),
+    (188, 174, 108),
+    (222, 202, 88),
+    (254, 232, 56),
+)
+INK, PAPER, STROKE = (26, 26, 26), (246, 246, 246), (168, 168, 168)
+
+
+def tint(number: int) -> RGB:
+    """Colour of a merged token. Colours come again after seven, numbers do not."""
+    return TINTS[(number - 1) % len(TINTS)]
+
+
+def draw_fates(picture: UInt8[np.ndarray, "S S 3"], fates: Int[np.ndarray, "g g"]) -> Image.Image:
+    """The picture with its patches as they stand: see `provenance` for the fates."""
+    cell = cell_size(len(fates))
+    clear = np.asarray(enlarge(picture, len(fates)))
+    grey = np.asarray(Image.fromarray(clear).convert("L"), np.float32)[..., None]
+    fate = _by_pixel(fates, cell)[..., None]
+    colours = np.array([tint(n) for n in range(1, max(int(fates.max()), 1) + 1)], np.float32)
+    drawn = np.where(fate == DROPPED, 0.2 * grey + 0.8 * np.array(PAPER), clear)
+    drawn = np.where(fate > 0, 0.45 * clear + 0.55 * colours[np.maximum(fate[..., 0], 1) - 1], drawn)
+    image = Image.fromarray(np.round(drawn).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    _strike(draw, fates == DROPPED, cell)
+    _outline(draw, fates, cell)
+    for (row, column), number in np.ndenumerate(fates):
+        if number > 0:
+            _label(draw, str(number), (column + 0.5) * cell, (row + 0.5) * cell, cell)
+    return image
+
+
+def draw_scores(
+    scores: Float[np.ndarray, "g g"], chosen: Bool[np.ndarray, "g g"], low: float, high: float
+) -> Image.Image:
+    """A heat map from `low` to `high`; patches that stay are framed, those dropped before struck through."""
+    cell = cell_size(len(scores))
+    gone = np.isnan(scores)
+    share = np.clip((np.where(gone, low, scores) - low) / max(high - low, 1e-30), 0, 1)
+    colours = np.where(gone[..., None], np.array(PAPER, np.float64), colour_map(share))
+    image = Image.fromarray(np.round(_by_pixel(colours, cell)).astype(np.uint8))
+    draw = ImageDraw.Draw(image)
+    _strike(draw, gone, cell)
+    for (row, column), stays in np.ndenumerate(chosen):
+        if stays:
+            box = (column * cell + 1, row * cell + 1, (column + 1) * cell - 2, (row + 1) * cell - 2)
+            draw.rectangle(box, outline=INK if share[row, column] > 0.5 else (255, 255, 255), width=max(cell // 14, 1))
+    return image
+
+
+def score_range(scores: Float[np.ndarray, "m g g"]) -> tuple[float, float]:
+    """Ends of the colour map: the lowest score and the 98th percentile, so that one outlier does not flatten all."""
+    return float(np.nanmin(scores)), float(np.nanpercentile(scores, 98))
+
+
+def colour_map(share: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape 3"]:
+    """Cividis at shares of 0 to 1."""
+    steps = np.linspace(0, 1, len(CIVIDIS))
+    return np.stack([np.interp(share, steps, channel) for channel in np.array(CIVIDIS).T], axis=-1)
+
+
+def enlarge(picture: UInt8[np.ndarray, "S S 3"], grid: int) -> Image.Image:
+    """The picture at the size of drawings, a whole number of pixels per patch."""
+    side = cell_size(grid) * grid
+    return Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def cell_size(grid: int) -> int:
+    """Pixels per side of a patch in drawings."""
+    return max(round(SIDE / grid), 4)
+
+
+def font(size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font: the same on every machine."""
+    return ImageFont.load_default(size)
+
+
+def _by_pixel(values: Shaped[np.ndarray, "g g *rest"], cell: int) -> Shaped[np.ndarray, "S S *rest"]:
+    return values.repeat(cell, axis=0).repeat(cell, axis=1)
+
+
+def _strike(draw: ImageDraw.ImageDraw, where: Bool[np.ndarray, "g g"], cell: int) -> None:
+    """A diagonal stroke through patches."""
+    inset = cell // 4
+    for row, column in np.argwhere(where):
+        left, top = int(column) * cell, int(row) * cell
+        draw.line((left + inset, top + cell - inset, left + cell - inset, top + inset), STROKE, max(cell // 20, 1))
+
+
+def _outline(draw: ImageDraw.ImageDraw, fates: Int[np.ndarray, "g g"], cell: int) -> None:
+    """A line wherever neighbouring patches have different fates."""
+    width = max(cell // 14, 1)
+    for row, column in np.argwhere(fates[:, 1:] != fates[:, :-1]).tolist():
+        x = (column + 1) * cell
+        draw.line((x, row * cell, x, (row + 1) * cell), INK, width)
+    for row, column in np.argwhere(fates[1:] != fates[:-1]).tolist():
+        y = (row + 1) * cell
+        draw.line((column * cell, y, (column + 1) * cell, y), INK, width)
+
+
+def _label(draw: ImageDraw.ImageDraw, text: str, x: float, y: float, cell: int) -> None:
+    size = cell * (0.55 if len(text) < 3 else 0.4)
+    draw.text((x, y), text, INK, font(size), anchor="mm", stroke_width=max(cell // 16, 1), stroke_fill=(255, 255, 255))

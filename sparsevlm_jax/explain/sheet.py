@@ -1,0 +1,122 @@
+"""An explanation as one picture, for slides and papers: the question, the words, and a column per stage.
+
+Its letters are Pillow's own Latin font, the same on every machine; the page has all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from sparsevlm_jax.explain import account
+from sparsevlm_jax.explain.drawing import INK, colour_map, draw_fates, draw_scores, font, score_range
+from sparsevlm_jax.explain.record import Explanation, Stage
+from sparsevlm_jax.explain.words import Word
+
+GAP, LETTERS, LARGE = 24, 24, 40  # pixels
+SOFT, ACCENT, WHITE = (89, 89, 89), (0, 63, 107), (255, 255, 255)
+
+
+def draw_sheet(explanation: Explanation) -> Image.Image:
+    """The whole sheet."""
+    dense, pruned = account.answers(explanation)
+    method = explanation.pruned.plan.sparsity.method
+    stages = _beside([_column(explanation, stage) for stage in explanation.stages])
+    width = max(stages.width, 900)
+    savings = [f"{s.name}: {s.pruned} of {s.dense} ({s.change})" for s in account.savings(explanation)]
+    said = [f"Dense: {dense.text}", f"Pruned ({method}): {pruned.text}", account.verdict(explanation)]
+    key = (
+        "Framed words rate the picture. Clear patches were kept, tinted and numbered ones merged, "
+        "struck-through ones dropped. "
+        f"Maps: scores ({account.scored_by(explanation)}), the kept framed."
+    )
+    parts = [_text(explanation.question, width, LARGE), *(_text(line, width) for line in said)]
+    parts += [_words(explanation.words.after, width), stages, _text(key, width, colour=SOFT)]
+    parts += [_text(line, width, colour=SOFT) for line in [*savings, *account.notes(explanation)]]
+    inner = _below(parts)
+    sheet = Image.new("RGB", (inner.width + 2 * GAP, inner.height + 2 * GAP), WHITE)
+    sheet.paste(inner, (GAP, GAP))
+    return sheet
+
+
+def _column(explanation: Explanation, stage: Stage) -> Image.Image:
+    """A stage from top to bottom: name, counts, pictures, what the pruning did, score maps."""
+    drawings = [draw_fates(*pair) for pair in zip(explanation.pictures, stage.fates, strict=True)]
+    width, pruning = drawings[0].width, stage.pruning
+    parts = [
+        _text(account.stage_name(stage), width, 1.2 * LETTERS),
+        _text(account.entering(stage), width, colour=SOFT, lines=2),
+    ]
+    parts += drawings
+    if pruning is not None:
+        low, high = score_range(pruning.scores)
+        parts.append(_text(f"Then {account.outcome(pruning)}", width, lines=2))
+        parts += [draw_scores(*pair, low, high) for pair in zip(pruning.scores, pruning.chosen, strict=True)]
+        parts.append(_scale(width, low, high))
+    return _below(parts, gap=GAP // 3)
+
+
+def _words(words: Sequence[Word], width: int) -> Image.Image:
+    """The words that may rate, relevance below each; raters framed, the template's words grey."""
+    chips = [_chip(word) for word in words]
+    rows, used = [[]], 0
+    for chip in chips:
+        if rows[-1] and used + chip.width > width:
+            rows, used = [*rows, []], 0
+        rows[-1].append(chip)
+        used += chip.width + GAP // 3
+    return _below([_beside(row, gap=GAP // 3) for row in rows if row], gap=GAP // 3)
+
+
+def _chip(word: Word) -> Image.Image:
+    share = f"{100 * word.relevance:.1f} %"
+    label = word.text.replace("⏎", "(line end)")
+    width = int(max(font(LETTERS).getlength(label), font(LETTERS * 0.7).getlength(share))) + GAP
+    chip = Image.new("RGB", (width, 2 * LETTERS + GAP // 2), WHITE)
+    draw = ImageDraw.Draw(chip)
+    draw.text((width / 2, LETTERS * 0.85), label, INK if word.asked else SOFT, font(LETTERS), anchor="mm")
+    draw.text((width / 2, LETTERS * 1.85), share, SOFT, font(LETTERS * 0.7), anchor="mm")
+    if word.rates:
+        draw.rectangle((0, 0, width - 1, chip.height - 1), outline=ACCENT, width=3)
+    return chip
+
+
+def _scale(width: int, low: float, high: float) -> Image.Image:
+    """The colour map with its ends."""
+    bar = colour_map(np.linspace(0, 1, width))[None].repeat(LETTERS // 2, axis=0)
+    ends = _text(f"{low:.2g} to {high:.2g} and more", width, LETTERS * 0.75, SOFT)
+    return _below([Image.fromarray(np.round(bar).astype(np.uint8)), ends], gap=4)
+
+
+def _text(
+    text: str, width: int, size: float = LETTERS, colour: tuple[int, int, int] = INK, lines: int = 1
+) -> Image.Image:
+    """Wrapped text, at least so many lines high."""
+    found = [""]
+    for word in text.split():
+        longer = f"{found[-1]} {word}".strip()
+        found = [*found[:-1], longer] if font(size).getlength(longer) <= width else [*found, word]
+    height = round(1.3 * size)
+    image = Image.new("RGB", (width, height * max(len(found), lines)), WHITE)
+    draw = ImageDraw.Draw(image)
+    for number, line in enumerate(found):
+        draw.text((0, number * height), line, colour, font(size))
+    return image
+
+
+def _below(images: Sequence[Image.Image], gap: int = GAP // 2) -> Image.Image:
+    """Pictures from top to bottom."""
+    size = max((i.width for i in images), default=1), sum(i.height + gap for i in images) - gap * bool(images)
+    whole, y = Image.new("RGB", (size[0], max(size[1], 1)), WHITE), 0
+    for image in images:
+        whole.paste(image, (0, y))
+        y += image.height + gap
+    return whole
+
+
+def _beside(images: Sequence[Image.Image], gap: int = GAP) -> Image.Image:
+    """Pictures from left to right."""
+    turned = [image.transpose(Image.Transpose.TRANSPOSE) for image in images]
+    return _below(turned, gap).transpose(Image.Transpose.TRANSPOSE)
