@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import jax
 import typer
 
+from benchmarks.command import bench
 from convert import commands
 from sparsevlm_jax.checkpoint import Model
 from sparsevlm_jax.config import PRESETS, LlavaConfig
@@ -143,6 +144,7 @@ def plan(
 app.command()(explain)
 app.command()(commands.convert)
 app.command()(commands.inspect)
+app.command()(bench)
 
 
 def main() -> None:

@@ -1,0 +1,127 @@
+"""Runs a cell of the matrix: the turns of its sides, and whether they agree.
+
+Results grow: sides that a cell's file holds already are not run again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from benchmarks.agreement import drift, shown, verdicts
+from benchmarks.files import read_json, write_json
+from benchmarks.machine import environment, seat
+from benchmarks.shapes import ONE_ROW, Cell, Side
+from benchmarks.sitting import Log, Settings, Sitting
+from benchmarks.worker import Worker, WorkerError
+
+GATE_ROWS = 2  # rows of a 16-bit batch that are compared with float32
+
+
+def run_cell(cell: Cell, sides: Sequence[Side], settings: Settings, folder: Path, log: Log) -> dict[str, Any]:
+    """Runs the sides that the cell's result does not hold yet, and writes it to `folder`; returns it.
+
+    The first side, with which the others are compared, sits with them every time. Sides that take one row only are
+    left out of larger batches. Of a side that does not agree no sample is kept.
+    """
+    log(cell.key)
+    file = folder / f"{cell.key}.json"
+    empty = {"cell": asdict(cell), "settings": asdict(settings), "sides": {}, "sittings": []}
+    result: dict[str, Any] = read_json(file) if file.exists() else empty
+    possible = [side for side in sides if cell.batch == 1 or side.engine not in ONE_ROW]
+    missing = [side for side in possible if side.name not in result["sides"]]
+    if not missing:
+        log("  is there already")
+        return result
+    gate = Gate(cell, settings, folder / "gates", log)
+    if cell.dtype != "float32":
+        gate.ask([possible[0], *missing])
+    able = [side for side in dict.fromkeys([possible[0], *missing]) if gate.passes(side)]
+    for together in seat(cell, able, settings.device, settings.at_once):
+        sitting = Sitting(cell, settings, log)
+        sitting.run(together)
+        gate.keep(sitting.answers)
+        result["sittings"].append(sitting.samples)
+        for side in together:
+            result["sides"].setdefault(side.name, {"side": asdict(side)} | sitting.reports[side.name])
+    result["environment"] = environment(settings.device)
+    _judge(result, [*missing, possible[0]], gate)
+    write_json(file, result)
+    return result
+
+
+def _judge(result: dict[str, Any], sides: Sequence[Side], gate: Gate) -> None:
+    """Writes verdicts and drifts into a result, and takes samples of sides that disagree out of it."""
+    for side in sides:
+        verdict = gate.verdict(side)
+        report = result["sides"].setdefault(side.name, {"side": asdict(side)})
+        report |= {"verdict": verdict._asdict(), "drift": gate.drift(side)}
+        if not shown(verdict):
+            gate.log(f"  {side.name} {verdict.status}: {verdict.detail}")
+            for samples in result["sittings"]:
+                samples.pop(side.name, None)
+
+
+class Gate:
+    """What every side of a cell answers in float32, kept in a file: cells that share the rows ask once.
+
+    A float32 cell's own workers give the answers. For a 16-bit cell workers of their own do, from the batch's first
+    rows, and each side's 16-bit run is compared with them.
+    """
+
+    def __init__(self, cell: Cell, settings: Settings, folder: Path, log: Log) -> None:
+        self.cell, self.settings, self.log = cell, settings, log
+        if cell.dtype != "float32":
+            self.cell = replace(cell, batch=min(cell.batch, GATE_ROWS))
+        self._file = folder / f"{self.cell.key}-{settings.gate_tokens}.json"
+        self._kept: dict[str, dict[str, Any]] = read_json(self._file) if self._file.exists() else {}
+
+    def ask(self, sides: Sequence[Side]) -> None:
+        """Has workers answer for the sides that have not, one after the other."""
+        for side in sides:
+            if side.name not in self._kept:
+                self.log(f"  {side.name}: comparing with its float32 run")
+                self._keep(side, _answer(self.cell, side, self.settings))
+
+    def keep(self, answers: dict[Side, Any]) -> None:
+        """Takes answers of a float32 sitting; a string says why there is none."""
+        for side, answer in answers.items():
+            self._keep(side, {"error" if isinstance(answer, str) else "answer": answer})
+
+    def passes(self, side: Side) -> bool:
+        """False where it is known that the side disagrees or fails."""
+        return side.name not in self._kept or shown(self.verdict(side))
+
+    def verdict(self, side: Side) -> Any:
+        found = {Side(**kept["side"]): kept.get("answer") or kept["error"] for kept in self._kept.values()}
+        return verdicts(found)[side.name]
+
+    def drift(self, side: Side) -> dict[str, Any] | None:
+        return self._kept[side.name].get("drift")
+
+    def _keep(self, side: Side, what: dict[str, Any]) -> None:
+        self._kept[side.name] = {"side": asdict(side)} | what
+        write_json(self._file, self._kept)
+
+
+def _answer(cell: Cell, side: Side, settings: Settings) -> dict[str, Any]:
+    """A side's float32 answer, and how far its 16-bit run drifts from it."""
+    tokens = settings.gate_tokens
+    try:
+        with TemporaryDirectory() as scratch:
+            files = [str(Path(scratch) / f"{name}.npy") for name in ("wide", "narrow")]
+            with Worker(replace(cell, dtype="float32"), side, tokens, settings.device) as wide:
+                answer = wide.ask("answer", new_tokens=tokens)
+                wide.ask("forced_logits", tokens=answer["tokens"], file=files[0])
+            with Worker(cell, side, tokens, settings.device) as narrow:
+                narrow.ask("forced_logits", tokens=answer["tokens"], file=files[1])
+                selections = narrow.ask("selections")
+            found = drift(np.load(files[0]), np.load(files[1]), answer["selections"], selections)
+            return {"answer": answer, "drift": found._asdict()}
+    except WorkerError as error:
+        return {"error": str(error)}

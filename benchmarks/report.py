@@ -1,0 +1,98 @@
+"""Results to a report: one self-contained HTML page, and Markdown with its pictures beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from benchmarks.break_even import break_even_table
+from benchmarks.files import read_json, write_text
+from benchmarks.metrics import figures
+from benchmarks.plots import plots
+from benchmarks.shapes import Cell
+from benchmarks.tables import tables
+from sparsevlm_jax.errors import UserError
+
+MARKERS = ("<!-- bench -->", "<!-- /bench -->")
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """Every cell's result in a folder, which may hold other JSON too."""
+    found = [read_json(file) for file in sorted(folder.glob("*.json"))]
+    return [result for result in found if "sittings" in result]
+
+
+def write_report(folder: Path) -> tuple[Path, Path]:
+    """Writes report.html and report.md of all results in a folder; returns their paths.
+
+    Raises:
+      UserError: there are no results.
+    """
+    results = read_results(folder)
+    sections = [section(result) for result in results]
+    summary = break_even_table([read_json(file) for file in sorted((folder / "break-even").glob("*.json"))])
+    if not results and summary is None:
+        raise UserError(f"{folder}: no results there; run `sparsevlm bench --out {folder}` first")
+    environment = Environment(
+        loader=PackageLoader("benchmarks", "templates"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    html, markdown = folder / "report.html", folder / "report.md"
+    for found in sections:
+        for number, svg in enumerate(found["plots"].values()):
+            write_text(folder / "plots" / f"{found['key']}-{number}.svg", svg)
+    environment.filters["inline"] = lambda svg: Markup(svg[svg.index("<svg") :])
+    for path, name in ((html, "report.html"), (markdown, "report.md")):
+        environment.autoescape = path.suffix == ".html"
+        write_text(path, environment.get_template(name).render(sections=sections, break_even=summary))
+    return html, markdown
+
+
+def section(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A cell for the templates."""
+    cell = Cell(**result["cell"])
+    found = figures(result)
+    first = next((r for r in result["sides"].values() if "environment" in r), {})
+    return {
+        "key": cell.key,
+        "title": f"{cell.shape}, batch {cell.batch}, {cell.visual_tokens} + {cell.text_tokens} tokens, {cell.dtype}",
+        "machine": _machine(result, first),
+        "tables": tables(result, found),
+        "plots": plots(found),
+    }
+
+
+def readme_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """The README's table: the speed of every cell, with its machine."""
+    parts = []
+    for result in results:
+        made = section(result)
+        speed = made["tables"][0]
+        parts += [f"**{made['title']}** ({made['machine']}):", speed.markdown()]
+    return "\n\n".join(parts)
+
+
+def update_readme(readme: Path, table: str) -> None:
+    """Puts the table between the markers.
+
+    Raises:
+      UserError: the file has no markers.
+    """
+    text = readme.read_text(encoding="utf-8")
+    begin, end = (text.find(marker) for marker in MARKERS)
+    if not 0 <= begin < end:
+        raise UserError(f"{readme}: expected the lines {MARKERS[0]} and {MARKERS[1]} around the table's place")
+    write_text(readme, text[: begin + len(MARKERS[0])] + f"\n{table}\n" + text[end:])
+
+
+def _machine(result: Mapping[str, Any], side: Mapping[str, Any]) -> str:
+    environment = result["environment"] | side.get("environment", {})
+    device = side.get("facts", {}).get("device", "cpu")
+    where = environment["processor"] if device == "cpu" else device
+    versions = ", ".join(
+        f"{name} {environment[name]}" for name in ("jax", "torch", "transformers") if name in environment
+    )
+    return f"{where}, {environment.get('cores', '?')} cores, {versions}, {environment['date']}"

@@ -1,0 +1,105 @@
+"""Workers that are alive together and take turns, so that a machine whose speed drifts slows all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.shapes import Cell, Side
+from benchmarks.worker import Worker, WorkerError
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a cell is run.
+
+    Attributes:
+      marks: new tokens after which the clock is read, ascending, 1 first; the last is the output's length.
+      warm_ups, rounds: turns of every side that do not count, and that do.
+      gate_tokens: new tokens that are compared among the sides.
+      phases: which are timed; none for all of them.
+      at_once: workers alive together; None for as many as memory holds.
+    """
+
+    device: str
+    marks: tuple[int, ...] = (1, 16, 128)
+    warm_ups: int = 2
+    rounds: int = 7
+    gate_tokens: int = 16
+    phases: tuple[str, ...] = ()
+    at_once: int | None = None
+
+
+class Sitting:
+    """One run of some sides in a cell. A side that fails drops out with its reason; the others go on.
+
+    Attributes:
+      samples: seconds by side and phase, in the order of the rounds.
+      reports: what each worker says of itself: compilation, memory, counts, peaks; of a failed one, why.
+      answers: in float32, what every side answers, for the comparison among them.
+    """
+
+    def __init__(self, cell: Cell, settings: Settings, log: Log) -> None:
+        self.cell, self.settings, self.log = cell, settings, log
+        self.samples: dict[str, dict[str, list[float]]] = {}
+        self.reports: dict[str, dict[str, Any]] = {}
+        self.answers: dict[Side, Any] = {}
+        self._workers: list[Worker] = []
+
+    def run(self, sides: Sequence[Side]) -> None:
+        with ExitStack() as stack:
+            for side in sides:
+                self._seat(side, stack)
+            for number in range(self.settings.rounds):
+                self.log(f"  round {number + 1} of {self.settings.rounds}")
+                self._round(number)
+            for worker in list(self._workers):
+                self.reports[worker.side.name] |= self._ask(worker, "report") or {}
+
+    def _seat(self, side: Side, stack: ExitStack) -> None:
+        """Starts, compiles and warms up a worker."""
+        self.log(f"  {side.name}: compiling")
+        self.reports[side.name] = {}
+        try:
+            worker = stack.enter_context(Worker(self.cell, side, self.settings.marks[-1], self.settings.device))
+        except WorkerError as error:
+            self._fail(side, error)
+            return
+        self._workers.append(worker)
+        self.reports[side.name]["compile"] = self._ask(worker, "compile", phases=self.settings.phases)
+        if self.cell.dtype == "float32":
+            answer = self._ask(worker, "answer", new_tokens=self.settings.gate_tokens)
+            self.answers |= {} if answer is None else {side: answer}
+        for _ in range(self.settings.warm_ups):
+            self._turn(worker)
+        self._ask(worker, "settle")
+
+    def _round(self, number: int) -> None:
+        """A turn of every worker; who begins changes."""
+        shift = number % max(1, len(self._workers))
+        for worker in (*self._workers[shift:], *self._workers[:shift]):
+            for phase, seconds in self._turn(worker).items():
+                self.samples.setdefault(worker.side.name, {}).setdefault(phase, []).append(seconds)
+
+    def _turn(self, worker: Worker) -> dict[str, float]:
+        return self._ask(worker, "turn", marks=self.settings.marks, phases=self.settings.phases) or {}
+
+    def _ask(self, worker: Worker, what: str, **arguments: Any) -> Any:
+        """The worker's answer; None where it fails or has failed before."""
+        if worker not in self._workers:
+            return None
+        try:
+            return worker.ask(what, **arguments)
+        except WorkerError as error:
+            self._workers.remove(worker)
+            worker.close()
+            self._fail(worker.side, error)
+            return None
+
+    def _fail(self, side: Side, error: WorkerError) -> None:
+        self.log(f"  {side.name} failed: {error}")
+        self.answers[side] = str(error)

@@ -1,0 +1,263 @@
+"""The PyTorch sides: transformers' LLaVA as it is (eager, sdpa, torch.compile), and SparseVLM on its modules."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LlavaForConditionalGeneration, StaticCache
+from transformers import LlavaConfig as HFConfig
+from transformers.initialization import no_init_weights
+
+from benchmarks import weights
+from benchmarks.shapes import SHAPES, Cell, Side
+from benchmarks.timing import cores, timed
+from benchmarks.torch_sparsevlm import Event, Span, SparseDecoder, State
+from sparsevlm_jax.config import LlavaConfig
+from sparsevlm_jax.schedule import make_plan
+from sparsevlm_jax.weights import canonical
+
+CHUNK = 2**22  # elements drawn at a time
+WRITTEN_OUT = {"eager": "eager", "faithful": "eager"}  # engines whose towers, too, write their attention out
+
+
+class TorchRunner:
+    """Weights and inputs of one side in one cell. Subclasses say how the decoder runs.
+
+    Args:
+      room: new tokens that a cache of fixed size has room for.
+    """
+
+    def __init__(self, cell: Cell, side: Side, room: int, device: str) -> None:
+        torch.set_num_threads(cores())
+        self.cell, self.side, self.room = cell, side, room
+        self.device = torch.device("cuda" if device == "gpu" else device)
+        self.model = load(cell.config, cell.dtype, self.device, WRITTEN_OUT.get(side.engine, "sdpa"))
+        dtype = self.model.dtype
+        self.pixels = torch.from_numpy(weights.pixels(cell)).to(self.device, dtype)
+        self.ids = torch.from_numpy(weights.input_ids(cell)).to(self.device, torch.long)
+        self.set_up()
+        with torch.inference_mode():
+            self.embeddings = self.embed(self.encode())
+
+    def set_up(self) -> None:
+        """What a subclass needs besides the model."""
+
+    def prefill(self, embeddings: Tensor) -> tuple[Tensor, Any]:
+        """Input embeddings [b, l, d] to logits of the next token [b, vocab] and the state to decode from."""
+        raise NotImplementedError
+
+    def step(self, token: Tensor, state: Any) -> Tensor:
+        """Ids [b] to logits [b, vocab]; the state goes on."""
+        raise NotImplementedError
+
+    def compile(self, phases: Sequence[str] = ()) -> dict[str, Any]:
+        """Nothing to compile: the first call is as slow as the second."""
+        return {"cold_s": 0.0, "warm_s": 0.0, "program_bytes": {}}
+
+    def encode(self) -> Tensor:
+        """Vision tower and projector: [pictures, v, d]."""
+        config = self.model.config
+        found = self.model.model.get_image_features(
+            self.pixels,
+            vision_feature_layer=config.vision_feature_layer,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+        )
+        return torch.stack(list(found.pooler_output))
+
+    def embed(self, features: Tensor) -> Tensor:
+        words = self.model.get_input_embeddings()(self.ids)
+        image = (self.ids == self.model.config.image_token_id)[..., None]
+        return words.masked_scatter(image, features.to(words.dtype))
+
+    @torch.inference_mode()
+    def generate(self, marks: Sequence[int]) -> tuple[np.ndarray, list[float]]:
+        """As `JaxRunner.generate`."""
+        began, seconds, tokens = time.perf_counter(), [], []
+        logits, state = self.prefill(self.embed(self.encode()))
+        for count in range(1, marks[-1] + 1):
+            if tokens:
+                logits = self.step(tokens[-1], state)
+            tokens.append(logits.argmax(dim=-1))
+            if count in marks:
+                self._wait()
+                seconds.append(time.perf_counter() - began)
+        return torch.stack(tokens, dim=1).cpu().numpy(), seconds
+
+    def phases(self) -> dict[str, Callable[[], Any]]:
+        """As `JaxRunner.phases`."""
+
+        def phase(run: Callable[[], Any]) -> Callable[[], Any]:
+            def waited() -> None:
+                with torch.inference_mode():
+                    run()
+                self._wait()
+
+            return waited
+
+        return {"tower": phase(self.encode), "prefill": phase(lambda: self.prefill(self.embeddings))}
+
+    def selections(self) -> list[list[list[int]]]:
+        """As `JaxRunner.selections`."""
+        return []
+
+    @torch.inference_mode()
+    def forced_logits(self, tokens: np.ndarray) -> np.ndarray:
+        """As `JaxRunner.forced_logits`."""
+        logits, state = self.prefill(self.embeddings)
+        found = [logits.cpu()]
+        for column in torch.from_numpy(tokens).to(self.device).T:
+            found.append(self.step(column, state).cpu())
+        return torch.stack(found, dim=1).numpy()
+
+    @torch.inference_mode()
+    def facts(self) -> dict[str, Any]:
+        """What is counted, not timed."""
+        decoder = [*self.model.model.language_model.layers.parameters(), *self.model.lm_head.parameters()]
+        return {
+            "decoder_bytes": sum(p.numel() * p.element_size() for p in decoder),
+            "cache_bytes": self.cache_bytes(self.prefill(self.embeddings)[1]),
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
+        }
+
+    def cache_bytes(self, state: Any) -> int:
+        """Of keys and values behind the prompt, as they are held."""
+        return sum(t.numel() * t.element_size() for layer in state.layers for t in (layer.keys, layer.values))
+
+    @torch.inference_mode()
+    def calibrate(self, size: int, buffer_bytes: int) -> dict[str, float]:
+        """As `JaxRunner.calibrate`."""
+        square = torch.full((size, size), 0.01, dtype=self.model.dtype, device=self.device)
+        buffer = torch.zeros(buffer_bytes // square.element_size(), dtype=square.dtype, device=self.device)
+
+        def best(run: Callable[[], Any]) -> float:
+            return min(timed(lambda: (run(), self._wait()))[1] for _ in range(6))
+
+        return {
+            "flops_per_s": 2 * size**3 / best(lambda: square @ square),
+            "bytes_per_s": 2 * buffer.nbytes / best(lambda: buffer + 1),
+        }
+
+    def device_peak_bytes(self) -> int | None:
+        """As `JaxRunner.device_peak_bytes`."""
+        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else None
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+class Dense(TorchRunner):
+    """transformers' own decoder."""
+
+    def prefill(self, embeddings: Tensor) -> tuple[Tensor, Any]:
+        state = DynamicCache()
+        return self.forward(state, inputs_embeds=embeddings), state
+
+    def step(self, token: Tensor, state: Any) -> Tensor:
+        return self.forward(state, input_ids=token[:, None])
+
+    def forward(self, state: Any, **inputs: Tensor) -> Tensor:
+        """Logits [b, vocab] behind the last token."""
+        out = self.model.model.language_model(past_key_values=state, use_cache=True, **inputs)
+        return self.model.lm_head(out.last_hidden_state[:, -1]).float()
+
+
+class Compiled(Dense):
+    """torch.compile of tower, prefill and step, with transformers' cache of fixed size, which is made for it."""
+
+    def set_up(self) -> None:
+        # CUDA graphs for the steps, as transformers' `generate` has them.
+        mode = "reduce-overhead" if self.device.type == "cuda" else None
+        self._tower = torch.compile(super().encode, dynamic=False)
+        self._prefill = torch.compile(super().forward, dynamic=False)
+        self._step = torch.compile(super().forward, dynamic=False, mode=mode)
+        self._cache = StaticCache(self.model.config.get_text_config(), max_cache_len=self.cell.length + self.room)
+
+    def compile(self, phases: Sequence[str] = ()) -> dict[str, Any]:
+        """Seconds of the first answer beyond a later one; warm: again, from the compiler's files."""
+        seconds = []
+        for _ in range(2):
+            torch._dynamo.reset()
+            first, second = (timed(lambda: self.generate((1, 3)))[1] for _ in range(2))
+            seconds.append(max(first - second, 0.0))
+        return {"cold_s": seconds[0], "warm_s": seconds[1], "program_bytes": {}}
+
+    def encode(self) -> Tensor:
+        return self._tower()
+
+    def prefill(self, embeddings: Tensor) -> tuple[Tensor, Any]:
+        self._cache.reset()
+        return self._prefill(self._cache, inputs_embeds=embeddings), self._cache
+
+    def step(self, token: Tensor, state: Any) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        return self._step(state, input_ids=token[:, None])
+
+
+class Sparse(TorchRunner):
+    """SparseVLM; the variant is the engine's name."""
+
+    def set_up(self) -> None:
+        sparsity = self.side.sparsity(SHAPES[self.cell.shape], self.cell.visual_tokens)
+        plan = make_plan(sparsity, self.cell.config, self.cell.visual_tokens, self.cell.text_tokens)
+        self.decoder = SparseDecoder(self.model.model.language_model, self.model.lm_head, plan, self.side.engine)
+        start = int((self.ids[0] == self.cell.config.image_token_id).int().argmax())
+        self.visual = Span(start, start + self.cell.visual_tokens)
+        self.events: list[Event] = []
+
+    def prefill(self, embeddings: Tensor) -> tuple[Tensor, Any]:
+        logits, state, self.events = self.decoder.prefill(embeddings, self.visual)
+        return logits, state
+
+    def step(self, token: Tensor, state: State) -> Tensor:
+        return self.decoder.decode_step(token, state)
+
+    def selections(self) -> list[list[list[int]]]:
+        """As `JaxRunner.selections`."""
+        return [event.selection.kept.tolist() for event in self.events]
+
+    def cache_bytes(self, state: State) -> int:
+        return sum(t.numel() * t.element_size() for t in (*state.keys, *state.values))
+
+
+def runner(cell: Cell, side: Side, room: int, device: str) -> TorchRunner:
+    """The runner of a side by its engine."""
+    kinds = {"eager": Dense, "sdpa": Dense, "compile": Compiled}
+    return kinds.get(side.engine, Sparse)(cell, side, room, device)
+
+
+def load(config: LlavaConfig, dtype: str, device: torch.device, attention: str) -> Any:
+    """transformers' LLaVA of a configuration with the hash's weights, made on the device."""
+    text = asdict(config.text)
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": text.pop("rope_theta")}
+    settings: dict[str, Any] = {
+        "vision_config": {**asdict(config.vision), "model_type": "clip_vision_model"},
+        "text_config": {**text, "model_type": "llama"},
+        "image_token_index": config.image_token_id,
+        "vision_feature_layer": config.vision_feature_layer,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+        "projector_hidden_act": config.projector_hidden_act,
+        "multimodal_projector_bias": config.projector_bias,
+    }
+    described = HFConfig(**settings)
+    with no_init_weights(), device:
+        described._attn_implementation = attention
+        model = LlavaForConditionalGeneration(described).to(getattr(torch, dtype)).eval()
+    for name, parameter in model.named_parameters():
+        fill(parameter.data, canonical(name) or name)
+    return model
+
+
+def fill(tensor: Tensor, name: str) -> None:
+    """Draws a tensor in place, a chunk at a time, so that its int32 copies stay small."""
+    draw, flat = weights.draw_of(name, tuple(tensor.shape)), tensor.view(-1)
+    for start in range(0, flat.numel(), CHUNK):
+        index = torch.arange(start, min(start + CHUNK, flat.numel()), dtype=torch.int32, device=tensor.device)
+        integers = weights.numbers(index, draw.seed)
+        flat[start : start + CHUNK] = weights.values(integers, draw.scale, draw.norm, lambda x: x.float())

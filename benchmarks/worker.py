@@ -1,0 +1,215 @@
+"""One side in a process of its own: reads requests as JSON lines on stdin, answers them on stdout.
+
+Whatever libraries print goes to stderr. A request is {"do": name, ...arguments}; an answer is {"ok": ...} or
+{"error": ...}.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from benchmarks.shapes import Cell, Side
+from benchmarks.timing import cores, forget_peak_memory, peak_resident_bytes, timed
+from sparsevlm_jax.errors import UserError
+
+PHOTO = Path(__file__).parent.parent / "sparsevlm_jax" / "data" / "china.jpg"
+VERSIONS = ("jax", "jaxlib", "flax", "torch", "transformers", "numpy")
+CALIBRATION = {"cpu": (2048, 2**28), "gpu": (8192, 2**31)}  # side of the matrices, bytes of the buffer
+
+
+class WorkerError(RuntimeError):
+    """A side that failed; its process is gone or of no more use."""
+
+
+class Worker:
+    """The parent's end. Use it as a context: the process ends with it."""
+
+    def __init__(self, cell: Cell, side: Side, room: int, device: str) -> None:
+        self.side = side
+        self._compiler_files = TemporaryDirectory(prefix="bench-")
+        root = Path(__file__).parent.parent
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=_environment(device, self._compiler_files.name, root),
+        )
+        try:
+            self.ask("begin", cell=asdict(cell), side=asdict(side), room=room, device=device)
+        except WorkerError:
+            self.close()
+            raise
+
+    def ask(self, what: str, **arguments: Any) -> Any:
+        """Has the worker do something, and waits.
+
+        Raises:
+          WorkerError: it failed, or is gone.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        line = ""
+        with suppress(BrokenPipeError):
+            self._process.stdin.write(json.dumps({"do": what, **arguments}) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        if not line:
+            raise WorkerError(f"the process ended with exit code {self._process.wait()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise WorkerError(answer["error"])
+        return answer["ok"]
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
+        try:
+            self._process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._compiler_files.cleanup()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+class Service:
+    """The worker's end: one runner, and what can be asked of it."""
+
+    def __init__(self, cell: Mapping[str, Any], side: Mapping[str, Any], room: int, device: str) -> None:
+        self.cell, self.side, self.device = Cell(**cell), Side(**side), device
+        if self.side.engine == "jax":
+            from benchmarks.jax_side import JaxRunner
+
+            self.runner: Any = JaxRunner(self.cell, self.side, room)
+        else:
+            from benchmarks.torch_side import runner
+
+            self.runner = runner(self.cell, self.side, room, device)
+
+    def compile(self, phases: Sequence[str]) -> dict[str, Any]:
+        return self.runner.compile(phases)
+
+    def settle(self) -> None:
+        """Before what is timed: what compiling and warming up has left behind does not count as memory."""
+        gc.collect()
+        forget_peak_memory()
+
+    def turn(self, marks: Sequence[int], phases: Sequence[str] = ()) -> dict[str, float]:
+        """Runs every phase once: seconds by phase, and from pixels until so many new tokens were there."""
+        seconds = {name: timed(run)[1] for name, run in self.runner.phases().items() if not phases or name in phases}
+        if not phases or "generate" in phases:
+            _, until = self.runner.generate(marks)
+            seconds |= {f"tokens_{mark}": at for mark, at in zip(marks, until, strict=True)}
+        return seconds
+
+    def answer(self, new_tokens: int) -> dict[str, Any]:
+        """What has to agree: tokens by row, and the selections behind them."""
+        tokens, _ = self.runner.generate((new_tokens,))
+        return {"tokens": tokens.tolist(), "selections": self.runner.selections()}
+
+    def forced_logits(self, tokens: list[list[int]], file: str) -> None:
+        np.save(file, self.runner.forced_logits(np.asarray(tokens)))
+
+    def selections(self) -> list[list[list[int]]]:
+        return self.runner.selections()
+
+    def preprocess(self) -> float:
+        """Seconds that the photograph takes to become one prompt's pixels, by CLIP's processor on Pillow."""
+        from PIL import Image
+        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+        size = self.cell.config.vision.image_size
+        processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+        def run() -> Any:
+            with Image.open(PHOTO) as photo:
+                return processor([photo.convert("RGB")] * self.cell.pictures, return_tensors="np")
+
+        return min(timed(run)[1] for _ in range(3))
+
+    def report(self) -> dict[str, Any]:
+        """What is known after the turns: memory, counts, peaks of the device, versions."""
+        memory = {"resident_peak": peak_resident_bytes(), "device_peak": self.runner.device_peak_bytes()}
+        return {
+            "memory": memory,
+            "facts": self.runner.facts(),
+            "peaks": self.runner.calibrate(*CALIBRATION[self.device]),
+            "preprocess_s": self.preprocess(),
+            "environment": {"cores": cores(), "python": platform.python_version(), **_versions()},
+        }
+
+    def profile(self, folder: str, new_tokens: int) -> dict[str, dict[str, float]]:
+        """See `benchmarks.profile`."""
+        from benchmarks.profile import profile
+
+        return profile(self.runner, Path(folder), new_tokens)
+
+
+def main() -> None:
+    """Answers requests until stdin ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    service: Any = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        what = request.pop("do")
+        try:
+            if what == "begin":
+                service, found = Service(**request), None
+            else:
+                found = getattr(service, what)(**request)
+            answer = {"ok": found}
+        except UserError as error:
+            answer = {"error": str(error)}
+        except Exception as error:  # of any library, out of memory included: the parent reports it and goes on
+            traceback.print_exc()
+            answer = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def _environment(device: str, folder: str, root: Path) -> dict[str, str]:
+    """No memory taken beforehand, all cores, and a folder of its own for what compilers keep: cold has to be cold."""
+    return os.environ | {
+        "JAX_PLATFORMS": "cpu" if device == "cpu" else "cuda",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "OMP_NUM_THREADS": str(cores()),
+        "JAX_COMPILATION_CACHE_DIR": str(Path(folder) / "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "TORCHINDUCTOR_CACHE_DIR": str(Path(folder) / "inductor"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in VERSIONS:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+if __name__ == "__main__":
+    main()
