@@ -126,20 +126,9 @@ def generate(
     Raises:
       UserError: bad pictures, prompts or settings.
     """
-    questions = [prompts] if isinstance(prompts, str) else list(prompts)
-    inputs = require_processor(model)(pictures_by_prompt(images, prompts), questions, aspect)
-    generation = generate_ids(
-        model.params,
-        model.config,
-        inputs.ids,
-        inputs.pixel_values,
-        sparsity=sparsity or Sparsity.v15(),
-        max_new_tokens=max_new_tokens,
-        end_tokens=model.generation.eos_token_ids,
-        temperature=temperature,
-        top_p=top_p,
-        key=jax.random.key(seed),
-    )
+    batch = _in_ids(model, images, prompts, aspect)
+    settings = _settings(model, sparsity, max_new_tokens, temperature, top_p, seed)
+    generation = generate_ids(*batch, **settings)
     answers = [require_processor(model).decode(tokens) for tokens in generation.tokens]
     return answers[0] if isinstance(prompts, str) else answers
 
@@ -158,22 +147,9 @@ def stream(
     every: int = 1,
 ) -> Iterator[str]:
     """Answers one question piece by piece; the pieces joined are what `generate` returns."""
-    processor = require_processor(model)
-    inputs = processor(pictures_by_prompt(images, prompt), [prompt], aspect)
-    instalments = stream_ids(
-        model.params,
-        model.config,
-        inputs.ids,
-        inputs.pixel_values,
-        sparsity=sparsity or Sparsity.v15(),
-        max_new_tokens=max_new_tokens,
-        end_tokens=model.generation.eos_token_ids,
-        temperature=temperature,
-        top_p=top_p,
-        key=jax.random.key(seed),
-        every=every,
-    )
-    for piece, _ in pieces(instalments, processor):
+    batch = _in_ids(model, images, prompt, aspect)
+    settings = _settings(model, sparsity, max_new_tokens, temperature, top_p, seed)
+    for piece, _ in pieces(stream_ids(*batch, every=every, **settings), require_processor(model)):
         yield piece
 
 
@@ -190,6 +166,31 @@ def pieces(instalments: Iterator[Generation], processor: Processor) -> Iterator[
         said = text if complete else said
     if generation is not None:
         yield processor.decode(generation.tokens[0])[len(said) :], generation
+
+
+def _in_ids(
+    model: Model,
+    images: ImageLike | Sequence[ImageLike] | Sequence[Sequence[ImageLike]],
+    prompts: str | Sequence[str],
+    aspect: str | None,
+) -> tuple[Params, LlavaConfig, list[np.ndarray], np.ndarray | None]:
+    """What `generate_ids` takes, from pictures and questions."""
+    questions = [prompts] if isinstance(prompts, str) else list(prompts)
+    inputs = require_processor(model)(pictures_by_prompt(images, prompts), questions, aspect)
+    return model.params, model.config, inputs.ids, inputs.pixel_values
+
+
+def _settings(
+    model: Model, sparsity: Sparsity | None, max_new_tokens: int, temperature: float, top_p: float, seed: int
+) -> Settings:
+    return {
+        "sparsity": sparsity or Sparsity.v15(),
+        "max_new_tokens": max_new_tokens,
+        "end_tokens": model.generation.eos_token_ids,
+        "temperature": temperature,
+        "top_p": top_p,
+        "key": jax.random.key(seed),
+    }
 
 
 def pictures_by_prompt(
