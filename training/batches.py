@@ -28,16 +28,16 @@ class Batch(NamedTuple):
     blind: Arrays  # bool [m, q]: "assistant:" and what follows cannot see the scene, only the question can
 
 
-def make_batch(seed: int, step: int, scenes: int, questions: int, most_digits: int) -> Batch:
+def make_batch(seed: int, step: int, scenes: int, questions: int, digits: tuple[int, int]) -> Batch:
     """The training batch of a step.
 
     Args:
       seed, step: decide everything.
       scenes, questions: how many scenes, and questions about each.
-      most_digits: scenes have from 1 to that many.
+      digits: the fewest and the most in a scene.
     """
     random = np.random.default_rng((seed, step))
-    drawn = [draw_scene(random, "train", int(random.integers(1, most_digits + 1))) for _ in range(scenes)]
+    drawn = [draw_scene(random, "train", int(random.integers(digits[0], digits[1] + 1))) for _ in range(scenes)]
     asked = [question for scene in drawn for question in ask_some(scene, random, questions)]
     ids, ends = zip(*map(_ids, asked), strict=True) if asked else ((), ())
     words = np.stack([patch_words(scene) for scene in drawn])

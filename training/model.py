@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from sparsevlm_jax.config import LlavaConfig
+from sparsevlm_jax.config import LlavaConfig, VisionConfig
 from sparsevlm_jax.llava import Params, init_params
 from training.scenes import PATCH, PIXELS
 from training.words import BEGIN, END, IMAGE, PAD, VOCABULARY
@@ -66,11 +67,12 @@ def config() -> LlavaConfig:
 
 
 def start(config: LlavaConfig, seed: int) -> Params:
-    """Random parameters whose decoder can look things up from the first step.
+    """Random parameters from which seeing and looking things up are learned in few steps.
 
-    Keys start as queries, outputs as half the transposed values, the head as the embedding table: what resembles a
-    token attends to it, and what is carried over is still readable. From plain random weights look-up does not appear
-    in ten times as many steps.
+    In the decoder keys start as queries, outputs as half the transposed values, the head as the embedding table: what
+    resembles a token attends to it, and what is carried over is still readable. From plain random weights look-up
+    does not appear in ten times as many steps. In the tower, position embeddings start as waves and heads looking at
+    neighbouring patches, as a convolution would: a digit is nine patches that have to find each other.
     """
     params = init_params(config, jax.random.key(seed), jnp.float32)
     decoder = params["language_model"]
@@ -78,5 +80,57 @@ def start(config: LlavaConfig, seed: int) -> Params:
         attention = decoder[f"layers_{number}"]["self_attn"]
         attention["k_proj"]["kernel"] = jnp.array(attention["q_proj"]["kernel"])
         attention["o_proj"]["kernel"] = attention["v_proj"]["kernel"].T / 2
-    decoder["lm_head"]["kernel"] = decoder["embed_tokens"]["embedding"].T
+    tower = params["vision_tower"]
+    tower["position_embedding"]["embedding"] = jnp.asarray(_waves(config.vision), jnp.float32)
+    for number in range(config.vision.num_hidden_layers):
+        attention = tower[f"layers_{number}"]["self_attn"]
+        query, key = _look_aside(config.vision, OFFSETS[number % len(OFFSETS)])
+        attention["q_proj"]["kernel"] = jnp.asarray(query, jnp.float32)
+        attention["k_proj"]["kernel"] = jnp.asarray(key, jnp.float32)
     return params
+
+
+# Rows and columns between a patch and the one that each head of a tower layer looks at in the beginning.
+OFFSETS = (
+    ((0, 1), (0, -1), (1, 0), (-1, 0)),
+    ((1, 1), (1, -1), (-1, 1), (-1, -1)),
+    ((0, 2), (0, -2), (2, 0), (-2, 0)),
+)
+SHARPNESS = 8.0
+LOUDNESS = 2.0  # of positions, against what the patches show
+
+
+def _frequencies(vision: VisionConfig) -> np.ndarray:
+    """Of the waves along either axis, radians per patch, [d / 4]."""
+    return np.linspace(0.05, 1.6, vision.hidden_size // 4)
+
+
+def _waves(vision: VisionConfig) -> np.ndarray:
+    """Position embeddings, [1 + grid², d]: sines and cosines of row and column; none for the class token."""
+    row, column = (axis.reshape(-1, 1) for axis in np.indices((vision.grid, vision.grid)))
+    angles = row * _frequencies(vision), column * _frequencies(vision)
+    table = np.concatenate([wave(angle) for angle in angles for wave in (np.sin, np.cos)], axis=1)
+    return LOUDNESS * np.concatenate([np.zeros((1, vision.hidden_size)), table])
+
+
+def _look_aside(vision: VisionConfig, offsets: tuple[tuple[int, int], ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Query and key kernels [d, heads * head dim] of heads that each attend at an offset from their own patch.
+
+    A head takes every fourth frequency. Its key is a patch's waves there, its query those of the patch at the offset:
+    sin(a + b) and cos(a + b) are a rotation of sin a and cos a.
+    """
+    waves, heads = vision.hidden_size // 4, vision.num_attention_heads
+    shape = (vision.hidden_size, heads, vision.head_dim)
+    query, key = np.zeros(shape), np.zeros(shape)
+    for head, offset in enumerate(offsets):
+        own = np.arange(head, waves, heads)
+        for axis, distance in enumerate(offset):
+            angle = _frequencies(vision)[own] * distance
+            sine, cosine = 2 * waves * axis + own, 2 * waves * axis + waves + own
+            to_sine = 2 * len(own) * axis + np.arange(len(own))
+            to_cosine = to_sine + len(own)
+            key[sine, head, to_sine] = key[cosine, head, to_cosine] = 1
+            query[sine, head, to_sine] = query[cosine, head, to_cosine] = np.cos(angle)
+            query[cosine, head, to_sine], query[sine, head, to_cosine] = np.sin(angle), -np.sin(angle)
+    scale = SHARPNESS**0.5
+    return scale * query.reshape(vision.hidden_size, -1), scale * key.reshape(vision.hidden_size, -1)

@@ -29,6 +29,7 @@ class Losses(NamedTuple):
 
     alignment: Float[Array, ""]
     presence: Float[Array, ""]
+    recognition: Float[Array, ""]  # share of digits' patches whose best digit word is the right one
     answer: Float[Array, ""]
     accuracy: Float[Array, ""]
     blind_accuracy: Float[Array, ""]  # where only the question's words see the scene
@@ -53,9 +54,10 @@ def _losses(model: Llava, batch: Batch, with_questions: bool) -> Losses:
     scores = jnp.einsum("mvd,wd->mvw", projected, table) - OFFSET
     alignment = _weighted(scores[:, 1:], batch.words)
     presence = _weighted(scores[:, :1], batch.present[:, None])
+    recognition = _recognition(scores[:, 1:], batch.words)
     if not with_questions:
         zero = jnp.zeros(())
-        return Losses(alignment, presence, zero, zero, zero)
+        return Losses(alignment, presence, recognition, zero, zero, zero)
     logits = answer_logits(model, projected[:, 1:], batch.questions, batch.ends, batch.blind)
     answers = jnp.take_along_axis(batch.questions, batch.ends[:, :, None] + 1, axis=2)
     targets = jnp.concatenate([answers, jnp.full_like(answers, END)], axis=2)
@@ -64,6 +66,7 @@ def _losses(model: Llava, batch: Batch, with_questions: bool) -> Losses:
     return Losses(
         alignment=alignment,
         presence=presence,
+        recognition=recognition,
         answer=jnp.mean(answer),
         accuracy=jnp.mean(right),
         blind_accuracy=jnp.mean(right, where=batch.blind),
@@ -143,3 +146,10 @@ def _weighted(scores: Float[Array, "m v w"], holds: Bool[Array, "m v w"]) -> Flo
     """Binary cross-entropy, summed over words, those that hold weighted up."""
     entropy = optax.sigmoid_binary_cross_entropy(scores, jnp.asarray(holds, jnp.float32))
     return jnp.mean(jnp.sum(jnp.where(holds, RARE, 1.0) * entropy, axis=-1))
+
+
+def _recognition(scores: Float[Array, "m v w"], holds: Bool[Array, "m v w"]) -> Float[Array, ""]:
+    digits = jnp.asarray([ID[str(value)] for value in range(10)])
+    scores, holds = scores[..., digits], holds[..., digits]
+    best = jnp.take_along_axis(holds, jnp.argmax(scores, axis=-1, keepdims=True), axis=-1)[..., 0]
+    return jnp.mean(best.astype(jnp.float32), where=jnp.any(holds, axis=-1))

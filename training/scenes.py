@@ -17,7 +17,7 @@ PIXELS = 112
 PATCH = 8
 GRID = PIXELS // PATCH  # patches along an edge
 CELLS = 3  # digits stand in a CELLS × CELLS grid
-SIZES = (18, 26)  # edge of a digit, pixels
+SIZES = (17, 24)  # edge of a digit, pixels
 COLOURS = {
     "red": (230, 35, 35),
     "green": (40, 200, 60),
@@ -67,14 +67,19 @@ def handwriting(split: str) -> tuple[np.ndarray, np.ndarray]:
 @cache
 def photographs(split: str) -> tuple[np.ndarray, ...]:
     """The split's region of each photograph at half its size, uint8 [height, width, 3]."""
-    from sklearn.datasets import load_sample_images
-
     regions = []
-    for photo in load_sample_images().images:
+    for photo in whole_photographs():
         border = round(photo.shape[1] * (1 - HELD_OUT_WIDTH))
         region = photo[:, :border] if split == "train" else photo[:, border:]
         regions.append(np.asarray(Image.fromarray(region).reduce(2)))
     return tuple(regions)
+
+
+def whole_photographs() -> list[np.ndarray]:
+    """scikit-learn's sample pictures, uint8 [height, width, 3]."""
+    from sklearn.datasets import load_sample_images
+
+    return load_sample_images().images
 
 
 def draw_scene(random: np.random.Generator, split: str, count: int) -> Scene:

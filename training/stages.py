@@ -26,6 +26,7 @@ class Stage(NamedTuple):
       steps, scenes, questions: how long, and the size of a batch; no questions: tower, projector and words only.
       rate, tower_scale: peak learning rate, and what it is multiplied by in the tower.
       alignment, presence: weights of these losses beside the answers'.
+      fewest: digits in a scene at least.
       easy, harder: scenes have at most two digits in the first `easy` steps, one more every `harder` steps from there.
     """
 
@@ -37,19 +38,19 @@ class Stage(NamedTuple):
     tower_scale: float
     alignment: float
     presence: float
+    fewest: int = 1
     easy: int = 0
     harder: int = 0
 
-    def most_digits(self, step: int) -> int:
-        """The curriculum."""
-        if not self.harder:
-            return DIGITS
-        return min(DIGITS, 2 + max(0, step - self.easy) // self.harder)
+    def digits(self, step: int) -> tuple[int, int]:
+        """The curriculum: the fewest and the most digits of a scene at a step of the stage."""
+        most = min(DIGITS, 2 + max(0, step - self.easy) // self.harder) if self.harder else DIGITS
+        return self.fewest, most
 
 
 STAGES = (
-    Stage("see", 1400, 12, 0, rate=2e-3, tower_scale=1.0, alignment=1.0, presence=0.1),
-    Stage("answer", 4800, 8, 12, 1.5e-3, tower_scale=0.4, alignment=0.1, presence=0.01, easy=400, harder=100),
+    Stage("see", 2400, 12, 0, rate=2e-3, tower_scale=1.0, alignment=1.0, presence=0.1, fewest=DIGITS),
+    Stage("answer", 3600, 8, 12, rate=1.5e-3, tower_scale=0.4, alignment=0.3, presence=0.03, easy=300, harder=80),
 )
 WARM_UP = 100
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")

@@ -57,16 +57,20 @@ def train(
             last = first + stage.steps
             state = begin(stage, model, state.params, seed)
             if first < done <= last:
-                state = checkpoints.load_pytree(done, jax.eval_shape(lambda state: state, state))
+                state = checkpoints.load(done, jax.tree.map(_abstract, state))
             step = make_step(model, stage)
             for number, batch in _batches(stage, seed, first, range(max(done, first), last)):
                 state, losses = step(state, batch)
                 log.add(number + 1, stage, losses)
-                checkpoints.save_pytree(number + 1, state)
+                checkpoints.save(number + 1, state)
                 if number + 1 == stop:
                     return state
             first = last
     return state
+
+
+def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
 def _checkpoints(folder: Path, every: int) -> ocp.training.Checkpointer:
@@ -83,7 +87,7 @@ def _batches(stage: Stage, seed: int, first: int, steps: range) -> Iterator[tupl
     """The stage's batches, each made while the one before it is learned from."""
 
     def make(step: int) -> Batch:
-        return make_batch(seed, step, stage.scenes, stage.questions, stage.most_digits(step - first))
+        return make_batch(seed, step, stage.scenes, stage.questions, stage.digits(step - first))
 
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(make, steps.start) if steps else None

@@ -1,0 +1,122 @@
+"""The retention study's runs: every variant on the same held-out questions.
+
+Axis letters: n questions, l sequence length, v visual tokens, d width.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+import sparsevlm_jax as sv
+from benchmarks.retention.variants import Variant
+from sparsevlm_jax.checkpoint import Model
+from sparsevlm_jax.config import LlavaConfig
+from sparsevlm_jax.llava import Params, Pictures, encode_images
+from sparsevlm_jax.packing import shrink_markers
+from sparsevlm_jax.schedule import Plan, Sparsity
+from training.batches import normalise
+from training.heldout import HeldOut, prompts
+from training.objective import PREFIX_WORDS
+from training.words import ID
+
+BATCH = 36  # questions at a time
+PARTS = 4  # in which scenes are encoded
+OTHER = 100  # the other question is that many questions away, so about another scene
+GIVEN = "vision"  # the method that ranks by `Prompt.saliency`, which is how a choice is handed over
+
+
+class Outcome(NamedTuple):
+    """What became of the questions under a variant.
+
+    Attributes:
+      right: bool [n].
+      kept: bool [n, v], where there was a cut by scores; else None.
+      entering: visual tokens entering a layer, mean over layers and questions.
+    """
+
+    right: np.ndarray
+    kept: np.ndarray | None
+    entering: float
+
+
+class Study:
+    """A model and its questions, with what all variants share computed once."""
+
+    def __init__(self, model: Model, data: HeldOut) -> None:
+        self.params, self.config, self.data = model.params, model.config, data
+        self.pixels = np.stack([normalise(scene.pixels) for scene in data.scenes])
+        self.ids, self.lengths = prompts(data.questions, model.config)
+        self.answers = np.asarray([ID[question.answer] for question in data.questions])
+        self.masks = np.stack([question.mask for question in data.questions])
+        self.dense_pictures = self._encode(sv.make_plan(sv.Sparsity.dense(), self.config, self.config.tokens_per_image))
+
+    def run(self, variant: Variant) -> Outcome:
+        """Answers all questions."""
+        sparsity, saliency = variant.sparsity, None
+        if variant.guide == "other":
+            saliency = self._choice_under_another_question(sparsity)
+        elif variant.guide == "truth":
+            saliency = self.masks
+        if saliency is not None:
+            sparsity = sv.sparsity(GIVEN, keep_at=sparsity.keep_at)
+        return self._answer(sparsity, self.ids, self.lengths, saliency)
+
+    def _choice_under_another_question(self, sparsity: Sparsity) -> np.ndarray:
+        """What the method keeps of each scene when it is asked something that was meant for another."""
+        other = np.roll(np.arange(len(self.lengths)), OTHER)
+        kept = self._answer(sparsity, self.ids[other], self.lengths[other], None).kept
+        assert kept is not None
+        return kept
+
+    def _answer(self, sparsity: Sparsity, ids: np.ndarray, lengths: np.ndarray, saliency: np.ndarray | None) -> Outcome:
+        plan = sv.make_plan(sparsity, self.config, self.config.tokens_per_image, ids.shape[1])
+        pictures = self.dense_pictures
+        if plan.grid is not None:
+            pictures = self._encode(plan)
+            ids = np.stack([shrink_markers(row, self.config, plan.grid**2) for row in ids])
+            lengths = lengths - self.config.tokens_per_image + plan.grid**2
+        right, kept, entering = [], [], []
+        for start in range(0, len(lengths), BATCH):
+            rows = np.minimum(np.arange(start, start + BATCH), len(lengths) - 1)  # the last batch is filled up
+            seen = jax.tree.map(lambda leaf, rows=rows: leaf[self.data.scene_of[rows]], pictures)
+            if saliency is not None:
+                seen = seen._replace(saliency=saliency[rows].astype(np.float32))
+            token, chosen, visual = _answer_batch(self.params, ids[rows], lengths[rows], seen, self.config, plan)
+            real = len(set(rows.tolist()))
+            right.append((np.asarray(token) == self.answers[rows])[:real])
+            kept += [] if chosen is None else [np.asarray(chosen)[:real]]
+            entering += [plan.entering_tokens(row) for row in np.asarray(visual).T.tolist()[:real]]
+        return Outcome(np.concatenate(right), np.concatenate(kept) if kept else None, float(np.mean(entering)))
+
+    def _encode(self, plan: Plan) -> Pictures:
+        """Visual tokens of all scenes."""
+        encode = jax.jit(encode_images, static_argnums=(2, 3))
+        parts = [encode(self.params, part, self.config, plan) for part in np.array_split(self.pixels, PARTS)]
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+@partial(jax.jit, static_argnames=("config", "plan"))
+def _answer_batch(
+    params: Params,
+    ids: Int[Array, "n l"],
+    lengths: Int[Array, "n"],
+    pictures: Pictures,
+    config: LlavaConfig,
+    plan: Plan,
+) -> tuple[Int[Array, "n"], Bool[Array, "n v"] | None, Int[Array, "stages n"]]:
+    """The first token of each answer, what the first cut kept, and visual tokens that entered each stage."""
+    prompt = sv.embed(params, ids, lengths, pictures, config)
+    logits, cache, trace = sv.prefill(params, prompt, config, plan, trace=True, max_new_tokens=0)
+    assert trace is not None
+    text = lengths - jnp.sum(prompt.visual, axis=1)
+    kept = None
+    if trace.events:
+        first = len(PREFIX_WORDS)
+        kept = trace.events[0].selection.kept[:, first : first + plan.visual_tokens]
+    return jnp.argmax(logits, axis=-1), kept, cache.lengths - text[None, :]
