@@ -76,14 +76,18 @@ def bench(
     if quick:
         names, sides = ["quick"], list(sides or QUICK_SIDES)
         settings = replace(settings, marks=(1, 16, 32), warm_ups=1, rounds=min(rounds, 3))
-    for cell in _cells(names, batch, text_tokens, visual_tokens, dtype):
-        wanted = [Side.parse(text, cell.visual_tokens) for text in sides or default_sides(SHAPES[cell.shape])]
-        if profile is not None:
-            _profile(cell, wanted, settings, profile)
-        elif break_even:
-            _sweep(cell, break_even, settings, out)
-        else:
-            run_cell(cell, wanted, settings, out, _log)
+    try:
+        for cell in _cells(names, batch, text_tokens, visual_tokens, dtype):
+            wanted = [Side.parse(text, cell.visual_tokens) for text in sides or default_sides(SHAPES[cell.shape])]
+            if profile is not None:
+                _profile(cell, wanted, settings, profile)
+            elif break_even:
+                _sweep(cell, break_even, settings, out)
+            else:
+                run_cell(cell, wanted, settings, out, _log)
+    except KeyboardInterrupt:
+        _log("interrupted; the same command goes on with what is missing")
+        raise typer.Exit(130) from None
     if report and profile is None:
         _write_report(out, None)
 

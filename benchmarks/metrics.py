@@ -30,7 +30,7 @@ class Figures:
       overhead: prefill minus the same stages with given indices: seconds, and share of the prefill.
       flops_per_s: the paper's multiply-adds, twice, per second of prefill.
       of_matmul_peak, of_bandwidth: shares of what the machine was measured to reach, in prefill and in decoding.
-      peak_bytes: of the program by XLA's account, of the device, and of the process.
+      peak_bytes: of the program by XLA's account, of the device, of the process, and of that its rise while timed.
     """
 
     side: Side
@@ -153,5 +153,6 @@ def _peak_bytes(memory: Mapping[str, Any], compiled: Mapping[str, Any]) -> dict[
         "program": start.get("peak"),
         "device": memory.get("device_peak"),
         "process": memory.get("resident_peak"),
+        "rise": memory.get("rise"),
     }
     return {key: value for key, value in found.items() if value}

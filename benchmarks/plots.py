@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from benchmarks.metrics import Figures
 
 STAGES = ("vision tower + projector", "prefill", "decoding")
-COLOURS = {"jax": "#1f6f8b", "torch": "#c8553d", "ideal": "#888888"}
+COLOURS = {"jax": "#1f6f8b", "torch": "#c8553d", "ideal": "#e0a458"}
 STAGE_COLOURS = ("#b8c4bb", "#1f6f8b", "#e0a458")
 
 
@@ -39,7 +39,7 @@ def _latency(axes: Axes, found: Sequence[Figures]) -> None:
         marker = "o" if name.startswith("jax") else "s"
         axes.errorbar([f.entering for f in members], middle, spread, marker=marker, capsize=2, label=name)
     axes.set(xlabel="visual tokens entering a layer, mean", ylabel="prefill, ms", ylim=(0, None))
-    axes.legend(fontsize=8)
+    _legend(axes)
 
 
 def _stages(axes: Axes, found: Sequence[Figures]) -> None:
@@ -53,7 +53,7 @@ def _stages(axes: Axes, found: Sequence[Figures]) -> None:
         left = [a + b for a, b in zip(left, seconds, strict=True)]
     axes.set(xlabel=f"seconds until {mark} new tokens")
     axes.invert_yaxis()
-    axes.legend(fontsize=8)
+    _legend(axes)
 
 
 def _parts(f: Figures, mark: int) -> tuple[float, float, float]:
@@ -70,7 +70,7 @@ def _memory(axes: Axes, found: Sequence[Figures]) -> None:
     axes.set_yticks([i + 0.4 - height / 2 for i in range(len(found))], [f.side.name for f in found])
     axes.set(xlabel="GiB")
     axes.invert_yaxis()
-    axes.legend(fontsize=8, title="peak of the", title_fontsize=8)
+    _legend(axes, "peak of the")
 
 
 def _speedup(axes: Axes, found: Sequence[Figures]) -> None:
@@ -79,11 +79,17 @@ def _speedup(axes: Axes, found: Sequence[Figures]) -> None:
     colours = [COLOURS["jax" if f.side.engine == "jax" else "torch"] for f in shown]
     axes.barh(names, [f.prefill_speedup or 0 for f in shown], color=colours, label="measured")
     ideal = [1 / f.flops_share for f in shown]
-    axes.plot(ideal, names, "|", color=COLOURS["ideal"], markersize=16, label="by counted FLOPs")
-    axes.axvline(1, color="black", linewidth=0.8)
+    axes.plot(ideal, names, "|", color=COLOURS["ideal"], markersize=18, markeredgewidth=2.5, label="ideal")
+    axes.axvline(1, color="black", linewidth=0.8, linestyle=":")
+    axes.margins(x=0.06)
     axes.set(xlabel="times as fast as dense JAX")
     axes.invert_yaxis()
-    axes.legend(fontsize=8)
+    _legend(axes)
+
+
+def _legend(axes: Axes, title: str | None = None) -> None:
+    """Beside the bars, never on them."""
+    axes.legend(fontsize=8, title=title, title_fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
 
 
 def _svg(title: str, draw: Callable[[Axes, Sequence[Figures]], None], found: Sequence[Figures]) -> str:

@@ -165,7 +165,7 @@ SHAPES = {
     "quick": Shape(_quick(), 576, 64, published=True, budgets=(192,)),
     "llava-1.5-7b": Shape(llava_15_7b(), 576, 118, published=True, budgets=(192, 128, 64)),
     "llava-1.5-13b": Shape(llava_15_13b(), 576, 118, published=False, budgets=(192, 128, 64)),
-    "llava-next-7b": Shape(llava_15_7b(), 2880, 118, published=False, budgets=(640, 320, 160)),
+    "llava-next-7b": Shape(llava_15_7b(), 2880, 118, published=False, budgets=(960, 640, 320)),
     "video": Shape(_video(), 2048, 118, published=False, budgets=(640, 320, 194)),
     "tiny": Shape(tiny(), 16, 48, published=False, budgets=(8,)),  # for tests
 }

@@ -39,7 +39,7 @@ def speed(found: Sequence[Figures]) -> Table:
         "tokens entering": lambda f: f"{f.entering:.1f}",
         "prefill": lambda f: _time(f.prefill),
         "× dense JAX": lambda f: _times(f.prefill_speedup),
-        "of ideal": lambda f: _ratio(f.over_ideal),
+        "of ideal": lambda f: _times(f.over_ideal),
     }
     for mark in marks:
         columns[f"end to end, {mark} new"] = lambda f, mark=mark: _time(f.end_to_end[mark])
@@ -78,12 +78,14 @@ def memory(found: Sequence[Figures]) -> Table:
         "program": lambda f: _mib(f.peak_bytes.get("program")),
         "device": lambda f: _mib(f.peak_bytes.get("device")),
         "process": lambda f: _mib(f.peak_bytes.get("process")),
+        "its rise": lambda f: _mib(f.peak_bytes.get("rise")),
         "keys and values": lambda f: _mib(f.cache_bytes),
     }
     note = (
         "Peaks, weights included. Program: XLA's account of prefill and first token. Device: the framework's own count "
-        "on an accelerator. Process: resident memory while timed. Keys and values: as held; JAX and torch.compile hold "
-        "room for the new tokens too."
+        "on an accelerator. Process: resident memory while timed, its libraries and compiled programs included; its "
+        "rise: above what it held before. Keys and values: as held; JAX and torch.compile hold room for the new tokens "
+        "too."
     )
     return _table("Memory, MiB", columns, found, note)
 
@@ -99,7 +101,7 @@ def counts(found: Sequence[Figures]) -> Table:
     }
     note = (
         "Share and achieved: the paper's formula, two FLOPs per multiply-add. Peaks are those measured on this machine "
-        "in this dtype, the best of all sides."
+        "in this dtype, the best of all sides; more than 100 % of the bandwidth are weights that stay in a cache."
     )
     return _table("FLOPs and bandwidth", columns, found, note)
 
@@ -145,24 +147,30 @@ def _table(title: str, columns: Mapping[str, Callable[[Figures], str]], found: S
 
 
 def _time(t: Mapping[str, float]) -> str:
-    return f"{_seconds(t['p50'])} ({_seconds(t['p5'])} to {_seconds(t['p95'])})"
+    """Median (5th to 95th percentile), in the unit of the median."""
+    unit, scale = _unit(t["p50"])
+    middle, low, high = (_number(t[key] * scale) for key in ("p50", "p5", "p95"))
+    return f"{middle} {unit} ({low} to {high})"
 
 
 def _seconds(value: float | None) -> str:
-    return MISSING if value is None else f"{_number(value)} {'ms' if value < 10 else 's'}"
+    if value is None:
+        return MISSING
+    unit, scale = _unit(value)
+    return f"{_number(value * scale)} {unit}"
 
 
-def _number(seconds: float) -> str:
-    """Milliseconds below 10 s, else seconds, with three digits that mean something."""
-    value = seconds * 1e3 if seconds < 10 else seconds
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+def _unit(seconds: float) -> tuple[str, float]:
+    return ("ms", 1e3) if seconds < 10 else ("s", 1.0)
+
+
+def _number(value: float) -> str:
+    """About three digits that mean something."""
+    return f"{value:.2f}" if abs(value) < 10 else f"{value:.1f}" if abs(value) < 100 else f"{value:,.0f}"
 
 
 def _times(value: float | None) -> str:
     return MISSING if value is None else f"{value:.2f}"
-
-
-_ratio = _times
 
 
 def _percent(value: float | None) -> str:

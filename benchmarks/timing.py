@@ -34,11 +34,16 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def forget_peak_memory() -> None:
-    """Gives freed memory back and lets the kernel's peak of resident memory begin anew (Linux; elsewhere nothing)."""
+def forget_peak_memory() -> int:
+    """Gives freed memory back and lets the kernel's peak of resident memory begin anew (on Linux).
+
+    Returns:
+      Resident bytes now.
+    """
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
+    return memory()["VmRSS"]
 
 
 def peak_resident_bytes() -> int:

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LlavaForConditionalGeneration, StaticCache
-from transformers import LlavaConfig as HFConfig
-from transformers.initialization import no_init_weights
+from transformers import DynamicCache, StaticCache
 
 from benchmarks import weights
 from benchmarks.shapes import SHAPES, Cell, Side
 from benchmarks.timing import cores, timed
 from benchmarks.torch_sparsevlm import Event, Span, SparseDecoder, State
-from sparsevlm_jax.config import LlavaConfig
+from benchmarks.torch_weights import load
 from sparsevlm_jax.schedule import make_plan
-from sparsevlm_jax.weights import canonical
 
-CHUNK = 2**22  # elements drawn at a time
 WRITTEN_OUT = {"eager": "eager", "faithful": "eager"}  # engines whose towers, too, write their attention out
 
 
@@ -111,7 +106,7 @@ class TorchRunner:
         """As `JaxRunner.forced_logits`."""
         logits, state = self.prefill(self.embeddings)
         found = [logits.cpu()]
-        for column in torch.from_numpy(tokens).to(self.device).T:
+        for column in torch.tensor(tokens, device=self.device).T:
             found.append(self.step(column, state).cpu())
         return torch.stack(found, dim=1).numpy()
 
@@ -230,34 +225,3 @@ def runner(cell: Cell, side: Side, room: int, device: str) -> TorchRunner:
     """The runner of a side by its engine."""
     kinds = {"eager": Dense, "sdpa": Dense, "compile": Compiled}
     return kinds.get(side.engine, Sparse)(cell, side, room, device)
-
-
-def load(config: LlavaConfig, dtype: str, device: torch.device, attention: str) -> Any:
-    """transformers' LLaVA of a configuration with the hash's weights, made on the device."""
-    text = asdict(config.text)
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": text.pop("rope_theta")}
-    settings: dict[str, Any] = {
-        "vision_config": {**asdict(config.vision), "model_type": "clip_vision_model"},
-        "text_config": {**text, "model_type": "llama"},
-        "image_token_index": config.image_token_id,
-        "vision_feature_layer": config.vision_feature_layer,
-        "vision_feature_select_strategy": config.vision_feature_select_strategy,
-        "projector_hidden_act": config.projector_hidden_act,
-        "multimodal_projector_bias": config.projector_bias,
-    }
-    described = HFConfig(**settings)
-    with no_init_weights(), device:
-        described._attn_implementation = attention
-        model = LlavaForConditionalGeneration(described).to(getattr(torch, dtype)).eval()
-    for name, parameter in model.named_parameters():
-        fill(parameter.data, canonical(name) or name)
-    return model
-
-
-def fill(tensor: Tensor, name: str) -> None:
-    """Draws a tensor in place, a chunk at a time, so that its int32 copies stay small."""
-    draw, flat = weights.draw_of(name, tuple(tensor.shape)), tensor.view(-1)
-    for start in range(0, flat.numel(), CHUNK):
-        index = torch.arange(start, min(start + CHUNK, flat.numel()), dtype=torch.int32, device=tensor.device)
-        integers = weights.numbers(index, draw.seed)
-        flat[start : start + CHUNK] = weights.values(integers, draw.scale, draw.norm, lambda x: x.float())

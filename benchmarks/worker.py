@@ -10,6 +10,7 @@ import gc
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import traceback
@@ -76,7 +77,8 @@ class Worker:
         return answer["ok"]
 
     def close(self) -> None:
-        assert self._process.stdin is not None
+        """Ends the process, which it does by itself when nothing can be asked any more."""
+        assert self._process.stdin is not None and self._process.stdout is not None
         with suppress(BrokenPipeError):
             self._process.stdin.close()
         try:
@@ -84,12 +86,15 @@ class Worker:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._process.stdout.close()
         self._compiler_files.cleanup()
 
     def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        if exception[0] is not None:
+            self._process.kill()  # whatever it is doing, nobody waits for it
         self.close()
 
 
@@ -98,6 +103,7 @@ class Service:
 
     def __init__(self, cell: Mapping[str, Any], side: Mapping[str, Any], room: int, device: str) -> None:
         self.cell, self.side, self.device = Cell(**cell), Side(**side), device
+        self.settled = 0  # resident bytes before what is timed
         if self.side.engine == "jax":
             from benchmarks.jax_side import JaxRunner
 
@@ -113,7 +119,7 @@ class Service:
     def settle(self) -> None:
         """Before what is timed: what compiling and warming up has left behind does not count as memory."""
         gc.collect()
-        forget_peak_memory()
+        self.settled = forget_peak_memory()
 
     def turn(self, marks: Sequence[int], phases: Sequence[str] = ()) -> dict[str, float]:
         """Runs every phase once: seconds by phase, and from pixels until so many new tokens were there."""
@@ -150,7 +156,8 @@ class Service:
 
     def report(self) -> dict[str, Any]:
         """What is known after the turns: memory, counts, peaks of the device, versions."""
-        memory = {"resident_peak": peak_resident_bytes(), "device_peak": self.runner.device_peak_bytes()}
+        peak = peak_resident_bytes()
+        memory = {"resident_peak": peak, "rise": peak - self.settled, "device_peak": self.runner.device_peak_bytes()}
         return {
             "memory": memory,
             "facts": self.runner.facts(),
@@ -168,6 +175,7 @@ class Service:
 
 def main() -> None:
     """Answers requests until stdin ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted, and ends this process
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     service: Any = None
@@ -185,8 +193,11 @@ def main() -> None:
         except Exception as error:  # of any library, out of memory included: the parent reports it and goes on
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+        try:
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
+        except BrokenPipeError:  # the parent is gone: so are the reasons to go on
+            os._exit(1)
 
 
 def _environment(device: str, folder: str, root: Path) -> dict[str, str]:

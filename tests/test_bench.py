@@ -1,0 +1,271 @@
+"""The benchmark: weights that all sides share, the gate, figures, reports, and the worker's protocol."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import traverse_util
+
+from benchmarks import agreement, break_even, jax_programs, metrics, report, timing, weights
+from benchmarks.jax_side import JaxRunner
+from benchmarks.machine import seat
+from benchmarks.profile import OTHER, phase_of, phases_of
+from benchmarks.shapes import SHAPES, Cell, Side, default_sides
+from benchmarks.torch_side import runner
+from benchmarks.torch_weights import fill, load
+from benchmarks.worker import Worker, WorkerError
+from sparsevlm_jax.cli import main
+from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.weights import canonical, spec
+
+CELL = Cell("tiny", 1, 48, 16, "float32")
+DENSE, PRUNED = Side("jax", "dense"), Side("jax", "v1.5", 8)
+
+
+def _report(side: Side, status: str = "agrees") -> dict[str, Any]:
+    return {
+        "side": asdict(side),
+        "verdict": {"status": status, "detail": ""},
+        "compile": {"cold_s": 3.0, "warm_s": 1.0, "program_bytes": {"start": {"peak": 2**30, "temporary": 0}}},
+        "memory": {"resident_peak": 2**31, "device_peak": None},
+        "facts": {"decoder_bytes": 10**9, "cache_bytes": 10**6, "xla_flops": 1e9, "device": "cpu"},
+        "peaks": {"flops_per_s": 1e11, "bytes_per_s": 1e10},
+        "preprocess_s": 0.01,
+        "environment": {"cores": 2, "jax": "0"},
+        "drift": None,
+    }
+
+
+def _samples(prefill: list[float]) -> dict[str, list[float]]:
+    rounds = len(prefill)
+    return {
+        "tower": [0.5] * rounds,
+        "prefill": prefill,
+        "tokens_1": [p + 0.5 for p in prefill],
+        "tokens_16": [p + 2.0 for p in prefill],
+    }
+
+
+@pytest.fixture
+def result() -> dict[str, Any]:
+    """Two sides; the machine is twice as slow in the second round."""
+    pruned = _samples([0.4, 0.8, 0.4]) | {"prefill_given": [0.3, 0.6, 0.3]}
+    return {
+        "cell": asdict(CELL),
+        "settings": {},
+        "environment": {"processor": "x", "device": "cpu", "date": "2000-01-01"},
+        "sides": {side.name: _report(side) for side in (DENSE, PRUNED)},
+        "sittings": [{DENSE.name: _samples([1.0, 2.0, 1.0]), PRUNED.name: pruned}],
+    }
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_both_sides_draw_the_same_weights_bit_for_bit(dtype: str) -> None:
+    params = jax_programs.draw_params(CELL.config, dtype)
+    flat: dict[Any, Any] = dict(traverse_util.flatten_dict(params))
+    model = load(CELL.config, dtype, torch.device("cpu"), "sdpa")
+    entries = spec(params)
+    for name, parameter in model.named_parameters():
+        entry = entries.pop(canonical(name) or name)
+        ours = np.asarray(flat[entry.path].astype(jnp.float32))
+        np.testing.assert_array_equal(entry.to_hf(ours), parameter.detach().float().numpy())
+    assert not entries
+
+
+def test_tensors_of_other_names_are_drawn_apart() -> None:
+    first, second = (torch.zeros(64, 64) for _ in range(2))
+    fill(first, "a.weight")
+    fill(second, "b.weight")
+    assert abs(np.corrcoef(first.flatten(), second.flatten())[0, 1]) < 0.1
+    assert first.std() == pytest.approx(64**-0.5, rel=0.05)
+
+
+def test_prompts_hold_their_visual_tokens_in_one_piece() -> None:
+    ids = weights.input_ids(replace(CELL, batch=3))
+    visual = ids == CELL.config.image_token_id
+    assert (visual.sum(axis=1) == CELL.visual_tokens).all()
+    assert (np.diff(np.flatnonzero(visual[0])) == 1).all()
+    assert not (ids[0] == ids[1]).all()
+
+
+def test_a_batch_begins_with_the_rows_of_a_smaller_one() -> None:
+    one, three = CELL, replace(CELL, batch=3)
+    np.testing.assert_array_equal(weights.input_ids(three)[:1], weights.input_ids(one))
+    np.testing.assert_array_equal(weights.pixels(three)[:1], weights.pixels(one))
+
+
+def test_small_is_the_shape_that_was_asked_for() -> None:
+    shape = SHAPES["small"]
+    text = shape.config.text
+    sizes = (text.num_hidden_layers, text.hidden_size, text.intermediate_size, text.num_attention_heads)
+    assert sizes == (24, 1024, 2816, 16)
+    assert shape.visual_tokens + shape.text_tokens == 664
+    cell = Cell("small", 1, shape.text_tokens, shape.visual_tokens, "float32")
+    stages = metrics.plan_of(cell, Side("jax", "v1.5", 192)).stages
+    assert [(stage.stop - 1, stage.keep) for stage in stages[:-1]] == [(2, 300), (6, 200), (15, 110)]
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_shape_has_plans_for_its_default_sides(name: str) -> None:
+    shape = SHAPES[name]
+    cell = Cell(name, 1, shape.text_tokens, shape.visual_tokens, "float32")
+    for text in default_sides(shape):
+        side = Side.parse(text, cell.visual_tokens)
+        assert side.name == text
+        assert metrics.plan_of(cell, side).visual_tokens <= cell.visual_tokens
+
+
+@pytest.mark.parametrize("text", ["numpy:dense", "sdpa:v1.5@8", "jax:nothing", "jax:v1.5@few"])
+def test_a_side_that_cannot_be_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=f"--sides {text}"):
+        Side.parse(text, 16)
+
+
+def test_visual_tokens_become_pictures_of_that_size() -> None:
+    assert replace(CELL, visual_tokens=25).config.tokens_per_image == 25
+    assert replace(CELL, visual_tokens=48).pictures == 3
+    with pytest.raises(UserError, match="--visual-tokens 50"):
+        assert replace(CELL, visual_tokens=50).config
+
+
+def test_given_indices_run_the_same_stages() -> None:
+    """With nothing merged the prefill with given indices is the prefill."""
+    side = Side("jax", "v2.0", 8)
+    jax_runner = JaxRunner(CELL, side, 16)
+    logits = jax_runner.phases()["prefill"]()[0]
+    given = jax_runner.phases()["prefill_given"]()[0]
+    np.testing.assert_allclose(given, logits, atol=1e-4)
+
+
+def test_jax_and_pytorch_agree_from_pixels_to_tokens() -> None:
+    ours, theirs = JaxRunner(CELL, PRUNED, 16), runner(CELL, Side("best", "v1.5", 8), 16, "cpu")
+    tokens, seconds = ours.generate((1, 4))
+    others, _ = theirs.generate((1, 4))
+    np.testing.assert_array_equal(tokens, others)
+    assert ours.selections() == theirs.selections()
+    assert len(seconds) == 2 and seconds[0] < seconds[1]
+    np.testing.assert_allclose(ours.forced_logits(tokens), theirs.forced_logits(tokens), atol=1e-3)
+
+
+def test_a_side_that_disagrees_is_told_by_its_first_difference() -> None:
+    answer = {"tokens": [[1, 2, 3]], "selections": [[[0, 1]], [[0]]]}
+    other = {"tokens": [[1, 9, 3]], "selections": answer["selections"]}
+    pruned = {"tokens": answer["tokens"], "selections": [[[0, 2]], [[0]]]}
+    sides = [Side("jax", "v1.5", 8), Side("best", "v1.5", 8), Side("faithful", "v1.5", 8), Side("jax", "v2.0", 8)]
+    found = agreement.verdicts(dict(zip(sides, (answer, other, pruned, answer), strict=True)))
+    assert [found[side.name].status for side in sides] == ["agrees", "disagrees", "disagrees", "alone"]
+    assert "new token 1" in found["best:v1.5@8"].detail
+    assert "pruning layer 0: 2 tokens" in found["faithful:v1.5@8"].detail
+
+
+def test_a_side_that_failed_says_why() -> None:
+    found = agreement.verdicts({DENSE: {"tokens": [], "selections": []}, Side("sdpa", "dense"): "out of memory"})
+    assert found["sdpa:dense"] == agreement.Verdict("failed", "out of memory")
+
+
+def test_drift_is_zero_against_itself_and_counts_what_changed() -> None:
+    logits = np.random.default_rng(0).normal(size=(1, 3, 8))
+    none = agreement.drift(logits, logits, [[[1, 2]]], [[[1, 2]]])
+    assert none == agreement.Drift(0.0, 1.0, [1.0])
+    swapped = logits[..., ::-1]
+    some = agreement.drift(logits, swapped, [[[1, 2]]], [[[1, 3]]])
+    assert some.kl > 0.1 and some.overlap == [0.5]
+
+
+def test_figures_compare_within_rounds(result: dict[str, Any]) -> None:
+    dense, pruned = metrics.figures(result)
+    assert pruned.prefill_speedup == pytest.approx(2.5)  # in every round, whatever the machine did
+    assert pruned.overhead == (pytest.approx(0.1), pytest.approx(0.25))
+    assert pruned.per_token["p50"] == pytest.approx(1.5 / 15)
+    assert pruned.over_ideal == pytest.approx(0.4 / pruned.flops_share)
+    assert dense.flops_share == 1 and dense.prefill_speedup == 1
+    assert dense.of_bandwidth == pytest.approx(1.001e9 / 0.1 / 1e10)
+
+
+def test_percentiles_are_of_the_samples() -> None:
+    found = timing.summary([float(n) for n in range(101)])
+    assert found == {"p50": 50, "p5": 5, "p95": 95, "n": 101}
+
+
+def test_a_report_shows_every_side_and_no_figure_of_one_that_disagrees(tmp_path: Path, result: dict[str, Any]) -> None:
+    wrong = Side("best", "v1.5", 8)
+    result["sides"][wrong.name] = _report(wrong, "disagrees")
+    (tmp_path / "a.json").write_text(json.dumps(result))
+    html, markdown = report.write_report(tmp_path)
+    text = markdown.read_text()
+    assert f"| {PRUNED.name} | 10.0 | 400 ms" in text
+    assert [line for line in text.splitlines() if wrong.name in line] == [
+        f"| {wrong.name} | disagrees: no figures | – | – | – | – |"
+    ]
+    assert html.read_text().count("<svg") == len(list((tmp_path / "plots").glob("*.svg"))) == 4
+    assert "src=" not in html.read_text()  # self-contained
+
+
+def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no results there"):
+        report.write_report(tmp_path)
+
+
+def test_the_readme_gets_its_table_between_the_markers(tmp_path: Path, result: dict[str, Any]) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n")
+    report.update_readme(readme, report.readme_table([result]))
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- bench -->\n") and text.endswith("<!-- /bench -->\nafter\n")
+    assert "old" not in text and PRUNED.name in text
+
+
+def test_break_even_is_where_all_larger_ones_pay_too() -> None:
+    assert break_even.first_that_pays({64: 1.1, 144: 0.9, 256: 1.05, 576: 0.8, 1152: 0.6}) == 576
+    assert break_even.first_that_pays({64: 1.1, 144: 1.0}) is None
+
+
+def test_sittings_hold_as_many_as_are_allowed_and_always_the_first() -> None:
+    others = [Side("jax", "v1.5", n) for n in range(1, 6)]
+    sittings = seat(CELL, [DENSE, *others], "cpu", at_once=3)
+    assert [len(sitting) for sitting in sittings] == [3, 3, 2]
+    assert all(sitting[0] == DENSE for sitting in sittings)
+
+
+def test_phases_are_the_codes_named_scopes() -> None:
+    program = '  %fusion.3 = f32[2] fusion(%x), metadata={op_type="dot" op_name="jit(start)/Llava/score/dot_general"}'
+    assert phases_of(program) == {"fusion.3": "score"}
+    assert phase_of("jit(start)/Llava/vision_tower/layers_0/self_attn/q_proj/dot_general") == "tower"
+    assert phase_of("jit(start)/add") == OTHER
+
+
+def test_a_worker_reports_its_errors_and_goes_on() -> None:
+    with Worker(CELL, DENSE, 4, "cpu") as worker:
+        with pytest.raises(WorkerError, match="AttributeError"):
+            worker.ask("no_such_thing")
+        turn = worker.ask("turn", marks=[1, 2], phases=["generate"])
+    assert turn.keys() == {"tokens_1", "tokens_2"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--shape", "huge"], "--shape huge"),
+        (["--dtype", "int8"], "--dtype int8"),
+        (["--batch", "0"], "--batch 0"),
+        (["--device", "abacus"], "abacus"),
+        (["--report-only", "--out", "/nowhere"], "/nowhere"),
+    ],
+)
+def test_bad_options_are_one_line(
+    arguments: list[str], named: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sparsevlm", "bench", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert named in error and len(error.splitlines()) == 1
