@@ -34,6 +34,7 @@ from sparsevlm_jax.options import (
 )
 from sparsevlm_jax.schedule import Plan, Sparsity, make_plan
 from sparsevlm_jax.units import in_bytes, in_si
+from sparsevlm_jax.walkthrough import walk_through
 
 app = typer.Typer(
     help="LLaVA in JAX with SparseVLM: visual tokens are dropped and recycled while the decoder runs.",
@@ -142,6 +143,7 @@ def plan(
 
 
 app.command()(explain)
+app.command("demo")(walk_through)
 app.command()(commands.convert)
 app.command()(commands.inspect)
 app.command()(bench)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
-from sparsevlm_jax.cost import xla_flops
+from sparsevlm_jax import cost
 from sparsevlm_jax.explain.record import Explanation, Pruning, Stage, first_difference
 from sparsevlm_jax.explain.words import pieces
 from sparsevlm_jax.generate import Generation, require_processor
@@ -14,6 +15,7 @@ from sparsevlm_jax.methods import METHODS
 from sparsevlm_jax.schedule import cache_bytes, paper_flops
 from sparsevlm_jax.units import in_bytes, in_si
 
+_xla_flops = cache(cost.xla_flops)  # counted from shapes, which many questions share
 LISTENING = ("v1", "v1.5", "v2.0")  # methods whose scores come from the raters
 END = "end of the answer"
 
@@ -105,7 +107,7 @@ def savings(explanation: Explanation) -> list[Saving]:
     entered, flops, operations, held = (
         (pruned.entering_tokens(visual), dense.visual_tokens),
         tuple(paper_flops(config.text, n) for n in (lengths, whole)),
-        tuple(xla_flops(config, plan, words) for plan in (pruned, dense)),
+        tuple(_xla_flops(config, plan, words) for plan in (pruned, dense)),
         tuple(cache_bytes(config.text, n, 2) for n in (lengths, whole)),
     )
     return [

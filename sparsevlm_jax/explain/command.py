@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +36,7 @@ def explain(
     aspect: Aspect = None,
 ) -> None:
     """Shows on one page what was kept, merged and dropped of a picture, and why."""
+    from sparsevlm_jax.explain.drawing import png as encode_png
     from sparsevlm_jax.explain.page import render
     from sparsevlm_jax.explain.record import explain as record
     from sparsevlm_jax.explain.record import require_picture
@@ -52,9 +52,7 @@ def explain(
     written = [output]
     files.write(output, render(explanation).encode())
     if png:
-        file = io.BytesIO()
-        draw_sheet(explanation).save(file, "PNG")
         written.append(output.with_suffix(".png"))
-        files.write(written[-1], file.getvalue())
+        files.write(written[-1], encode_png(draw_sheet(explanation)))
     source.warn_of_noise()
     print("\n".join(map(str, written)))

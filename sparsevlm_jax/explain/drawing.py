@@ -8,11 +8,14 @@ Axis letters: g patches per side, S pixels per side of a picture as the model se
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from sparsevlm_jax.explain.provenance import DROPPED
+from sparsevlm_jax.explain.record import Explanation, Stage
 
 SIDE = 480  # pixels per side of a drawing, about: patches are all of the same size
 RGB = tuple[int, int, int]
@@ -44,6 +47,24 @@ INK, PAPER, STROKE = (26, 26, 26), (246, 246, 246), (168, 168, 168)
 def tint(number: int) -> RGB:
     """Colour of a merged token. Colours come again after seven, numbers do not."""
     return TINTS[(number - 1) % len(TINTS)]
+
+
+def draw_stage(explanation: Explanation, stage: Stage) -> list[Image.Image]:
+    """What a stage's layers see of every picture; where the method shrinks pictures, the cells that it makes."""
+    if explanation.pruned.plan.grid is not None:
+        return [draw_cells(picture, len(stage.fates[0])) for picture in explanation.pictures]
+    return [draw_fates(picture, fates) for picture, fates in zip(explanation.pictures, stage.fates, strict=True)]
+
+
+def draw_cells(picture: UInt8[np.ndarray, "S S 3"], grid: int) -> Image.Image:
+    """The picture under lines between the cells that enter the decoder."""
+    image, cell = enlarge(picture, grid), cell_size(grid)
+    draw = ImageDraw.Draw(image)
+    for at in range(cell, image.width, cell):
+        for line in ((at, 0, at, image.height), (0, at, image.width, at)):
+            draw.line(line, (255, 255, 255), 4)
+            draw.line(line, INK, 2)
+    return image
 
 
 def draw_fates(picture: UInt8[np.ndarray, "S S 3"], fates: Int[np.ndarray, "g g"]) -> Image.Image:
@@ -105,9 +126,16 @@ def cell_size(grid: int) -> int:
     return max(round(SIDE / grid), 4)
 
 
-def font(size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def font(size: float | int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Pillow's own font: the same on every machine."""
     return ImageFont.load_default(size)
+
+
+def png(image: Image.Image) -> bytes:
+    """A picture as the bytes of a file."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
 
 
 def _by_pixel(values: Shaped[np.ndarray, "g g *rest"], cell: int) -> Shaped[np.ndarray, "S S *rest"]:

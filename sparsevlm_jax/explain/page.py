@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 from importlib import metadata
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from sparsevlm_jax.explain import account
-from sparsevlm_jax.explain.drawing import CIVIDIS, TINTS, draw_fates, draw_scores, enlarge, score_range
+from sparsevlm_jax.explain.drawing import CIVIDIS, TINTS, draw_scores, draw_stage, enlarge, png, score_range
 from sparsevlm_jax.explain.record import Explanation, Pruning, Stage
 
 _TEMPLATES = jinja2.Environment(
@@ -36,6 +35,7 @@ def render(explanation: Explanation) -> str:
         method=sparsity.method,
         pictures=[_inline(enlarge(picture, grid)) for picture in explanation.pictures],
         grid=grid,
+        cells="patches" if explanation.pruned.plan.grid is None else "cells",
         answers={"dense": dense, sparsity.method: pruned},
         verdict=account.verdict(explanation),
         savings=account.savings(explanation),
@@ -57,9 +57,9 @@ def _stage(explanation: Explanation, stage: Stage) -> dict[str, Any]:
     """What the template shows of a stage, a figure per picture of the prompt."""
     name = account.stage_name(stage)
     figures = []
-    for picture, fates in zip(explanation.pictures, stage.fates, strict=True):
+    for drawing, fates in zip(draw_stage(explanation, stage), stage.fates, strict=True):
         counts = f"{np.sum(fates == 0)} patches kept, {np.sum(fates > 0)} merged, {np.sum(fates < 0)} dropped"
-        figures.append({"image": _inline(draw_fates(picture, fates)), "alt": f"{name}: {counts}"})
+        figures.append({"image": _inline(drawing), "alt": f"{name}: {counts}"})
     return {
         "name": name,
         "entering": account.entering(stage),
@@ -83,9 +83,7 @@ def _pruning(pruning: Pruning, name: str) -> dict[str, Any]:
 
 def _inline(image: Image.Image) -> str:
     """A picture as a data URI."""
-    file = io.BytesIO()
-    image.save(file, "PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return f"data:image/png;base64,{base64.b64encode(png(image)).decode()}"
 
 
 def _css(colour: tuple[int, int, int]) -> str:

@@ -94,7 +94,7 @@ def explain(
     return Explanation(
         model=model,
         question=question,
-        pictures=_as_seen(inputs.pixel_values, processor.image_processor, run.plan, config),
+        pictures=as_seen(inputs.pixel_values, processor.image_processor, run.plan, config),
         words=read_words(packed.input_ids[0, :length], trace.tokens, question, len(images), processor),
         stages=_stages(trace, run.plan, len(images), run.plan.grid or config.vision.grid),
         dense=dense,
@@ -123,9 +123,11 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
 @partial(jax.jit, static_argnames=("config", "plan", "room"))
 def _prefill_traced(
     params: Params, ids: Array, lengths: Array, pixels: Array, *, config: LlavaConfig, plan: Plan, room: int
-) -> tuple[Array, Cache, Trace | None]:
+) -> tuple[Array, Cache, Trace]:
     prompt = embed(params, ids, lengths, pixels, config, plan)
-    return prefill(params, prompt, config, plan, trace=True, max_new_tokens=room)
+    logits, cache, trace = prefill(params, prompt, config, plan, trace=True, max_new_tokens=room)
+    assert trace is not None
+    return logits, cache, trace
 
 
 def _run_traced(run: Run, max_new_tokens: int) -> tuple[Generation, Trace]:
@@ -133,7 +135,7 @@ def _run_traced(run: Run, max_new_tokens: int) -> tuple[Generation, Trace]:
     arrays = jnp.asarray(run.packed.input_ids), jnp.asarray(run.packed.lengths), run.pictures
     config, plan = run.static["config"], run.plan
     logits, cache, trace = _prefill_traced(run.params, *arrays, config=config, plan=plan, room=run.room)
-    return run.result(run.decode(run.resume(logits, cache), max_new_tokens)), jax.device_get(trace)
+    return run.result(run.decode(run.resume(logits, cache), max_new_tokens)), trace
 
 
 def _stages(trace: Trace, plan: Plan, pictures: int, grid: int) -> list[Stage]:
@@ -162,7 +164,7 @@ def _stages(trace: Trace, plan: Plan, pictures: int, grid: int) -> list[Stage]:
     ]
 
 
-def _as_seen(
+def as_seen(
     pixels: Float[np.ndarray, "m 3 S S"], image_processor: Any, plan: Plan, config: LlavaConfig
 ) -> UInt8[np.ndarray, "m s s 3"]:
     """The processor's last steps undone, from what the tower takes back to colours."""

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from sparsevlm_jax.explain import account
-from sparsevlm_jax.explain.drawing import INK, colour_map, draw_fates, draw_scores, font, score_range
+from sparsevlm_jax.explain.drawing import INK, colour_map, draw_scores, draw_stage, font, score_range
 from sparsevlm_jax.explain.record import Explanation, Stage
 from sparsevlm_jax.explain.words import Word
 
@@ -43,7 +43,7 @@ def draw_sheet(explanation: Explanation) -> Image.Image:
 
 def _column(explanation: Explanation, stage: Stage) -> Image.Image:
     """A stage from top to bottom: name, counts, pictures, what the pruning did, score maps."""
-    drawings = [draw_fates(*pair) for pair in zip(explanation.pictures, stage.fates, strict=True)]
+    drawings = draw_stage(explanation, stage)
     width, pruning = drawings[0].width, stage.pruning
     parts = [
         _text(account.stage_name(stage), width, 1.2 * LETTERS),
@@ -91,7 +91,7 @@ def _scale(width: int, low: float, high: float) -> Image.Image:
 
 
 def _text(
-    text: str, width: int, size: float = LETTERS, colour: tuple[int, int, int] = INK, lines: int = 1
+    text: str, width: int, size: float | int = LETTERS, colour: tuple[int, int, int] = INK, lines: int = 1
 ) -> Image.Image:
     """Wrapped text, at least so many lines high."""
     found = [""]

@@ -98,12 +98,13 @@ def pieces(ids: Sequence[int] | Int[np.ndarray, "t"], processor: Processor) -> l
 
 
 def word_starts(text: str, spans: Sequence[Span]) -> list[int]:
-    """Numbers of the tokens that begin a word: not joined, letter to letter, to the one before."""
+    """Numbers of the tokens that begin a word: not joined, letter to letter or by its space, to the one before."""
     starts, last = [], (0, 0)
     for number, (begin, end) in enumerate(spans):
         same_character = begin < last[1]
-        joined = begin == last[1] and text[begin : begin + 1].isalnum() and text[begin - 1 : begin].isalnum()
-        if not number or not (same_character or joined):
+        letters = text[begin - 1 : begin].isalnum() and text[begin : begin + 1].isalnum()
+        behind_space = not text[slice(*last)].strip(" ")
+        if not number or not (same_character or (begin == last[1] and (letters or behind_space))):
             starts.append(number)
         last = (begin, end)
     return starts
