@@ -36,7 +36,8 @@ def render(explanation: Explanation) -> str:
         pictures=[_inline(enlarge(picture, grid)) for picture in explanation.pictures],
         grid=grid,
         cells="patches" if explanation.pruned.plan.grid is None else "cells",
-        answers={"dense": dense, sparsity.method: pruned},
+        answers={"All patches (dense)": dense}
+        | ({} if sparsity.method == "dense" else {f"Pruned by {sparsity.method}": pruned}),
         verdict=account.verdict(explanation),
         savings=account.savings(explanation),
         notes=account.notes(explanation),
