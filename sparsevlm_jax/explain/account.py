@@ -141,7 +141,10 @@ def notes(explanation: Explanation) -> list[str]:
             "go through every layer."
         )
     elif len(plan.stages) == 1:
-        found.append("Nothing is pruned here: every patch goes through every layer.")
+        found.append(
+            "Nothing is pruned here: every patch goes through every layer. No word has to rate; the marks on them show "
+            "which would."
+        )
     elif method not in LISTENING:
         found.append(
             f"{method} does not ask the question's words: the marks on them show who would rate under SparseVLM. "
