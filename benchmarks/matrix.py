@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.agreement import drift, shown, verdicts
+from benchmarks.agreement import Verdict, drift, shown, verdicts
 from benchmarks.files import read_json, write_json
 from benchmarks.machine import environment, seat
 from benchmarks.shapes import ONE_ROW, Cell, Side
@@ -50,7 +50,8 @@ def run_cell(cell: Cell, sides: Sequence[Side], settings: Settings, folder: Path
         for side in together:
             result["sides"].setdefault(side.name, {"side": asdict(side)} | sitting.reports[side.name])
     result["environment"] = environment(settings.device)
-    _judge(result, [*missing, possible[0]], gate)
+    known = {side.name for side in missing} | result["sides"].keys()
+    _judge(result, [side for side in gate.sides if side.name in known], gate)
     write_json(file, result)
     return result
 
@@ -97,9 +98,14 @@ class Gate:
         """False where it is known that the side disagrees or fails."""
         return side.name not in self._kept or shown(self.verdict(side))
 
-    def verdict(self, side: Side) -> Any:
-        found = {Side(**kept["side"]): kept.get("answer") or kept["error"] for kept in self._kept.values()}
-        return verdicts(found)[side.name]
+    @property
+    def sides(self) -> list[Side]:
+        """Those whose answers are kept."""
+        return [Side(**kept["side"]) for kept in self._kept.values()]
+
+    def verdict(self, side: Side) -> Verdict:
+        answers = [kept.get("answer") or kept["error"] for kept in self._kept.values()]
+        return verdicts(dict(zip(self.sides, answers, strict=True)))[side.name]
 
     def drift(self, side: Side) -> dict[str, Any] | None:
         return self._kept[side.name].get("drift")

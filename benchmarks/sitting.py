@@ -10,6 +10,8 @@ from typing import Any
 from benchmarks.shapes import Cell, Side
 from benchmarks.worker import Worker, WorkerError
 
+GATE_TOKENS = 16
+
 Log = Callable[[str], None]
 
 
@@ -20,7 +22,6 @@ class Settings:
     Attributes:
       marks: new tokens after which the clock is read, ascending, 1 first; the last is the output's length.
       warm_ups, rounds: turns of every side that do not count, and that do.
-      gate_tokens: new tokens that are compared among the sides.
       phases: which are timed; none for all of them.
       at_once: workers alive together; None for as many as memory holds.
     """
@@ -29,9 +30,13 @@ class Settings:
     marks: tuple[int, ...] = (1, 16, 128)
     warm_ups: int = 2
     rounds: int = 7
-    gate_tokens: int = 16
     phases: tuple[str, ...] = ()
     at_once: int | None = None
+
+    @property
+    def gate_tokens(self) -> int:
+        """New tokens that are compared among the sides: no more than caches have room for."""
+        return min(GATE_TOKENS, self.marks[-1])
 
 
 class Sitting:

@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,11 +14,12 @@ import pytest
 import torch
 from flax import traverse_util
 
-from benchmarks import agreement, break_even, jax_programs, metrics, report, timing, weights
+from benchmarks import agreement, break_even, jax_programs, matrix, metrics, report, timing, weights
 from benchmarks.jax_side import JaxRunner
 from benchmarks.machine import seat
 from benchmarks.profile import OTHER, phase_of, phases_of
 from benchmarks.shapes import SHAPES, Cell, Side, default_sides
+from benchmarks.sitting import Settings
 from benchmarks.torch_side import runner
 from benchmarks.torch_weights import fill, load
 from benchmarks.worker import Worker, WorkerError
@@ -228,11 +229,54 @@ def test_break_even_is_where_all_larger_ones_pay_too() -> None:
     assert break_even.first_that_pays({64: 1.1, 144: 1.0}) is None
 
 
+class _Sitting:
+    """Answers at once: `best` keeps another token than the others."""
+
+    seated: ClassVar[list[list[str]]] = []
+
+    def __init__(self, cell: Cell, settings: Settings, log: Any) -> None:
+        self.samples: dict[str, Any] = {}
+        self.reports: dict[str, Any] = {}
+        self.answers: dict[Side, Any] = {}
+
+    def run(self, sides: list[Side]) -> None:
+        self.seated.append([side.name for side in sides])
+        for side in sides:
+            self.samples[side.name], self.reports[side.name] = _samples([1.0]), {}
+            self.answers[side] = {"tokens": [[1]], "selections": [[[int(side.engine == "best")]]]}
+
+
+def test_a_cell_grows_by_the_sides_that_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix, "Sitting", _Sitting)
+    _Sitting.seated.clear()
+    faithful, wrong = Side("faithful", "v1.5", 8), Side("best", "v1.5", 8)
+    for sides in ([DENSE, PRUNED], [DENSE, PRUNED], [DENSE, faithful, wrong]):
+        matrix.run_cell(CELL, sides, Settings("cpu", (1, 8)), tmp_path, lambda message: None)
+    assert _Sitting.seated == [[DENSE.name, PRUNED.name], [DENSE.name, faithful.name, wrong.name]]
+    found = json.loads((tmp_path / f"{CELL.key}.json").read_text())
+    statuses = {name: side["verdict"]["status"] for name, side in found["sides"].items()}
+    assert statuses[PRUNED.name] == statuses[faithful.name] == "agrees"  # told apart over two sittings
+    assert statuses[wrong.name] == "disagrees"
+    assert [list(samples) for samples in found["sittings"]] == [[DENSE.name, PRUNED.name], [DENSE.name, faithful.name]]
+
+
+def test_one_row_engines_sit_out_larger_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix, "Sitting", _Sitting)
+    sides = [DENSE, Side("faithful", "v1.5", 8), Side("batched", "v1.5", 8)]
+    found = matrix.run_cell(replace(CELL, batch=2), sides, Settings("cpu"), tmp_path, lambda message: None)
+    assert list(found["sides"]) == ["jax:dense", "batched:v1.5@8"]
+
+
 def test_sittings_hold_as_many_as_are_allowed_and_always_the_first() -> None:
     others = [Side("jax", "v1.5", n) for n in range(1, 6)]
     sittings = seat(CELL, [DENSE, *others], "cpu", at_once=3)
     assert [len(sitting) for sitting in sittings] == [3, 3, 2]
     assert all(sitting[0] == DENSE for sitting in sittings)
+
+
+def test_no_more_tokens_are_compared_than_caches_have_room_for() -> None:
+    assert Settings("cpu", (1, 8)).gate_tokens == 8
+    assert Settings("cpu", (1, 16, 128)).gate_tokens == 16
 
 
 def test_phases_are_the_codes_named_scopes() -> None:
