@@ -12,7 +12,7 @@ import string
 import uuid
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -75,6 +75,36 @@ LANGUAGE: dict[str, Any] = {
 # As CLIP's own processors have them.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class QuestionAnswer(NamedTuple):
+    """A question and the truth."""
+
+    question: str
+    answer: str
+
+
+class Sample(NamedTuple):
+    """A held-out picture with questions about it."""
+
+    picture: Path
+    questions: tuple[QuestionAnswer, ...]
+
+
+def samples() -> list[Sample]:
+    """Pictures that the trained model never saw, with questions.
+
+    Raises:
+      UserError: the embedded model is not trained.
+    """
+    folder = Path(str(resources.files("sparsevlm_jax") / "data" / "pictures"))
+    if not IS_TRAINED:
+        raise UserError("the embedded model has random weights, it answers nothing yet: ask or explain with --model")
+    listed = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
+    return [
+        Sample(folder / picture, tuple(QuestionAnswer(**pair) for pair in questions))
+        for picture, questions in listed.items()
+    ]
 
 
 def build(path: str | Path, seed: int = 0) -> Path:

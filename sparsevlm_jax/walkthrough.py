@@ -58,7 +58,7 @@ def walk_through(
     sparsity, source, console = pruning.sparsity(), ModelOptions(), Console(highlight=False)
     _make_folder(output)
     model = source.load()
-    for number, sample in enumerate(demo.samples()[:PICTURES], start=1):  # pyright: ignore[reportAttributeAccessIssue]
+    for number, sample in enumerate(demo.samples()[:PICTURES], start=1):
         question, truth = sample.questions[0]
         replies = {s.method: reply(model, sample.picture, question, s) for s in (Sparsity.dense(), sparsity)}
         explanation = explain(model, [sample.picture], question, sparsity, max_new_tokens=MAX_NEW_TOKENS)
