@@ -101,7 +101,8 @@ def counts(found: Sequence[Figures]) -> Table:
     }
     note = (
         "Share and achieved: the paper's formula, two FLOPs per multiply-add. Peaks are those measured on this machine "
-        "in this dtype, the best of all sides; more than 100 % of the bandwidth are weights that stay in a cache."
+        "(products in this dtype, reading in float32), the best of all sides; more than 100 % of the bandwidth are "
+        "weights that stay in a cache."
     )
     return _table("FLOPs and bandwidth", columns, found, note)
 

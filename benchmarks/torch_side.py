@@ -128,15 +128,12 @@ class TorchRunner:
     def calibrate(self, size: int, buffer_bytes: int) -> dict[str, float]:
         """As `JaxRunner.calibrate`."""
         square = torch.full((size, size), 0.01, dtype=self.model.dtype, device=self.device)
-        buffer = torch.zeros(buffer_bytes // square.element_size(), dtype=square.dtype, device=self.device)
+        tall = torch.full((buffer_bytes // (4 * size), size), 0.01, device=self.device)
 
-        def best(run: Callable[[], Any]) -> float:
-            return min(timed(lambda: (run(), self._wait()))[1] for _ in range(6))
+        def best(left: Tensor, right: Tensor) -> float:
+            return min(timed(lambda: (left @ right, self._wait()))[1] for _ in range(6))
 
-        return {
-            "flops_per_s": 2 * size**3 / best(lambda: square @ square),
-            "bytes_per_s": 2 * buffer.nbytes / best(lambda: buffer + 1),
-        }
+        return {"flops_per_s": 2 * size**3 / best(square, square), "bytes_per_s": tall.nbytes / best(tall, tall[0])}
 
     def device_peak_bytes(self) -> int | None:
         """As `JaxRunner.device_peak_bytes`."""

@@ -30,7 +30,7 @@ from sparsevlm_jax.errors import UserError
 
 PHOTO = Path(__file__).parent.parent / "sparsevlm_jax" / "data" / "china.jpg"
 VERSIONS = ("jax", "jaxlib", "flax", "torch", "transformers", "numpy")
-CALIBRATION = {"cpu": (2048, 2**28), "gpu": (8192, 2**31)}  # side of the matrices, bytes of the buffer
+CALIBRATION = {"cpu": (2048, 2**28), "gpu": (8192, 2**31)}  # side of the square matrices, bytes of the tall one
 
 
 class WorkerError(RuntimeError):
