@@ -217,7 +217,7 @@ def test_losses_of_right_answers_are_small(params, batch, monkeypatch):
     assert (wanted[..., 1] == END).all()
     perfect = 50 * jax.nn.one_hot(jnp.asarray(wanted), len(VOCABULARY))
     monkeypatch.setattr("training.objective.answer_logits", lambda *_: perfect)
-    found = losses(params, config(), batch, with_questions=True)
+    found = losses(params, config(), jax.tree.map(jnp.asarray, batch), with_questions=True)
     assert found.answer < 1e-3 and found.accuracy == 1
 
 

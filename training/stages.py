@@ -88,8 +88,9 @@ def make_step(config: LlavaConfig, stage: Stage) -> Step:
 
     def step(state: State, batch: Batch) -> tuple[State, Losses]:
         gradients, found = jax.grad(objective, has_aux=True)(state.params, batch)
-        updates, optimizer_state = transform.update(gradients, state.optimizer, state.params)
-        params = cast(Params, optax.apply_updates(state.params, updates))
+        with jax.numpy_dtype_promotion("standard"):  # optax counts steps in integers, and mixes them with floats
+            updates, optimizer_state = transform.update(gradients, state.optimizer, state.params)
+            params = cast(Params, optax.apply_updates(state.params, updates))
         return State(params, optimizer_state), found
 
     return jax.jit(step, donate_argnums=0)
