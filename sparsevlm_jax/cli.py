@@ -20,7 +20,7 @@ from sparsevlm_jax.config import PRESETS, LlavaConfig
 from sparsevlm_jax.cost import Cost, cost, tower_xla_flops
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.explain.command import explain
-from sparsevlm_jax.generate import Generation, pieces, require_processor, stream_ids
+from sparsevlm_jax.generate import Generation, pieces, require_processor, settings_for, stream_ids
 from sparsevlm_jax.options import (
     Aspect,
     Images,
@@ -85,13 +85,8 @@ def ask(
         loaded.config,
         inputs.ids,
         inputs.pixel_values,
-        sparsity=sparsity,
-        max_new_tokens=max_new_tokens,
-        end_tokens=loaded.generation.eos_token_ids,
-        temperature=temperature,
-        top_p=top_p,
-        key=jax.random.key(seed),
         every=1 if stream else max_new_tokens,
+        **settings_for(loaded, sparsity, max_new_tokens, temperature, top_p, seed),
     )
     result = None
     for piece, instalment in pieces(instalments, processor):

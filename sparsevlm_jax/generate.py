@@ -127,7 +127,7 @@ def generate(
       UserError: bad pictures, prompts or settings.
     """
     batch = _in_ids(model, images, prompts, aspect)
-    settings = _settings(model, sparsity, max_new_tokens, temperature, top_p, seed)
+    settings = settings_for(model, sparsity, max_new_tokens, temperature, top_p, seed)
     generation = generate_ids(*batch, **settings)
     answers = [require_processor(model).decode(tokens) for tokens in generation.tokens]
     return answers[0] if isinstance(prompts, str) else answers
@@ -148,7 +148,7 @@ def stream(
 ) -> Iterator[str]:
     """Answers one question piece by piece; the pieces joined are what `generate` returns."""
     batch = _in_ids(model, images, prompt, aspect)
-    settings = _settings(model, sparsity, max_new_tokens, temperature, top_p, seed)
+    settings = settings_for(model, sparsity, max_new_tokens, temperature, top_p, seed)
     for piece, _ in pieces(stream_ids(*batch, every=every, **settings), require_processor(model)):
         yield piece
 
@@ -180,9 +180,15 @@ def _in_ids(
     return model.params, model.config, inputs.ids, inputs.pixel_values
 
 
-def _settings(
-    model: Model, sparsity: Sparsity | None, max_new_tokens: int, temperature: float, top_p: float, seed: int
+def settings_for(
+    model: Model,
+    sparsity: Sparsity | None,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
 ) -> Settings:
+    """What `generate` takes as the settings of `generate_ids`, with the model's own end tokens."""
     return {
         "sparsity": sparsity or Sparsity.v15(),
         "max_new_tokens": max_new_tokens,

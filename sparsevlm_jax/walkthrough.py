@@ -13,7 +13,7 @@ from PIL import Image
 from sparsevlm_jax import demo, files
 from sparsevlm_jax.checkpoint import Model
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.generate import Run, require_processor
+from sparsevlm_jax.generate import Run, require_processor, settings_for
 from sparsevlm_jax.options import ModelOptions, PruningOptions, spread_options
 from sparsevlm_jax.schedule import Sparsity
 
@@ -78,15 +78,8 @@ def reply(model: Model, picture: Path, question: str, sparsity: Sparsity) -> Rep
     """Answers, and times the prefill: compiling apart, then once to warm up, then the median of a few."""
     processor = require_processor(model)
     inputs = processor([[picture]], [question])
-    run = Run(
-        model.params,
-        model.config,
-        inputs.ids,
-        inputs.pixel_values,
-        sparsity=sparsity,
-        max_new_tokens=MAX_NEW_TOKENS,
-        end_tokens=model.generation.eos_token_ids,
-    )
+    settings = settings_for(model, sparsity, MAX_NEW_TOKENS)
+    run = Run(model.params, model.config, inputs.ids, inputs.pixel_values, **settings)
     state, seconds = run.prefill(), []
     compile_seconds = run.compile_seconds
     for _ in range(PREFILLS):
