@@ -70,9 +70,9 @@ def start(config: LlavaConfig, seed: int) -> Params:
     """Random parameters from which seeing and looking things up are learned in few steps.
 
     In the decoder keys start as queries, outputs as half the transposed values, the head as the embedding table: what
-    resembles a token attends to it, and what is carried over is still readable. From plain random weights look-up
-    does not appear in ten times as many steps. In the tower, position embeddings start as waves and heads looking at
-    neighbouring patches, as a convolution would: a digit is nine patches that have to find each other.
+    resembles a token attends to it, and what is carried over is still readable. In the tower, position embeddings start
+    as waves and heads looking at neighbouring patches, as a convolution would: a digit is nine patches that have to
+    find each other.
     """
     params = init_params(config, jax.random.key(seed), jnp.float32)
     decoder = params["language_model"]

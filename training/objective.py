@@ -82,8 +82,8 @@ def answer_logits(
 ) -> Float[Array, "m q 2 w"]:
     """Logits behind "assistant:" and behind the answer, for all questions of a scene in one pass.
 
-    Each question stands at the positions it would have alone behind the picture and sees the prefix and itself: ten
-    times the throughput of a question at a time.
+    Each question stands at the positions it would have alone behind the picture and sees the prefix and itself, so the
+    picture's tokens are computed once for all of them.
     """
     decoder, (scenes, count, length) = model.language_model, questions.shape
     words = jnp.broadcast_to(jnp.asarray(PREFIX_WORDS)[None], (scenes, len(PREFIX_WORDS)))

@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.retention.variants import BUDGETS
+
 RESAMPLES = 2000
 LEVEL = 95  # percent
-SHOWN_BUDGETS = (64, 40, 20, 10, 5)
 
 
 def interval(scenes: np.ndarray, difference: np.ndarray) -> tuple[float, float]:
@@ -39,10 +40,10 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     """Markdown: accuracy of who chooses, against tokens kept by one cut after the first layer."""
     rows = [row for row in results if row["family"] == "scoring"]
     labels = list(dict.fromkeys(row["label"] for row in rows))
-    lines = ["| kept of 196 | " + " | ".join(map(str, SHOWN_BUDGETS)) + " |", "|---" * (len(SHOWN_BUDGETS) + 1) + "|"]
+    lines = ["| kept of 196 | " + " | ".join(map(str, BUDGETS)) + " |", "|---" * (len(BUDGETS) + 1) + "|"]
     for label in labels:
         cells = []
-        for keep in SHOWN_BUDGETS:
+        for keep in BUDGETS:
             row = next(row for row in rows if row["label"] == label and row["keep"] == keep)
             share = "" if row["share_of_truth"] is None else f" ({row['share_of_truth']:.2f})"
             cells.append(f"{row['accuracy']:.3f}{share}")

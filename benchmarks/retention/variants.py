@@ -81,7 +81,7 @@ def _recycling() -> list[Variant]:
             f"{'recycled' if recycle else 'dropped'}, {positions}",
             single_cut("v1.5", 0, keep, recycle=recycle, positions=positions),
         )
-        for keep in (40, 20, 10, 5)
+        for keep in BUDGETS[1:]
         for recycle in (True, False)
         for positions in ("keep", "renumber")
     ]
