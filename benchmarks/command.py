@@ -143,12 +143,13 @@ def _profile(cell: Any, sides: Sequence[Any], settings: Any, folder: Path) -> No
 
 
 def _write_report(out: Path, readme: Path | None) -> None:
-    from benchmarks.report import read_results, readme_table, update_readme, write_report
+    from benchmarks.files import put_between
+    from benchmarks.report import read_results, readme_table, write_report
 
     for file in write_report(out):
         _log(str(file))
     if readme is not None:
-        update_readme(readme, readme_table(read_results(out)))
+        put_between(readme, "bench", readme_table(read_results(out)))
         _log(str(readme))
 
 

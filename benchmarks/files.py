@@ -16,6 +16,20 @@ def write_text(path: Path, text: str) -> None:
     write(path, text.encode())
 
 
+def put_between(path: Path, name: str, text: str) -> None:
+    """Replaces what stands between the lines `<!-- name -->` and `<!-- /name -->` of a Markdown file.
+
+    Raises:
+      UserError: the file has no such lines.
+    """
+    before, after = f"<!-- {name} -->", f"<!-- /{name} -->"
+    old = path.read_text(encoding="utf-8")
+    begin, end = old.find(before), old.find(after)
+    if not 0 <= begin < end:
+        raise UserError(f"{path}: expected the lines {before} and {after} around the table's place")
+    write_text(path, old[: begin + len(before)] + f"\n{text}\n" + old[end:])
+
+
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 

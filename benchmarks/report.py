@@ -17,8 +17,6 @@ from benchmarks.shapes import Cell
 from benchmarks.tables import tables
 from sparsevlm_jax.errors import UserError
 
-MARKERS = ("<!-- bench -->", "<!-- /bench -->")
-
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
     """Every cell's result in a folder, which may hold other JSON too."""
@@ -73,19 +71,6 @@ def readme_table(results: Sequence[Mapping[str, Any]]) -> str:
         speed = made["tables"][0]
         parts += [f"**{made['title']}** ({made['machine']}):", speed.markdown()]
     return "\n\n".join(parts)
-
-
-def update_readme(readme: Path, table: str) -> None:
-    """Puts the table between the markers.
-
-    Raises:
-      UserError: the file has no markers.
-    """
-    text = readme.read_text(encoding="utf-8")
-    begin, end = (text.find(marker) for marker in MARKERS)
-    if not 0 <= begin < end:
-        raise UserError(f"{readme}: expected the lines {MARKERS[0]} and {MARKERS[1]} around the table's place")
-    write_text(readme, text[: begin + len(MARKERS[0])] + f"\n{table}\n" + text[end:])
 
 
 def _machine(result: Mapping[str, Any], side: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ import torch
 from flax import traverse_util
 
 from benchmarks import agreement, break_even, jax_programs, matrix, metrics, report, timing, weights
+from benchmarks.files import put_between
 from benchmarks.jax_side import JaxRunner
 from benchmarks.machine import seat
 from benchmarks.profile import OTHER, phase_of, phases_of
@@ -218,7 +219,7 @@ def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
 def test_the_readme_gets_its_table_between_the_markers(tmp_path: Path, result: dict[str, Any]) -> None:
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- bench -->\nold\n<!-- /bench -->\nafter\n")
-    report.update_readme(readme, report.readme_table([result]))
+    put_between(readme, "bench", report.readme_table([result]))
     text = readme.read_text()
     assert text.startswith("before\n<!-- bench -->\n") and text.endswith("<!-- /bench -->\nafter\n")
     assert "old" not in text and PRUNED.name in text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import platform
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -14,12 +13,15 @@ import numpy as np
 from rich.progress import track
 
 import sparsevlm_jax as sv
-from benchmarks.files import write_json, write_text
+from benchmarks.files import put_between, write_json, write_text
+from benchmarks.machine import environment
 from benchmarks.retention.report import LEVEL, RESAMPLES, draw, interval, table
 from benchmarks.retention.run import Outcome, Study
 from benchmarks.retention.variants import Variant, variants
 from sparsevlm_jax import demo
 from training.heldout import SEED, HeldOut, held_out
+
+PACKAGES = ("jax", "flax", "transformers", "numpy", "scikit-learn")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -30,13 +32,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--scenes", type=int, default=120, help="held-out scenes, nearly nine questions each")
     parser.add_argument("--dense-scenes", type=int, default=500, help="scenes for the dense accuracy of each kind")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for retention.*")
+    parser.add_argument("--readme", type=Path, help="Markdown file that gets the table")
     options = parser.parse_args(arguments)
     model = sv.load(options.model, dtype="float32")
     data = held_out(options.scenes)
     study = Study(model, data)
     outcomes = [(variant, study.run(variant)) for variant in track(variants(), "retention")]
     report = {
-        "environment": _environment(),
+        "environment": environment(jax.devices()[0].device_kind) | {name: version(name) for name in PACKAGES},
         "scenes": options.scenes,
         "seed": SEED,
         "bootstrap": {"level": LEVEL, "resamples": RESAMPLES, "unit": "scene"},
@@ -49,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     write_json(options.out / "retention.json", report)
     write_text(options.out / "retention.md", table(report["results"]) + "\n")
+    if options.readme is not None:
+        put_between(options.readme, "retention", table(report["results"]))
     draw(report["results"], options.out / "retention.png")
 
 
@@ -98,15 +103,6 @@ def _dense_by_kind(model: Any, scenes: int) -> dict[str, Any]:
     kinds = np.array([question.kind for question in data.questions])
     by_kind = {str(kind): float(right[kinds == kind].mean()) for kind in np.unique(kinds)}
     return {"scenes": scenes, "questions": len(kinds), "accuracy": float(right.mean()), "kinds": by_kind}
-
-
-def _environment() -> dict[str, str]:
-    packages = ("jax", "flax", "transformers", "numpy", "scikit-learn")
-    return {
-        "python": platform.python_version(),
-        "device": jax.devices()[0].device_kind,
-        **{name: version(name) for name in packages},
-    }
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import sparsevlm_jax as sv
 from sparsevlm_jax.schedule import SHRINKING, Sparsity
 
-HEADS = 2  # v2.0's 14 of 32 heads, of the demo model's four
+HEADS = 1  # v2.0's 14 of 32 heads, of the demo model's two
 BUDGETS = (64, 40, 20, 10, 5)  # visual tokens of 196 left by a single cut
 MIDDLE = 20  # about a tenth
 LAYERS = (0, 1, 2, 3, 5, 8)
