@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +13,17 @@ import pytest
 
 import sparsevlm_jax as sv
 from sparsevlm_jax.checkpoint import load
-from sparsevlm_jax.llava import Llava
+from sparsevlm_jax.llava import Llava, encode_images
 from training import scenes as scenes_module
 from training.batches import make_batch, patch_words
 from training.export import export
 from training.heldout import held_out, prompts
 from training.log import draw_curves
-from training.model import config, start
+from training.model import FIRST_READER, NORM, PATCH_WORDS, WHISPER, balance, config, start, wire
 from training.objective import answer_logits, losses
 from training.questions import ANSWERS, KINDS, MOST_COUNTED, Question, ask, ask_some
 from training.scenes import COLOURS, GRID, PATCH, PIXELS, PLACES, SPLITS, draw_scene, handwriting, patch_mask
-from training.stages import STAGES
+from training.stages import EARLY_RATE, STAGES, optimizer
 from training.train import train
 from training.words import END, ID, VOCABULARY, encode, tokenizer
 
@@ -219,6 +220,61 @@ def test_losses_of_right_answers_are_small(params, batch, monkeypatch):
     monkeypatch.setattr("training.objective.answer_logits", lambda *_: perfect)
     found = losses(params, config(), jax.tree.map(jnp.asarray, batch), with_questions=True)
     assert found.answer < 1e-3 and found.accuracy == 1
+
+
+# Where the stage with questions starts from
+
+
+@pytest.fixture(scope="module")
+def balanced(params, batch):
+    return balance(params, config(), batch.pixels)
+
+
+def test_balanced_words_and_visual_tokens_are_of_one_length_and_have_nothing_in_common(balanced, batch):
+    words = balanced["language_model"]["embed_tokens"]["embedding"]
+    np.testing.assert_allclose(np.linalg.norm(words, axis=1), NORM, rtol=1e-5)
+    found = np.asarray(encode_images(balanced, jnp.asarray(batch.pixels), config()).tokens)
+    np.testing.assert_allclose(found.mean((0, 1)), 0, atol=1e-4)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=-1).mean(), NORM, rtol=1e-4)
+
+
+def test_words_look_for_tokens_that_resemble_them_and_in_every_other_layer_for_words(balanced):
+    """The attention logits of a word over patches that are just words, and over itself."""
+    decoder = wire(balanced, config(), seed=0)["language_model"]
+    ids = [ID[word] for word in PATCH_WORDS]
+    patches = balanced["language_model"]["embed_tokens"]["embedding"][jnp.asarray(ids)]
+    words = decoder["embed_tokens"]["embedding"][jnp.asarray(ids)]
+    tokens = jnp.concatenate([patches, words])
+    tokens = tokens / jnp.sqrt(jnp.mean(tokens**2, axis=-1, keepdims=True))
+    for number in range(config().text.num_hidden_layers):
+        attention = decoder[f"layers_{number}"]["self_attn"]
+        heads = config().text.num_attention_heads
+        query, key = (
+            (tokens @ attention[name]["kernel"]).reshape(len(tokens), heads, -1) for name in ("q_proj", "k_proj")
+        )
+        logits = np.asarray(jnp.einsum("inh,jnh->nij", query[len(ids) :], key)) / config().text.head_dim ** 0.5
+        if number > FIRST_READER and (number - FIRST_READER) % 2:
+            assert (logits[:, :, len(ids) :].min(axis=2) > logits[:, :, : len(ids)].max(axis=2)).all()
+        else:
+            assert (logits.argmax(axis=2) == np.arange(len(ids))).all()
+        outputs = np.linalg.norm(attention["o_proj"]["kernel"], 2)
+        np.testing.assert_allclose(outputs, WHISPER if number < FIRST_READER else 1.0, rtol=1e-4)
+
+
+def test_what_sees_and_what_comes_before_the_first_reader_follow_slowly(params):
+    stage = STAGES[1]
+    transform = optimizer(stage)
+    updates: Any
+    gradients, nothing = jax.tree.map(jnp.ones_like, params), jax.tree.map(jnp.zeros_like, params)
+    with jax.numpy_dtype_promotion("standard"):
+        _, state = transform.update(gradients, transform.init(params), nothing)  # at a rate of 0
+        updates, _ = transform.update(gradients, state, nothing)
+    decoder = updates["language_model"]
+    reader, early = (decoder[f"layers_{number}"]["mlp"]["up_proj"]["kernel"] for number in (FIRST_READER, 0))
+    tower = updates["vision_tower"]["layers_0"]["mlp"]["fc1"]["kernel"]
+    np.testing.assert_allclose(reader, -stage.rate / stage.warm_up, rtol=1e-3)
+    np.testing.assert_allclose(early, EARLY_RATE * reader[0, 0], rtol=1e-3)
+    np.testing.assert_allclose(tower, stage.seeing[1] / stage.steps * reader[0, 0], rtol=1e-2)
 
 
 # Training

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from sparsevlm_jax.config import LlavaConfig, VisionConfig
-from sparsevlm_jax.llava import Params, init_params
-from training.scenes import PATCH, PIXELS
-from training.words import BEGIN, END, IMAGE, PAD, VOCABULARY
+from sparsevlm_jax.llava import Llava, Params, init_params
+from training.scenes import COLOURS, PATCH, PIXELS, PLACES
+from training.words import BEGIN, END, ID, IMAGE, PAD, VOCABULARY
+
+PATCH_WORDS = (*map(str, range(10)), *COLOURS, *PLACES)  # what is said of patches
 
 # Hugging Face's config.json.
 CONFIG: dict[str, Any] = {
@@ -44,13 +48,13 @@ CONFIG: dict[str, Any] = {
         "hidden_size": 128,
         "intermediate_size": 256,
         "num_hidden_layers": 12,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "head_dim": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
         "hidden_act": "silu",
         "max_position_embeddings": 1024,
         "rms_norm_eps": 1e-5,
-        "rope_theta": 100000.0,
+        "rope_theta": 10000000.0,
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": False,
@@ -67,19 +71,12 @@ def config() -> LlavaConfig:
 
 
 def start(config: LlavaConfig, seed: int) -> Params:
-    """Random parameters from which seeing and looking things up are learned in few steps.
+    """Random parameters with a tower that learns to see in few steps.
 
-    In the decoder keys start as queries, outputs as half the transposed values, the head as the embedding table: what
-    resembles a token attends to it, and what is carried over is still readable. In the tower, position embeddings start
-    as waves and heads looking at neighbouring patches, as a convolution would: a digit is nine patches that have to
-    find each other.
+    Its position embeddings start as waves and its heads looking at neighbouring patches, as a convolution would: a
+    digit is nine patches that have to find each other.
     """
     params = init_params(config, jax.random.key(seed), jnp.float32)
-    decoder = params["language_model"]
-    for number in range(config.text.num_hidden_layers):
-        attention = decoder[f"layers_{number}"]["self_attn"]
-        attention["k_proj"]["kernel"] = jnp.array(attention["q_proj"]["kernel"])
-        attention["o_proj"]["kernel"] = attention["v_proj"]["kernel"].T / 2
     tower = params["vision_tower"]
     tower["position_embedding"]["embedding"] = jnp.asarray(_waves(config.vision), jnp.float32)
     for number in range(config.vision.num_hidden_layers):
@@ -88,6 +85,112 @@ def start(config: LlavaConfig, seed: int) -> Params:
         attention["q_proj"]["kernel"] = jnp.asarray(query, jnp.float32)
         attention["k_proj"]["kernel"] = jnp.asarray(key, jnp.float32)
     return params
+
+
+NORM = 8.0  # of the words and, on average, of the picture's tokens: what a layer adds is neither more nor much less
+
+
+def balance(params: Params, config: LlavaConfig, pixels: np.ndarray) -> Params:
+    """The same tower, with words of equal length and the picture's tokens centred and as long as words.
+
+    Alignment leaves tokens with a large vector in common and embeddings of very different lengths: what the first
+    decoder layer adds would drown the short ones.
+
+    Args:
+      pixels: pictures to measure on, float32 [m, 3, h, w].
+    """
+    found = _projected(params, config, pixels)
+    mean = jnp.mean(found, axis=(0, 1))
+    scale = NORM / jnp.mean(jnp.linalg.norm(found - mean[None, None], axis=-1))
+    projector, decoder = params["multi_modal_projector"], params["language_model"]
+    last = projector["linear_2"]
+    last = {"kernel": last["kernel"] * scale, "bias": (last["bias"] - mean) * scale}
+    table = decoder["embed_tokens"]["embedding"]
+    table = NORM * table / jnp.linalg.norm(table, axis=1, keepdims=True)
+    return params | {
+        "multi_modal_projector": projector | {"linear_2": last},
+        "language_model": decoder | {"embed_tokens": {"embedding": table}},
+    }
+
+
+@partial(jax.jit, static_argnums=1)
+def _projected(params: Params, config: LlavaConfig, pixels: Array) -> Float[Array, "m v d"]:
+    def project(model: Llava, pixels: Array) -> Array:
+        return model.multi_modal_projector(model.vision_tower(pixels)[0][:, 1:])
+
+    return Llava(config).apply({"params": params}, pixels, method=project)  # pyright: ignore[reportReturnType]
+
+
+MARK = 4.0  # length of the direction that words have in common and the picture's tokens have not
+SHUN = 4.0  # how strongly that direction repels, or attracts
+ALIKE = 0.3  # weight of resemblance where words read words
+ROTATION = 0.3  # radians over 200 tokens: what a rotary pair may turn by to count as slow
+NOISE = 0.3
+QUIET = 0.2  # MLPs start that much smaller
+FIRST_READER = 3  # the first layer whose attention brings something home
+WHISPER = 0.05  # size of the outputs of the layers before it
+
+
+def wire(params: Params, config: LlavaConfig, seed: int) -> Params:
+    """The same tower, projector and words, with a decoder that looks things up from its first step.
+
+    Layers take turns. In some a token attends to what resembles it in the span of the words that are said of patches,
+    and shuns words, itself first of all: so "red" finds the red patches. In the others it attends to words: so
+    "assistant:" finds what "red" has found. Both compare in rotary pairs too slow to tell positions apart. Outputs are
+    transposed values, both orthogonal, so that what is carried over is still readable; the head is the embedding table.
+    The layers before FIRST_READER look at patches and carry next to nothing over: were the answer read at once, pruning
+    could not do harm.
+
+    Args:
+      params: balanced.
+    """
+    text, random = config.text, np.random.default_rng(seed)
+    table = np.asarray(params["language_model"]["embed_tokens"]["embedding"])
+    said, _ = np.linalg.qr(table[[ID[word] for word in PATCH_WORDS]].T)
+    words, _ = np.linalg.qr(table.T)
+    mark = random.standard_normal(text.hidden_size)
+    mark -= words @ (words.T @ mark)
+    mark /= np.linalg.norm(mark)
+    decoder = init_params(config, jax.random.key(seed), jnp.float32)["language_model"]
+    for number in range(text.num_hidden_layers):
+        layer = decoder[f"layers_{number}"]
+        reads_words = number > FIRST_READER and (number - FIRST_READER) % 2 == 1
+        query, key = _resemblance(config, said, mark, reads_words=reads_words, random=random)
+        value, _ = np.linalg.qr(random.standard_normal((text.hidden_size, text.hidden_size)))
+        output = value.T if number >= FIRST_READER else WHISPER * value.T
+        for name, kernel in (("q_proj", query), ("k_proj", key), ("v_proj", value), ("o_proj", output)):
+            layer["self_attn"][name]["kernel"] = jnp.asarray(kernel, jnp.float32)
+        layer["mlp"]["down_proj"]["kernel"] *= QUIET
+    decoder["embed_tokens"]["embedding"] = jnp.asarray(table + MARK * mark, jnp.float32)
+    decoder["lm_head"]["kernel"] = jnp.asarray(table.T / NORM)
+    return params | {"language_model": decoder}
+
+
+def _resemblance(
+    config: LlavaConfig, said: np.ndarray, mark: np.ndarray, *, reads_words: bool, random: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Query and key kernels [d, heads * head dim] of one layer.
+
+    Args:
+      said: orthonormal directions of the words that are said of patches, [d, n].
+      mark: the direction that words have in common, [d].
+    """
+    text, pairs = config.text, config.text.head_dim // 2
+    slow = np.flatnonzero(200 * config.text.rope_theta ** (-np.arange(pairs) / pairs) < ROTATION)
+    slow, slowest = slow[:-1], slow[-1]
+    coordinates = np.concatenate([slow, slow + pairs])
+    queries, keys = [], []
+    for _ in range(text.num_attention_heads):
+        common = NOISE * random.standard_normal((text.hidden_size, text.head_dim)) / text.hidden_size**0.5
+        turn, _ = np.linalg.qr(random.standard_normal((len(coordinates), said.shape[1])))
+        query, key = common.copy(), common.copy()
+        query[:, coordinates] += (ALIKE if reads_words else 1.0) * said @ turn.T
+        key[:, coordinates] += said @ turn.T
+        query[:, slowest] += (SHUN if reads_words else -SHUN) * mark
+        key[:, slowest] += mark
+        queries.append(query)
+        keys.append(key)
+    return np.concatenate(queries, axis=1), np.concatenate(keys, axis=1)
 
 
 # Rows and columns between a patch and the one that each head of a tower layer looks at in the beginning.

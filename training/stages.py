@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from functools import partial
+from typing import Any, NamedTuple, cast
 
 import jax
-import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
 from sparsevlm_jax.config import LlavaConfig
 from sparsevlm_jax.llava import Params
-from training.batches import Batch
-from training.model import start
+from training.batches import Batch, make_batch
+from training.model import FIRST_READER, balance, wire
 from training.objective import Losses, losses
 
 DIGITS = 9  # the most in a scene
@@ -24,7 +24,8 @@ class Stage(NamedTuple):
 
     Attributes:
       steps, scenes, questions: how long, and the size of a batch; no questions: tower, projector and words only.
-      rate, tower_scale: peak learning rate, and what it is multiplied by in the tower.
+      rate, warm_up: peak learning rate, and steps until it is reached.
+      seeing: what the rate is multiplied by for tower, projector and words, at the stage's start and at its end.
       alignment, presence: weights of these losses beside the answers'.
       fewest: digits in a scene at least.
       easy, harder: scenes have at most two digits in the first `easy` steps, one more every `harder` steps from there.
@@ -35,7 +36,8 @@ class Stage(NamedTuple):
     scenes: int
     questions: int
     rate: float
-    tower_scale: float
+    warm_up: int
+    seeing: tuple[float, float]
     alignment: float
     presence: float
     fewest: int = 1
@@ -49,11 +51,25 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage("see", 2400, 12, 0, rate=2e-3, tower_scale=1.0, alignment=1.0, presence=0.1, fewest=DIGITS),
-    Stage("answer", 3600, 8, 12, rate=1.5e-3, tower_scale=0.4, alignment=0.3, presence=0.03, easy=300, harder=80),
+    Stage("see", 2400, 12, 0, rate=2e-3, warm_up=100, seeing=(1.0, 1.0), alignment=1.0, presence=0.1, fewest=DIGITS),
+    Stage(
+        "answer",
+        2600,
+        4,
+        24,
+        rate=1.5e-3,
+        warm_up=40,
+        seeing=(0.0, 0.4),
+        alignment=0.0,
+        presence=0.0,
+        easy=100,
+        harder=50,
+    ),
 )
-WARM_UP = 100
-PARTS = ("vision_tower", "multi_modal_projector", "language_model")
+MEASURED = 24  # scenes that a stage with questions measures the picture's tokens on before it starts
+SEEING = ("vision_tower", "multi_modal_projector", "embed_tokens")
+EARLY = tuple(f"layers_{number}" for number in range(FIRST_READER))
+EARLY_RATE = 0.05  # of the rate, for the decoder layers before the first that reads
 
 
 class State(NamedTuple):
@@ -67,15 +83,27 @@ Step = Callable[[State, Batch], tuple[State, Losses]]
 
 
 def optimizer(stage: Stage) -> optax.GradientTransformation:
-    """AdamW with a cosine schedule, gradients clipped, a slower tower."""
-    warm_up = min(WARM_UP, stage.steps // 2)
+    """AdamW with a cosine schedule, gradients clipped, what sees at a rate of its own."""
+    warm_up = min(stage.warm_up, stage.steps // 2)
     rate = optax.warmup_cosine_decay_schedule(0.0, stage.rate, warm_up, stage.steps, end_value=stage.rate / 100)
-    in_tower = {part: part == "vision_tower" for part in PARTS}
+    seeing = optax.linear_schedule(*stage.seeing, stage.steps)
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(rate, b2=0.99, weight_decay=0.05),
-        optax.masked(optax.scale(stage.tower_scale), in_tower),
+        optax.masked(optax.scale_by_schedule(seeing), partial(_is_in, SEEING)),
+        optax.masked(optax.scale(EARLY_RATE), partial(_is_in, EARLY)),
     )
+
+
+def _is_in(parts: tuple[str, ...], params: Params) -> Params:
+    """Which parameters are below one of these names; the tower's own layers are not the decoder's."""
+
+    def named(path: tuple[Any, ...], _: object) -> bool:
+        names = [key.key for key in path]
+        inside = names[1:] if names[0] == "language_model" else names[:1]
+        return any(name in parts for name in inside)
+
+    return jax.tree_util.tree_map_with_path(named, params)
 
 
 def make_step(config: LlavaConfig, stage: Stage) -> Step:
@@ -99,12 +127,9 @@ def make_step(config: LlavaConfig, stage: Stage) -> Step:
 def begin(stage: Stage, config: LlavaConfig, params: Params, seed: int) -> State:
     """The state at the start of a stage.
 
-    Decoder layers start anew, since weight decay has worn at those that a stage without questions left alone. The head
-    starts as the embedding table, at unit length on average.
+    With questions, words and picture are brought to one scale, and the decoder starts from them.
     """
-    fresh = start(config, seed)["language_model"]
-    table = params["language_model"]["embed_tokens"]["embedding"]
-    head = table.T / jnp.mean(jnp.linalg.norm(table, axis=1))
-    decoder = fresh | {"embed_tokens": {"embedding": table}, "lm_head": {"kernel": head}}
-    params = params | {"language_model": decoder}
+    if stage.questions:
+        pixels = make_batch(seed, 0, MEASURED, 0, (1, DIGITS)).pixels
+        params = wire(balance(params, config, pixels), config, seed)
     return State(params, optimizer(stage).init(params))
