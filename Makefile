@@ -13,14 +13,14 @@ ARGS ?=
 .DELETE_ON_ERROR:
 
 help:
-	@echo 'make demo   ask the embedded model about a photograph, with pruning'
+	@echo 'make demo   ask the embedded model about three pictures, dense and pruned'
 	@echo 'make test   run the tests (ARGS="-k name" goes to pytest)'
 	@echo 'make lint   ruff and pyright'
 	@echo 'make real   ask $(REAL_MODEL) (downloads about 14 GB, needs as much memory)'
 	@echo 'make clean  remove $(VENV), caches and builds'
 
 demo: $(VENV)/.installed
-	$(VENV)/bin/sparsevlm ask --image $(PHOTO) --question "$(QUESTION)" $(ARGS)
+	$(VENV)/bin/sparsevlm demo $(ARGS)
 
 test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)

@@ -100,7 +100,6 @@ def ask(
     else:
         print("" if stream else "\n".join(answers))
     # After the answer, so that a run that fails says one thing only.
-    source.warn_of_noise()
     note(_summary(result))
 
 

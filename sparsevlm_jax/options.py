@@ -42,12 +42,9 @@ class ModelOptions:
     ] = None
 
     def load(self) -> Model:
-        return load(demo.path() if self.model is None else self.model, revision=self.revision, dtype=self.dtype)
-
-    def warn_of_noise(self) -> None:
-        """Says so where the embedded model has answered and nobody has trained it."""
-        if self.model is None and not demo.IS_TRAINED:
-            note("the embedded model has random weights: its answer is noise")
+        if self.model is None:
+            return load(demo.path(), dtype=self.dtype or demo.DTYPE)
+        return load(self.model, revision=self.revision, dtype=self.dtype)
 
 
 @dataclass(frozen=True)

@@ -55,9 +55,9 @@ def walk_through(
     from sparsevlm_jax.explain.record import explain
     from sparsevlm_jax.explain.sheet import draw_sheet
 
-    sparsity, source, console = pruning.sparsity(), ModelOptions(), Console(highlight=False)
+    sparsity, console = pruning.sparsity(), Console(highlight=False)
     _make_folder(output)
-    model = source.load()
+    model = ModelOptions().load()
     for number, sample in enumerate(demo.samples()[:PICTURES], start=1):
         question, truth = sample.questions[0]
         replies = {s.method: reply(model, sample.picture, question, s) for s in (Sparsity.dense(), sparsity)}
@@ -71,7 +71,6 @@ def walk_through(
         if console.is_terminal:
             console.print(in_characters(draw_stage(explanation, explanation.stages[-1])[0], model.config.vision.grid))
         console.print(f"what was kept: {file}", markup=False, soft_wrap=True)
-    source.warn_of_noise()
 
 
 def reply(model: Model, picture: Path, question: str, sparsity: Sparsity) -> Reply:

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from sparsevlm_jax import cli, demo, options
 from sparsevlm_jax.methods import METHODS
+from tests.hf import tiny_llava
 
 PHOTO = str(demo.photo())
 VISUAL = 36  # visual tokens of a picture in the model below
@@ -49,15 +50,8 @@ def quick_compiler() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model, made small: one pruning layer, pictures of 6 × 6 patches."""
-    with pytest.MonkeyPatch.context() as patch:
-        for sizes in (demo.LANGUAGE, demo.VISION):
-            for name, size in {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48}.items():
-                patch.setitem(sizes, name, size)
-        patch.setitem(demo.LANGUAGE, "head_dim", 8)
-        patch.setitem(demo.VISION, "image_size", 48)
-        patch.setattr(demo, "PIXELS", 48)
-        return demo.build(tmp_path_factory.mktemp("models") / "small")
+    """One pruning layer, pictures of 6 × 6 patches."""
+    return tiny_llava(tmp_path_factory.mktemp("models") / "small", layers=2, hidden=32, ffn=48, image_size=84)
 
 
 @pytest.fixture
@@ -161,14 +155,12 @@ def test_seed_decides_what_is_sampled(ask):
     assert first == again != other
 
 
-def test_demo_model_is_the_default_and_says_on_stderr_that_its_answer_is_noise(run, model, monkeypatch):
-    monkeypatch.setattr(demo, "path", lambda: model)
-    monkeypatch.setattr(demo, "IS_TRAINED", False)
-    result = run("ask", "--image", PHOTO, "--question", "What is this?", "--max-new-tokens", 6)
-    assert result.code == 0 and "noise" not in result.out
-    noise, summary = result.err.splitlines()
-    assert "random weights: its answer is noise" in noise
-    assert SUMMARY.fullmatch(summary)
+def test_embedded_model_is_the_default(run):
+    sample = demo.samples()[0]
+    question, truth = sample.questions[0]
+    result = run("ask", "--image", sample.picture, "--question", question)
+    assert (result.code, result.out) == (0, f"{truth}\n")
+    assert result.err.startswith("sparsevlm: v1.5: 196 > ")
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -14,7 +14,6 @@ from rich.console import Console
 
 import sparsevlm_jax as sv
 from sparsevlm_jax import cli, demo, options
-from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.walkthrough import in_characters, reply
 from tests.explanations import GRID, QUESTION, image_size, model, picture
 
@@ -87,9 +86,3 @@ def test_a_picture_in_characters_has_its_colours() -> None:
     lines = console.export_text(styles=True).splitlines()
     assert len([line for line in lines if "▀" in line]) == 8
     assert "38;2;250;0;0" in lines[0] and "48;2;0;0;250" in lines[7]
-
-
-def test_an_untrained_model_has_no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "IS_TRAINED", False)
-    with pytest.raises(UserError, match="random weights"):
-        demo.samples()

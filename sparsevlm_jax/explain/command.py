@@ -54,5 +54,4 @@ def explain(
     if png:
         written.append(output.with_suffix(".png"))
         files.write(written[-1], encode_png(draw_sheet(explanation)))
-    source.warn_of_noise()
     print("\n".join(map(str, written)))
