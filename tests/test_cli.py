@@ -421,7 +421,7 @@ def test_python_m_prints_what_the_command_prints(ask, model):
 def test_prompt_above_the_largest_bucket_is_one_line_from_all_libraries_together(broken):
     config = json.loads((broken / "config.json").read_text())
     write_json(broken / "config.json", text_config=config["text_config"] | {"max_position_embeddings": 9000})
-    process = spawn("ask", "--model", broken, "--question", "dog " * 4200)
+    process = spawn("ask", "--model", broken, "--question", "dog " * 1200)
     out, err = process.communicate(timeout=120)
     assert "the largest bucket 4096" in error_of(Result(process.returncode, out, err))
 
