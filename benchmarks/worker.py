@@ -14,12 +14,14 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from queue import SimpleQueue
 from tempfile import TemporaryDirectory
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -174,12 +176,12 @@ class Service:
 
 
 def main() -> None:
-    """Answers requests until stdin ends."""
+    """Answers requests until stdin ends; then nobody waits for what is being done, either."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted, and ends this process
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     service: Any = None
-    for line in sys.stdin:
+    for line in _requests():
         request = json.loads(line)
         what = request.pop("do")
         try:
@@ -193,11 +195,23 @@ def main() -> None:
         except Exception as error:  # of any library, out of memory included: the parent reports it and goes on
             traceback.print_exc()
             answer = {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"}
-        try:
+        with suppress(BrokenPipeError):  # the parent is gone, which `_requests` sees too
             answers.write(json.dumps(answer) + "\n")
             answers.flush()
-        except BrokenPipeError:  # the parent is gone: so are the reasons to go on
-            os._exit(1)
+
+
+def _requests() -> Iterator[str]:
+    """Lines of stdin. Ends the process when there can be no more, at once: a parent that was killed does not say so."""
+    lines: SimpleQueue[str] = SimpleQueue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        os._exit(0)
+
+    Thread(target=read, daemon=True).start()
+    while True:
+        yield lines.get()
 
 
 def _environment(device: str, folder: str, root: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -293,6 +294,16 @@ def test_a_worker_reports_its_errors_and_goes_on() -> None:
             worker.ask("no_such_thing")
         turn = worker.ask("turn", marks=[1, 2], phases=["generate"])
     assert turn.keys() == {"tokens_1", "tokens_2"}
+
+
+def test_a_worker_ends_in_the_middle_of_its_work_when_its_parent_is_gone() -> None:
+    """A killed parent closes the pipe, as this does."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as worker:
+        begin = {"do": "begin", "cell": asdict(CELL), "side": asdict(DENSE), "room": 4, "device": "cpu"}
+        answers, _ = worker.communicate(json.dumps(begin) + "\n", timeout=60)
+    assert worker.returncode == 0 and not answers
 
 
 @pytest.mark.parametrize(
