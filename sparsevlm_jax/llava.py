@@ -10,6 +10,7 @@ k key-value heads, h head dim, d width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -358,7 +359,13 @@ def init_params(config: LlavaConfig, key: Array, dtype: DTypeLike) -> Params:
 
 def abstract_params(config: LlavaConfig, dtype: DTypeLike) -> Params:
     """Shapes and dtypes of the parameter tree, without making it."""
-    return jax.eval_shape(lambda key: init_params(config, key, dtype), jax.random.key(0))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), _shapes(config))
+
+
+@cache
+def _shapes(config: LlavaConfig) -> Params:
+    """`abstract_params` in float32: tracing a whole model takes a second, and costs are asked for again and again."""
+    return jax.eval_shape(lambda key: init_params(config, key, jnp.float32), jax.random.key(0))
 
 
 def apply(config: LlavaConfig, params: Params, method: str, *args: Any) -> Any:

@@ -9,12 +9,16 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from sparsevlm_jax.processing import MARKER, Processor
 from sparsevlm_jax.sparsify import Tokens, rate_text, text_after_image
+
+# Whole sequences with masks, as one program each: another question of the same bucket compiles nothing.
+_rate_text, _text_after_image = jax.jit(rate_text), jax.jit(text_after_image)
 
 Span = tuple[int, int]
 
@@ -51,7 +55,7 @@ def read_words(ids: Int[np.ndarray, "l"], start: Tokens, question: str, num_imag
       start: the sequence that enters the decoder.
       question: as it was asked; what else stands in the prompt is the template's.
     """
-    behind = np.asarray(text_after_image(start.visual, start.lengths))[0, : len(ids)]
+    behind = np.asarray(_text_after_image(start.visual, start.lengths))[0, : len(ids)]
     rates, relevance = rate(start, behind)
     text, spans = written(ids[behind], processor.prompt(question, num_images), processor)
     asked = spot(question.split(MARKER)[-1].strip(), text)
@@ -68,10 +72,10 @@ def rate(start: Tokens, behind: Bool[np.ndarray, "l"]) -> tuple[Bool[np.ndarray,
     """`sparsify.rate_text` of the text behind the picture in a sequence of one row: raters and relevance."""
     if not behind.any():
         return np.zeros(0, bool), np.zeros(0, np.float32)
-    hidden, visual = (np.asarray(array)[0, : len(behind)] for array in (start.hidden, start.visual))
-    patches, text = jnp.asarray(hidden[visual])[None], jnp.asarray(hidden[behind])[None]
-    rates, relevance = rate_text(patches, text, jnp.ones(patches.shape[:2], bool), jnp.ones(text.shape[:2], bool))
-    return np.asarray(rates)[0], np.asarray(relevance)[0]
+    text = np.zeros(start.visual.shape, bool)
+    text[0, : len(behind)] = behind
+    rates, relevance = _rate_text(start.hidden, start.hidden, start.visual, jnp.asarray(text))
+    return np.asarray(rates)[text], np.asarray(relevance)[text]
 
 
 def written(ids: Int[np.ndarray, "t"], prompt: str, processor: Processor) -> tuple[str, list[Span]]:
