@@ -10,7 +10,7 @@ import pytest
 import sparsevlm_jax as sv
 from benchmarks.retention.report import interval
 from benchmarks.retention.run import Study
-from benchmarks.retention.variants import Variant, single_cut
+from benchmarks.retention.variants import HEADS, Variant, single_cut
 from sparsevlm_jax import demo
 from sparsevlm_jax.checkpoint import Model, load
 from sparsevlm_jax.schedule import Sparsity
@@ -18,9 +18,10 @@ from training.heldout import held_out
 from training.model import CONFIG
 from training.questions import KINDS
 
-SCENES = 57  # about 500 questions
-# By v1.5's rule, and sparing enough that a third of the visual tokens enters a layer on average.
-THIRD = Sparsity.v15(keep=48)
+SCENES, MORE_SCENES = 57, 200  # about 500 and 1800 questions
+# Sparing enough that a third of the visual tokens enters a layer on average. v2.0 keeps positions; that v1.5 renumbers
+# them costs this model five points (training/NOTES.md).
+THIRD = sv.sparsity("v2.0", keep=48, heads=HEADS)
 
 
 @pytest.fixture(scope="module")
@@ -87,20 +88,22 @@ def test_shipped_pictures_ask_every_kind_of_question():
     assert sum(len(sample.questions) for sample in demo.samples()) >= len(KINDS)
 
 
-def test_dense_answers_at_least_88_percent_of_500_held_out_questions(dense):
-    assert len(dense) >= 500
-    assert dense.mean() >= 0.88
-
-
-@pytest.mark.xfail(strict=True, reason="the aim: its tower still mistakes digits (training/NOTES.md)")
-def test_dense_answers_at_least_97_percent_of_500_held_out_questions(dense):
-    assert dense.mean() >= 0.97
+def test_dense_answers_at_least_97_percent_of_1700_held_out_questions(model):
+    right = Study(model, held_out(MORE_SCENES)).run(Variant("dense", "dense", Sparsity.dense())).right
+    assert len(right) >= 1700
+    assert right.mean() >= 0.97
 
 
 def test_a_third_of_the_tokens_entering_a_layer_keeps_95_percent_of_the_dense_accuracy(study, dense):
-    """The first cut is after layer 0; benchmarks/results/retention.json shows that nothing has been read by then."""
     pruned = study.run(Variant("schedule", "a third", THIRD))
+    assert len(dense) >= 500
     assert pruned.entering <= study.config.tokens_per_image / 3
+    assert pruned.right.mean() >= 0.95 * dense.mean()
+
+
+def test_the_default_pruning_keeps_95_percent_of_the_dense_accuracy(study, dense):
+    pruned = study.run(Variant("schedule", "default", Sparsity.v15()))
+    assert pruned.entering <= 0.4 * study.config.tokens_per_image
     assert pruned.right.mean() >= 0.95 * dense.mean()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,15 +27,25 @@ class Batch(NamedTuple):
     questions: Arrays  # int32 [m, q, t]: question, "assistant:", answer, end, padding
     ends: Arrays  # int32 [m, q]: where "assistant:" stands
     blind: Arrays  # bool [m, q]: "assistant:" and what follows cannot see the scene, only the question can
+    kept: Arrays = None  # bool [m, layers, v]: patches that are still there in a decoder layer; None: all
 
 
-def make_batch(seed: int, step: int, scenes: int, questions: int, digits: tuple[int, int]) -> Batch:
+def make_batch(
+    seed: int,
+    step: int,
+    scenes: int,
+    questions: int,
+    digits: tuple[int, int],
+    *,
+    thinned: int = 0,
+) -> Batch:
     """The training batch of a step.
 
     Args:
       seed, step: decide everything.
       scenes, questions: how many scenes, and questions about each.
       digits: the fewest and the most in a scene.
+      thinned: decoder layers that get ever fewer of the patches without digits, in half of the scenes; 0 for none.
     """
     random = np.random.default_rng((seed, step))
     drawn = [draw_scene(random, "train", int(random.integers(digits[0], digits[1] + 1))) for _ in range(scenes)]
@@ -48,7 +59,18 @@ def make_batch(seed: int, step: int, scenes: int, questions: int, digits: tuple[
         questions=np.asarray(ids, np.int32).reshape(scenes, questions, LONGEST),
         ends=np.asarray(ends, np.int32).reshape(scenes, questions),
         blind=random.random((scenes, questions)) < 0.5,
+        kept=_thin(random, drawn, thinned) if thinned else None,
     )
+
+
+def _thin(random: np.random.Generator, scenes: Sequence[Scene], layers: int) -> np.ndarray:
+    """Which patches every layer gets: in half of the scenes all, in the others those of digits and ever fewer more."""
+    count = len(scenes)
+    # Few are left in some scenes from the first layers on: else the model reads early, where there are many.
+    shares = random.uniform(0.0, 1.0, (count, 1)) * np.sort(random.uniform(0.0, 1.0, (count, layers)), axis=1)[:, ::-1]
+    left = random.uniform(0.0, 1.0, (count, 1, GRID**2)) < shares[:, :, None]
+    whole = random.random((count, 1, 1)) < 0.5
+    return whole | left | np.stack([patch_mask(scene.digits) for scene in scenes])[:, None]
 
 
 def normalise(pixels: np.ndarray) -> np.ndarray:

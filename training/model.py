@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from sparsevlm_jax.config import LlavaConfig, VisionConfig
-from sparsevlm_jax.llava import Llava, Params, init_params
+from sparsevlm_jax.llava import Params, encode_images, init_params
 from training.scenes import COLOURS, PATCH, PIXELS, PLACES
 from training.words import BEGIN, END, ID, IMAGE, PAD, VOCABULARY
 
@@ -99,7 +97,7 @@ def balance(params: Params, config: LlavaConfig, pixels: np.ndarray) -> Params:
     Args:
       pixels: pictures to measure on, float32 [m, 3, h, w].
     """
-    found = _projected(params, config, pixels)
+    found = jax.jit(encode_images, static_argnums=2)(params, jnp.asarray(pixels), config).tokens
     mean = jnp.mean(found, axis=(0, 1))
     scale = NORM / jnp.mean(jnp.linalg.norm(found - mean[None, None], axis=-1))
     projector, decoder = params["multi_modal_projector"], params["language_model"]
@@ -111,14 +109,6 @@ def balance(params: Params, config: LlavaConfig, pixels: np.ndarray) -> Params:
         "multi_modal_projector": projector | {"linear_2": last},
         "language_model": decoder | {"embed_tokens": {"embedding": table}},
     }
-
-
-@partial(jax.jit, static_argnums=1)
-def _projected(params: Params, config: LlavaConfig, pixels: Array) -> Float[Array, "m v d"]:
-    def project(model: Llava, pixels: Array) -> Array:
-        return model.multi_modal_projector(model.vision_tower(pixels)[0][:, 1:])
-
-    return Llava(config).apply({"params": params}, pixels, method=project)  # pyright: ignore[reportReturnType]
 
 
 MARK = 4.0  # length of the direction that words have in common and the picture's tokens have not

@@ -21,7 +21,10 @@ from training.words import BEGIN, END, ID
 PREFIX_WORDS = (BEGIN, ID["user:"])  # in front of the picture
 RARE = 4.0  # weight of a word that holds for a patch against one that does not: few do
 MASKED = -1e30  # a finite stand-in for -inf, whose gradients are numbers
-OFFSET = 5.0  # subtracted from word-patch products: unrelated pairs need not be pushed far below zero
+# A word is said of a patch where sigmoid(SHARPNESS · (cosine - threshold)) says so.
+SHARPNESS = 30.0
+THRESHOLD = 0.3  # three words hold for a digit's patch: 0.58 to each can be had
+SCENE_THRESHOLD = 0.1  # up to 25 hold for a scene: 0.2
 
 
 class Losses(NamedTuple):
@@ -38,9 +41,9 @@ class Losses(NamedTuple):
 def losses(params: Params, config: LlavaConfig, batch: Batch, with_questions: bool) -> Losses:
     """Losses of a batch.
 
-    alignment: binary cross-entropy of (projected patch · word embedding - OFFSET), over all patches and words. It
-    stands in for CLIP's pretraining and LLaVA's first stage. presence: the same for the projected class token and
-    the whole scene, which gives the class token something to look for, as CLIP's objective does.
+    alignment: binary cross-entropy of the cosines of projected patches and word embeddings, over all patches and
+    words. It stands in for CLIP's pretraining and LLaVA's first stage. presence: the same for the projected class
+    token and the whole scene, which gives the class token something to look for, as CLIP's objective does.
     answer: cross-entropy of the answer and the end token; 0 without questions.
     """
     model = Llava(config)
@@ -50,15 +53,14 @@ def losses(params: Params, config: LlavaConfig, batch: Batch, with_questions: bo
 def _losses(model: Llava, batch: Batch, with_questions: bool) -> Losses:
     features, _ = model.vision_tower(batch.pixels)
     projected = model.multi_modal_projector(features)
-    table = model.language_model.embed_tokens.embedding
-    scores = jnp.einsum("mvd,wd->mvw", projected, table) - OFFSET
-    alignment = _weighted(scores[:, 1:], batch.words)
-    presence = _weighted(scores[:, :1], batch.present[:, None])
-    recognition = _recognition(scores[:, 1:], batch.words)
+    cosines = _cosines(projected, model.language_model.embed_tokens.embedding)
+    alignment = _weighted(SHARPNESS * (cosines[:, 1:] - THRESHOLD), batch.words)
+    presence = _weighted(SHARPNESS * (cosines[:, :1] - SCENE_THRESHOLD), batch.present[:, None])
+    recognition = _recognition(cosines[:, 1:], batch.words)
     if not with_questions:
         zero = jnp.zeros(())
         return Losses(alignment, presence, recognition, zero, zero, zero)
-    logits = answer_logits(model, projected[:, 1:], batch.questions, batch.ends, batch.blind)
+    logits = answer_logits(model, projected[:, 1:], batch.questions, batch.ends, batch.blind, batch.kept)
     answers = jnp.take_along_axis(batch.questions, batch.ends[:, :, None] + 1, axis=2)
     targets = jnp.concatenate([answers, jnp.full_like(answers, END)], axis=2)
     answer = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
@@ -79,11 +81,13 @@ def answer_logits(
     questions: Int[Array, "m q t"],
     ends: Int[Array, "m q"],
     blind: Bool[Array, "m q"],
+    kept: Bool[Array, "m layers v"] | None = None,
 ) -> Float[Array, "m q 2 w"]:
     """Logits behind "assistant:" and behind the answer, for all questions of a scene in one pass.
 
     Each question stands at the positions it would have alone behind the picture and sees the prefix and itself, so the
-    picture's tokens are computed once for all of them.
+    picture's tokens are computed once for all of them. What is not `kept` is not there in
+    that layer, and what follows moves up, as where pruning renumbers.
     """
     decoder, (scenes, count, length) = model.language_model, questions.shape
     words = jnp.broadcast_to(jnp.asarray(PREFIX_WORDS)[None], (scenes, len(PREFIX_WORDS)))
@@ -95,14 +99,25 @@ def answer_logits(
     answering = jnp.arange(length)[None, None, :] >= ends[:, :, None]
     sees_scene = ~(answering & blind[:, :, None])
 
-    def attend_packed(query: Array, key: Array, value: Array) -> tuple[Array, None]:
-        return _attend_packed(query, key, value, prefix, sees_scene), None
+    for number, layer in enumerate(decoder.layers):
+        there = None if kept is None else kept[:, number]
 
-    for layer in decoder.layers:
-        hidden, _ = layer(hidden, positions, attend_packed)
+        def attend_packed(query: Array, key: Array, value: Array, there: Array | None = there) -> tuple[Array, None]:
+            return _attend_packed(query, key, value, prefix, sees_scene, there), None
+
+        own = positions if there is None else renumbered(positions, there)
+        hidden, _ = layer(hidden, own, attend_packed)
     asked = hidden[:, prefix:].reshape(scenes, count, length, -1)
     last = ends[:, :, None] + jnp.arange(2)[None, None, :]
     return decoder.logits(jnp.take_along_axis(asked, last[..., None], axis=2))
+
+
+def renumbered(positions: Int[Array, "m l"], kept: Bool[Array, "m v"]) -> Int[Array, "m l"]:
+    """Positions without those of the visual tokens that are gone; a token that is gone has any."""
+    gone = jnp.cumsum(~kept, axis=1, dtype=jnp.int32)
+    behind = positions.shape[1] - len(PREFIX_WORDS) - kept.shape[1]
+    before = jnp.pad(gone, ((0, 0), (len(PREFIX_WORDS), 0)))
+    return positions - jnp.pad(before, ((0, 0), (0, behind)), mode="edge")
 
 
 def _attend_packed(
@@ -111,8 +126,11 @@ def _attend_packed(
     value: Float[Array, "m l n h"],
     prefix: int,
     sees_scene: Bool[Array, "m q t"],
+    kept: Bool[Array, "m v"] | None,
 ) -> Float[Array, "m l n h"]:
     """Causal attention of the prefix, and of every question over the prefix and itself under one softmax.
+
+    Visual tokens that are not kept are not looked at.
 
     The two parts of a question's softmax are never put side by side: on CPUs that costs more than the products.
     """
@@ -123,12 +141,17 @@ def _attend_packed(
     own_query, own_key, own_value = (x[:, :, prefix:].reshape(*own, -1) for x in (query, key, value))
 
     causal = jnp.tril(jnp.ones((prefix, prefix), bool))[None, None]
+    if kept is not None:
+        kept = jnp.pad(kept, ((0, 0), (len(PREFIX_WORDS), 0)), constant_values=True)[:, None, None]
+        causal = causal & kept
     within = jnp.einsum("mnph,mnsh->mnps", query[:, :, :prefix], prefix_key)
     within = jax.nn.softmax(jnp.where(causal, within, MASKED), axis=-1)
     first = jnp.einsum("mnps,mnsh->mnph", within, prefix_value)
 
     is_scene = (jnp.arange(prefix) >= len(PREFIX_WORDS))[None, None, None]
     visible = sees_scene.reshape(scenes, 1, count * length, 1) | ~is_scene
+    if kept is not None:
+        visible = visible & kept
     to_prefix = jnp.einsum("mnlh,mnph->mnlp", query[:, :, prefix:], prefix_key)
     to_prefix = jnp.where(visible, to_prefix, MASKED)
     causal = jnp.tril(jnp.ones((length, length), bool))[None, None, None]
@@ -140,6 +163,13 @@ def _attend_packed(
     rest = jnp.einsum("mnqts,mnqsh->mnqth", to_own, own_value).reshape(scenes, heads, count * length, -1)
     rest = (rest + jnp.einsum("mnlp,mnph->mnlh", to_prefix, prefix_value)) / total[..., None]
     return jnp.concatenate([first, rest], axis=2).swapaxes(1, 2)
+
+
+def _cosines(projected: Float[Array, "m v d"], table: Float[Array, "w d"]) -> Float[Array, "m v w"]:
+    def unit(vectors: Array) -> Array:
+        return vectors * jax.lax.rsqrt(jnp.sum(vectors**2, axis=-1, keepdims=True) + 1e-6)
+
+    return jnp.einsum("mvd,wd->mvw", unit(projected), unit(table))
 
 
 def _weighted(scores: Float[Array, "m v w"], holds: Bool[Array, "m v w"]) -> Float[Array, ""]:

@@ -1,4 +1,4 @@
-"""The two stages of training, and one step of each."""
+"""The stages of training, and one step of each."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import optax
 from jaxtyping import Array
+from optax.contrib import MuonDimensionNumbers, muon
 
 from sparsevlm_jax.config import LlavaConfig
 from sparsevlm_jax.llava import Params
@@ -29,6 +30,8 @@ class Stage(NamedTuple):
       alignment, presence: weights of these losses beside the answers'.
       fewest: digits in a scene at least.
       easy, harder: scenes have at most two digits in the first `easy` steps, one more every `harder` steps from there.
+      wired: the decoder starts from what has been learned of words and pictures: see `model.wire`.
+      thin: in half of the scenes layers get ever fewer of the patches without digits, renumbered, as if pruned.
     """
 
     name: str
@@ -43,6 +46,13 @@ class Stage(NamedTuple):
     fewest: int = 1
     easy: int = 0
     harder: int = 0
+    wired: bool = False
+    thin: bool = False
+
+    def batch(self, seed: int, step: int, of_stage: int, layers: int) -> Batch:
+        """The batch of a step, which is that many steps into the stage, for a decoder of so many layers."""
+        thinned, digits = layers if self.thin else 0, self.digits(of_stage)
+        return make_batch(seed, step, self.scenes, self.questions, digits, thinned=thinned)
 
     def digits(self, step: int) -> tuple[int, int]:
         """The curriculum: the fewest and the most digits of a scene at a step of the stage."""
@@ -51,24 +61,38 @@ class Stage(NamedTuple):
 
 
 STAGES = (
-    Stage("see", 2400, 12, 0, rate=2e-3, warm_up=100, seeing=(1.0, 1.0), alignment=1.0, presence=0.1, fewest=DIGITS),
+    Stage("see", 2000, 12, 0, rate=4e-3, warm_up=100, seeing=(1.0, 1.0), alignment=1.0, presence=0.1, fewest=DIGITS),
     Stage(
         "answer",
-        2600,
+        2800,
         4,
         24,
         rate=1.5e-3,
         warm_up=40,
         seeing=(0.0, 0.4),
-        alignment=0.0,
-        presence=0.0,
+        alignment=0.3,
+        presence=0.03,
         easy=100,
         harder=50,
+        wired=True,
+    ),
+    Stage(
+        "thin",
+        450,
+        4,
+        24,
+        rate=3e-4,
+        warm_up=20,
+        seeing=(0.1, 0.1),
+        alignment=0.3,
+        presence=0.03,
+        thin=True,
     ),
 )
-MEASURED = 24  # scenes that a stage with questions measures the picture's tokens on before it starts
+MEASURED = 24  # scenes that a wired stage measures the picture's tokens on before it starts
 SEEING = ("vision_tower", "multi_modal_projector", "embed_tokens")
 EARLY = tuple(f"layers_{number}" for number in range(FIRST_READER))
+B2, DECAY = 0.99, 0.05  # of squared gradients' mean, and of weights
 EARLY_RATE = 0.05  # of the rate, for the decoder layers before the first that reads
 
 
@@ -83,16 +107,45 @@ Step = Callable[[State, Batch], tuple[State, Losses]]
 
 
 def optimizer(stage: Stage) -> optax.GradientTransformation:
-    """AdamW with a cosine schedule, gradients clipped, what sees at a rate of its own."""
+    """What learns from gradients, clipped, with a cosine schedule.
+
+    Without questions: Muon for matrices, AdamW for the rest of what sees; the decoder's layers stay as they are.
+    With questions: AdamW, which leaves more of the decoder's start; what sees has a rate of its own.
+    """
     warm_up = min(stage.warm_up, stage.steps // 2)
     rate = optax.warmup_cosine_decay_schedule(0.0, stage.rate, warm_up, stage.steps, end_value=stage.rate / 100)
-    seeing = optax.linear_schedule(*stage.seeing, stage.steps)
+    clip, sees = optax.clip_by_global_norm(1.0), partial(_is_in, SEEING)
+    if not stage.questions:
+        learn = muon(
+            rate,
+            weight_decay=DECAY,
+            adam_b2=B2,
+            adam_weight_decay=DECAY,
+            muon_weight_dimension_numbers=_matrices,  # pyright: ignore[reportArgumentType] -- a function it may be
+            consistent_rms=0.2,  # as long as AdamW's updates, so that one rate serves both
+        )
+        return optax.chain(clip, optax.partition({True: learn, False: optax.set_to_zero()}, sees))
     return optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(rate, b2=0.99, weight_decay=0.05),
-        optax.masked(optax.scale_by_schedule(seeing), partial(_is_in, SEEING)),
+        clip,
+        optax.adamw(rate, b2=B2, weight_decay=DECAY),
+        optax.masked(optax.scale_by_schedule(optax.linear_schedule(*stage.seeing, stage.steps)), sees),
         optax.masked(optax.scale(EARLY_RATE), partial(_is_in, EARLY)),
     )
+
+
+def _matrices(params: Params) -> Params:
+    """Which parameters are maps from one space to another, and between which axes; a table's rows are no such space."""
+
+    def is_masked(leaf: object) -> bool:
+        return isinstance(leaf, optax.MaskedNode)
+
+    def dimensions(path: tuple[Any, ...], leaf: Any) -> Any:
+        if is_masked(leaf):
+            return leaf
+        inputs = tuple(range(leaf.ndim - 1))
+        return MuonDimensionNumbers(inputs, leaf.ndim - 1) if path[-1].key == "kernel" else None
+
+    return jax.tree_util.tree_map_with_path(dimensions, params, is_leaf=is_masked)
 
 
 def _is_in(parts: tuple[str, ...], params: Params) -> Params:
@@ -127,9 +180,9 @@ def make_step(config: LlavaConfig, stage: Stage) -> Step:
 def begin(stage: Stage, config: LlavaConfig, params: Params, seed: int) -> State:
     """The state at the start of a stage.
 
-    With questions, words and picture are brought to one scale, and the decoder starts from them.
+    In a wired stage words and picture are brought to one scale, and the decoder starts from them.
     """
-    if stage.questions:
+    if stage.wired:
         pixels = make_batch(seed, 0, MEASURED, 0, (1, DIGITS)).pixels
         params = wire(balance(params, config, pixels), config, seed)
     return State(params, optimizer(stage).init(params))

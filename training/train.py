@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from training.batches import Batch, make_batch
+from training.batches import Batch
 from training.export import export
 from training.log import Log, draw_curves
 from training.model import config, start
@@ -59,7 +59,8 @@ def train(
             if first < done <= last:
                 state = checkpoints.load(done, jax.tree.map(_abstract, state))
             step = make_step(model, stage)
-            for number, batch in _batches(stage, seed, first, range(max(done, first), last)):
+            batches = _batches(stage, seed, first, range(max(done, first), last), model.text.num_hidden_layers)
+            for number, batch in batches:
                 state, losses = step(state, batch)
                 log.add(number + 1, stage, losses)
                 checkpoints.save(number + 1, state)
@@ -83,11 +84,11 @@ def _checkpoints(folder: Path, every: int) -> ocp.training.Checkpointer:
     )
 
 
-def _batches(stage: Stage, seed: int, first: int, steps: range) -> Iterator[tuple[int, Batch]]:
+def _batches(stage: Stage, seed: int, first: int, steps: range, layers: int) -> Iterator[tuple[int, Batch]]:
     """The stage's batches, each made while the one before it is learned from."""
 
     def make(step: int) -> Batch:
-        return make_batch(seed, step, stage.scenes, stage.questions, stage.digits(step - first))
+        return stage.batch(seed, step, step - first, layers)
 
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(make, steps.start) if steps else None
