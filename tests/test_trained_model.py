@@ -18,7 +18,7 @@ from training.heldout import held_out
 from training.model import CONFIG
 from training.questions import KINDS
 
-SCENES, MORE_SCENES = 57, 200  # about 500 and 1800 questions
+SCENES, MORE_SCENES = 57, 80  # about 500 and 700 questions
 # Sparing enough that a third of the visual tokens enters a layer on average. v2.0 keeps positions; that v1.5 renumbers
 # them costs this model five points (training/NOTES.md).
 THIRD = sv.sparsity("v2.0", keep=48, heads=HEADS)
@@ -88,9 +88,9 @@ def test_shipped_pictures_ask_every_kind_of_question():
     assert sum(len(sample.questions) for sample in demo.samples()) >= len(KINDS)
 
 
-def test_dense_answers_at_least_97_percent_of_1700_held_out_questions(model):
+def test_dense_answers_at_least_97_percent_of_700_held_out_questions(model):
     right = Study(model, held_out(MORE_SCENES)).run(Variant("dense", "dense", Sparsity.dense())).right
-    assert len(right) >= 1700
+    assert len(right) >= 700
     assert right.mean() >= 0.97
 
 

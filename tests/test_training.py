@@ -372,9 +372,9 @@ def test_losses_fall_in_both_long_stages(uninterrupted):
     assert fourth["answer"] < 0.8 * third["answer"]
 
 
-@pytest.mark.parametrize("stop", [30, 50, 80, 110])
+@pytest.mark.parametrize("stop", [50, 110])
 def test_training_goes_on_from_a_checkpoint_with_the_losses_of_an_uninterrupted_run(uninterrupted, tmp_path, stop):
-    """In the middle of every stage, and at the end of one; the steps since the checkpoint are done again."""
+    """At the end of a stage, and in the middle of one; the steps since the checkpoint are done again."""
     train(tmp_path, SMALL, save_every=25, stop=stop)
     assert len(read_log(tmp_path)) == stop // 25
     train(tmp_path, SMALL, save_every=25)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -159,8 +159,9 @@ def _is_in(parts: tuple[str, ...], params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(named, params)
 
 
+@cache
 def make_step(config: LlavaConfig, stage: Stage) -> Step:
-    """The compiled training step of a stage."""
+    """The compiled training step of a stage, compiled once for all runs of a process."""
     transform = optimizer(stage)
 
     def objective(params: Params, batch: Batch) -> tuple[Array, Losses]:
