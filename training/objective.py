@@ -86,8 +86,8 @@ def answer_logits(
     """Logits behind "assistant:" and behind the answer, for all questions of a scene in one pass.
 
     Each question stands at the positions it would have alone behind the picture and sees the prefix and itself, so the
-    picture's tokens are computed once for all of them. What is not `kept` is not there in
-    that layer, and what follows moves up, as where pruning renumbers.
+    picture's tokens are computed once for all of them. What is not `kept` is not there in that layer, and what follows
+    moves up, as where pruning renumbers.
     """
     decoder, (scenes, count, length) = model.language_model, questions.shape
     words = jnp.broadcast_to(jnp.asarray(PREFIX_WORDS)[None], (scenes, len(PREFIX_WORDS)))
