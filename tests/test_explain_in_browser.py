@@ -84,7 +84,7 @@ def test_words_counts_and_answers_are_there(browser: Any, page: tuple[Explanatio
         assert account.stage_name(stage) in shown
         assert account.entering(stage) in shown
         assert stage.pruning is None or account.outcome(stage.pruning) in shown
-    for saving in account.savings(explanation):
+    for saving in [*account.savings(explanation), account.program_saving(explanation)]:
         assert saving.pruned in shown and saving.dense in shown
     boxes = browser.execute_script("return [...document.querySelectorAll('.answer')].map(e => e.textContent)")
     is_dense = explanation.pruned.plan.sparsity.method == "dense"

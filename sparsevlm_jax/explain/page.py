@@ -39,7 +39,7 @@ def render(explanation: Explanation) -> str:
         answers={"All patches (dense)": dense}
         | ({} if sparsity.method == "dense" else {f"Pruned by {sparsity.method}": pruned}),
         verdict=account.verdict(explanation),
-        savings=account.savings(explanation),
+        savings=[*account.savings(explanation), account.program_saving(explanation)],
         notes=account.notes(explanation),
         words=explanation.words,
         strongest=max((word.relevance for word in explanation.words.after), default=1.0),
