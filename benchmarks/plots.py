@@ -29,6 +29,7 @@ def plots(found: Sequence[Figures]) -> dict[str, str]:
 
 
 def _latency(axes: Axes, found: Sequence[Figures]) -> None:
+    axes.set_prop_cycle(color=matplotlib.colormaps["tab20"](range(20)))  # more sides than the usual ten colours
     groups: dict[str, list[Figures]] = {}
     for f in found:
         groups.setdefault(f"{f.side.engine}:{f.side.method}", []).append(f)

@@ -19,9 +19,10 @@ from sparsevlm_jax.errors import UserError
 
 
 def read_results(folder: Path) -> list[dict[str, Any]]:
-    """Every cell's result in a folder, which may hold other JSON too."""
+    """Every cell's result in a folder, which may hold other JSON too; float32, which all sides agree in, first."""
     found = [read_json(file) for file in sorted(folder.glob("*.json"))]
-    return [result for result in found if "sittings" in result]
+    results = [result for result in found if "sittings" in result]
+    return sorted(results, key=lambda result: result["cell"]["dtype"] != "float32")
 
 
 def write_report(folder: Path) -> tuple[Path, Path]:
