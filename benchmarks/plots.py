@@ -40,7 +40,7 @@ def _latency(axes: Axes, found: Sequence[Figures]) -> None:
         marker = "o" if name.startswith("jax") else "s"
         axes.errorbar([f.entering for f in members], middle, spread, marker=marker, capsize=2, label=name)
     axes.set(xlabel="visual tokens entering a layer, mean", ylabel="prefill, ms", ylim=(0, None))
-    _legend(axes)
+    legend(axes)
 
 
 def _stages(axes: Axes, found: Sequence[Figures]) -> None:
@@ -54,7 +54,7 @@ def _stages(axes: Axes, found: Sequence[Figures]) -> None:
         left = [a + b for a, b in zip(left, seconds, strict=True)]
     axes.set(xlabel=f"seconds until {mark} new tokens")
     axes.invert_yaxis()
-    _legend(axes)
+    legend(axes)
 
 
 def _parts(f: Figures, mark: int) -> tuple[float, float, float]:
@@ -71,7 +71,7 @@ def _memory(axes: Axes, found: Sequence[Figures]) -> None:
     axes.set_yticks([i + 0.4 - height / 2 for i in range(len(found))], [f.side.name for f in found])
     axes.set(xlabel="GiB")
     axes.invert_yaxis()
-    _legend(axes, "peak of the")
+    legend(axes, "peak of the")
 
 
 def _speedup(axes: Axes, found: Sequence[Figures]) -> None:
@@ -85,10 +85,10 @@ def _speedup(axes: Axes, found: Sequence[Figures]) -> None:
     axes.margins(x=0.06)
     axes.set(xlabel="times as fast as dense JAX")
     axes.invert_yaxis()
-    _legend(axes)
+    legend(axes)
 
 
-def _legend(axes: Axes, title: str | None = None) -> None:
+def legend(axes: Axes, title: str | None = None) -> None:
     """Beside the bars, never on them."""
     axes.legend(fontsize=8, title=title, title_fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
 

@@ -55,6 +55,8 @@ def draw(results: Sequence[dict[str, Any]], picture: Path) -> None:
     """Four plots: who chooses, what becomes of the rest, where the cut is, methods as published."""
     import matplotlib.pyplot as plt
 
+    from benchmarks.plots import legend
+
     figure, axes = plt.subplots(2, 2, figsize=(14, 9), layout="constrained")
     for ax, family, across, title in (
         (axes[0, 0], "scoring", "keep", "Who chooses (one cut after layer 0, no recycling)"),
@@ -66,7 +68,7 @@ def draw(results: Sequence[dict[str, Any]], picture: Path) -> None:
         ax.set_title(title)
         dense = next(row for row in results if row["family"] == "dense")
         ax.axhline(dense["accuracy"], color="0.5", linewidth=1, linestyle=":", label="dense")
-        ax.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)  # beside what it names
+        legend(ax)
     figure.savefig(picture, dpi=110)
     plt.close(figure)
 
