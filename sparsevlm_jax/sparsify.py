@@ -271,20 +271,17 @@ def _sources(
     old_length = tokens.visual.shape[1]
     places = jnp.arange(old_length)[None, :]
     survives = (tokens.valid & ~tokens.visual) | selection.kept
-    merged_count = selection.cluster_count[:, None]
 
     # Merged tokens go in after `anchor`: the last kept visual token or, with none kept, before the first visual one.
     first = jnp.min(jnp.where(tokens.visual, places, old_length), axis=1, keepdims=True)
     anchor = jnp.maximum(jnp.max(jnp.where(selection.kept, places, -1), axis=1, keepdims=True), first - 1)
-    target = jnp.cumsum(survives, axis=1) - 1 + jnp.where(places > anchor, merged_count, 0)
-    target = jnp.where(survives, target, length)
-    places = jnp.broadcast_to(places, target.shape)
+    gone = 2 * old_length
+    order = jnp.where(survives, 2 * places, gone)
     if recycled is not None:
         slots = jnp.broadcast_to(jnp.arange(recycled.centers.shape[1])[None, :], recycled.centers.shape)
-        before = jnp.sum(survives & (places <= anchor), axis=1, keepdims=True)
-        target = jnp.concatenate([target, jnp.where(slots < merged_count, before + slots, length)], axis=1)
-        places = jnp.concatenate([places, old_length + slots], axis=1)
-    return _scatter(target, places, length), jnp.sum(survives, axis=1) + selection.cluster_count
+        real = slots < selection.cluster_count[:, None]
+        order = jnp.concatenate([order, jnp.where(real, 2 * anchor + 1, gone)], axis=1)
+    return jnp.argsort(order, axis=1)[:, :length], jnp.sum(survives, axis=1) + selection.cluster_count
 
 
 def _mean_where(values: Array, where: Array, axis: int) -> Array:
@@ -293,11 +290,7 @@ def _mean_where(values: Array, where: Array, axis: int) -> Array:
     return jnp.sum(jnp.where(where, values, 0.0), axis=axis) / jnp.maximum(count, 1.0)
 
 
-def _scatter(index: Int[Array, "b i"], values: Int[Array, "b i"], length: int) -> Int[Array, "b {length}"]:
-    """Zeros with values[b, i] at index[b, i]; indices at or past `length` go nowhere."""
-    return jax.vmap(lambda at, row: jnp.zeros(length, row.dtype).at[at].set(row, mode="drop"))(index, values)
-
-
 def _scatter_true(index: Int[Array, "b i"], values: Bool[Array, "b i"], length: int) -> Bool[Array, "b {length}"]:
     """False everywhere but at index[b, i] where values[b, i]; masked entries go nowhere, wherever they point."""
-    return _scatter(jnp.where(values, index, length), values.astype(jnp.int32), length) > 0
+    index = jnp.where(values, index, length)
+    return jax.vmap(lambda at: jnp.zeros(length, bool).at[at].set(True, mode="drop"))(index)
