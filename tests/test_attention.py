@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 
 from sparsevlm_jax import attention
 from sparsevlm_jax.attention import apply_rope, attend, attention_rows, choose_implementation
@@ -153,6 +155,22 @@ def test_cudnn_takes_16_bit_prefills_on_nvidia(
     monkeypatch.setattr(attention, "_default_backend_is_nvidia", lambda: nvidia)
     query, key = (1, length, 4, head_dim), (1, 64, 4, head_dim)
     assert choose_implementation(query, key, jnp.dtype(dtype)) == expected
+
+
+def test_cudnn_is_asked_for_causal_attention_over_packed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel runs on NVIDIA only. What it is asked for stands in a program that any machine can lower."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    run = jax.jit(partial(attend, causal=True, implementation="cudnn"))
+    export = jax.export.export(
+        run, platforms=["cuda"], disabled_checks=[jax.export.DisabledSafetyCheck.custom_call("__cudnn$fmhaSoftmax")]
+    )
+    program = str(export(*inputs(4, 2, "bfloat16"), jnp.asarray(LENGTHS)).mlir_module())
+    (call,) = (line for line in program.splitlines() if "custom_call" in line)
+    assert "@__cudnn$fmhaSoftmax(%arg0, %arg1, %arg2, %arg3, %arg3)" in call  # lengths of queries and of keys
+    asked = json.loads(call.split('"')[1].replace("\\22", '"'))["cudnn_fmha_backend_config"]
+    assert asked["mask_type"] == "PADDING_CAUSAL"
+    assert asked["fmha_scale"] == pytest.approx(HEAD_DIM**-0.5)
+    assert (asked["dropout_rate"], asked["sliding_window_length"]) == (0.0, 0)
 
 
 def test_auto_computes_what_it_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
