@@ -24,7 +24,7 @@ GATE_ROWS = 2  # rows of a 16-bit batch that are compared with float32
 
 
 def run_cell(cell: Cell, sides: Sequence[Side], settings: Settings, folder: Path, log: Log) -> dict[str, Any]:
-    """Runs the sides that the cell's result does not hold yet, and writes it to `folder`; returns it.
+    """Runs the sides that the cell's result does not hold yet; returns the result, written to `folder` as it grows.
 
     The first side, with which the others are compared, sits with them every time. Sides that take one row only are
     left out of larger batches. Of a side that does not agree no sample is kept.
@@ -42,6 +42,7 @@ def run_cell(cell: Cell, sides: Sequence[Side], settings: Settings, folder: Path
     if cell.dtype != "float32":
         gate.ask([possible[0], *missing])
     able = [side for side in dict.fromkeys([possible[0], *missing]) if gate.passes(side)]
+    result["sides"] |= {side.name: {"side": asdict(side)} for side in missing if side not in able}
     for together in seat(cell, able, settings.device, settings.at_once):
         sitting = Sitting(cell, settings, log)
         sitting.run(together)
@@ -49,23 +50,25 @@ def run_cell(cell: Cell, sides: Sequence[Side], settings: Settings, folder: Path
         result["sittings"].append(sitting.samples)
         for side in together:
             result["sides"].setdefault(side.name, {"side": asdict(side)} | sitting.reports[side.name])
-    result["environment"] = environment(settings.device)
-    known = {side.name for side in missing} | result["sides"].keys()
-    _judge(result, [side for side in gate.sides if side.name in known], gate)
-    write_json(file, result)
+        _save(result, gate, file)
+    if not able:
+        _save(result, gate, file)
     return result
 
 
-def _judge(result: dict[str, Any], sides: Sequence[Side], gate: Gate) -> None:
-    """Writes verdicts and drifts into a result, and takes samples of sides that disagree out of it."""
-    for side in sides:
+def _save(result: dict[str, Any], gate: Gate, file: Path) -> None:
+    """Writes what there is, with verdicts and drifts; samples of sides that disagree are taken out of it."""
+    result["environment"] = environment(gate.settings.device)
+    for side in gate.sides:
+        if side.name not in result["sides"]:
+            continue
         verdict = gate.verdict(side)
-        report = result["sides"].setdefault(side.name, {"side": asdict(side)})
-        report |= {"verdict": verdict._asdict(), "drift": gate.drift(side)}
+        result["sides"][side.name] |= {"verdict": verdict._asdict(), "drift": gate.drift(side)}
         if not shown(verdict):
             gate.log(f"  {side.name} {verdict.status}: {verdict.detail}")
             for samples in result["sittings"]:
                 samples.pop(side.name, None)
+    write_json(file, result)
 
 
 class Gate:

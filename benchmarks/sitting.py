@@ -57,28 +57,39 @@ class Sitting:
 
     def run(self, sides: Sequence[Side]) -> None:
         with ExitStack() as stack:
-            for side in sides:
-                self._seat(side, stack)
+            alone = [[side] for side in sides]  # a GPU's compiler times its candidates: nothing may run beside it
+            for group in [sides] if self.settings.device == "cpu" else alone:
+                self._start(group, stack)
+            for worker in list(self._workers):
+                self._warm_up(worker)
             for number in range(self.settings.rounds):
                 self.log(f"  round {number + 1} of {self.settings.rounds}")
                 self._round(number)
-            for worker in list(self._workers):
-                self.reports[worker.side.name] |= self._ask(worker, "report") or {}
+            self._report()
 
-    def _seat(self, side: Side, stack: ExitStack) -> None:
-        """Starts, compiles and warms up a worker."""
-        self.log(f"  {side.name}: compiling")
-        self.reports[side.name] = {}
-        try:
-            worker = stack.enter_context(Worker(self.cell, side, self.settings.marks[-1], self.settings.device))
-        except WorkerError as error:
-            self._fail(side, error)
-            return
-        self._workers.append(worker)
-        self.reports[side.name]["compile"] = self._ask(worker, "compile", phases=self.settings.phases)
+    def _start(self, sides: Sequence[Side], stack: ExitStack) -> None:
+        """Starts workers and has them prepare, all at once: nothing is timed yet."""
+        self.log(f"  starting {', '.join(side.name for side in sides)}")
+        self.reports |= {side.name: {} for side in sides}
+        phases, room, device = self.settings.phases, self.settings.marks[-1], self.settings.device
+        started = []
+        for worker in [Worker(self.cell, side, room, device) for side in sides]:
+            try:
+                started.append(stack.enter_context(worker))
+                worker.post("prepare", phases=phases)
+            except WorkerError as error:
+                self._fail(worker.side, error)
+        self._workers += started
+        for worker in started:
+            self._received(worker)
+
+    def _warm_up(self, worker: Worker) -> None:
+        """Compiles, answers for the comparison, and takes the turns that do not count."""
+        self.log(f"  {worker.side.name}: compiling")
+        self.reports[worker.side.name]["compile"] = self._ask(worker, "compile")
         if self.cell.dtype == "float32":
             answer = self._ask(worker, "answer", new_tokens=self.settings.gate_tokens)
-            self.answers |= {} if answer is None else {side: answer}
+            self.answers |= {} if answer is None else {worker.side: answer}
         for _ in range(self.settings.warm_ups):
             self._turn(worker)
         self._ask(worker, "settle")
@@ -93,12 +104,30 @@ class Sitting:
     def _turn(self, worker: Worker) -> dict[str, float]:
         return self._ask(worker, "turn", marks=self.settings.marks, phases=self.settings.phases) or {}
 
+    def _report(self) -> None:
+        """What workers say of themselves. What is timed is asked of one after the other, counts of all at once."""
+        for worker in list(self._workers):
+            self.reports[worker.side.name] |= self._ask(worker, "report") or {}
+        for worker in self._workers:
+            worker.post("facts")
+        for worker in list(self._workers):
+            self.reports[worker.side.name]["facts"] = self._received(worker) or {}
+        if self._workers:  # every side takes the same pictures by the same processor
+            seconds = self._ask(self._workers[-1], "preprocess")
+            for worker in self._workers:
+                self.reports[worker.side.name]["preprocess_s"] = seconds
+
     def _ask(self, worker: Worker, what: str, **arguments: Any) -> Any:
         """The worker's answer; None where it fails or has failed before."""
         if worker not in self._workers:
             return None
+        worker.post(what, **arguments)
+        return self._received(worker)
+
+    def _received(self, worker: Worker) -> Any:
+        """The answer to what was posted; None where the worker failed, which drops out then."""
         try:
-            return worker.ask(what, **arguments)
+            return worker.receive()
         except WorkerError as error:
             self._workers.remove(worker)
             worker.close()

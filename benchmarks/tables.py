@@ -66,8 +66,9 @@ def stages(found: Sequence[Figures]) -> Table:
         "compile cold / warm": lambda f: MISSING if not f.compile else " / ".join(map(_seconds, f.compile)),
     }
     note = (
-        "First token: from pixels. Pruning overhead: the prefill minus the same stages with given indices. Compile: "
-        "what an answer needs, without and with the compiler's files of an earlier run."
+        "Preprocessing is the same on all sides and measured once. First token: from pixels. Pruning overhead: the "
+        "prefill minus the same stages with given indices. Compile: what an answer needs, without and with the "
+        "compiler's files of an earlier run."
     )
     return _table("Stages", columns, found, note)
 

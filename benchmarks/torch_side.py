@@ -51,7 +51,10 @@ class TorchRunner:
         """Ids [b] to logits [b, vocab]; the state goes on."""
         raise NotImplementedError
 
-    def compile(self, phases: Sequence[str] = ()) -> dict[str, Any]:
+    def prepare(self, phases: Sequence[str]) -> None:
+        """As `JaxRunner.prepare`: nothing here."""
+
+    def compile(self) -> dict[str, Any]:
         """Nothing to compile: the first call is as slow as the second."""
         return {"cold_s": 0.0, "warm_s": 0.0, "program_bytes": {}}
 
@@ -171,7 +174,7 @@ class Compiled(Dense):
         self._step = torch.compile(super().forward, dynamic=False, mode=mode)
         self._cache = StaticCache(self.model.config.get_text_config(), max_cache_len=self.cell.length + self.room)
 
-    def compile(self, phases: Sequence[str] = ()) -> dict[str, Any]:
+    def compile(self) -> dict[str, Any]:
         """Seconds of the first answer beyond a later one; warm: again, from the compiler's files."""
         seconds = []
         for _ in range(2):

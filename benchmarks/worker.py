@@ -40,7 +40,7 @@ class WorkerError(RuntimeError):
 
 
 class Worker:
-    """The parent's end. Use it as a context: the process ends with it."""
+    """The parent's end. The process starts at once; use it as a context, which waits until it is ready and ends it."""
 
     def __init__(self, cell: Cell, side: Side, room: int, device: str) -> None:
         self.side = side
@@ -53,11 +53,7 @@ class Worker:
             text=True,
             env=_environment(device, self._compiler_files.name, root),
         )
-        try:
-            self.ask("begin", cell=asdict(cell), side=asdict(side), room=room, device=device)
-        except WorkerError:
-            self.close()
-            raise
+        self.post("begin", cell=asdict(cell), side=asdict(side), room=room, device=device)
 
     def ask(self, what: str, **arguments: Any) -> Any:
         """Has the worker do something, and waits.
@@ -65,12 +61,20 @@ class Worker:
         Raises:
           WorkerError: it failed, or is gone.
         """
-        assert self._process.stdin is not None and self._process.stdout is not None
-        line = ""
-        with suppress(BrokenPipeError):
+        self.post(what, **arguments)
+        return self.receive()
+
+    def post(self, what: str, **arguments: Any) -> None:
+        """Has the worker do something; `receive` waits for it."""
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # it is gone, as `receive` will find
             self._process.stdin.write(json.dumps({"do": what, **arguments}) + "\n")
             self._process.stdin.flush()
-            line = self._process.stdout.readline()
+
+    def receive(self) -> Any:
+        """The answer to what was posted. Raises as `ask` does."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
         if not line:
             raise WorkerError(f"the process ended with exit code {self._process.wait()}")
         answer = json.loads(line)
@@ -92,6 +96,11 @@ class Worker:
         self._compiler_files.cleanup()
 
     def __enter__(self) -> Worker:
+        try:
+            self.receive()
+        except WorkerError:
+            self.close()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -115,8 +124,11 @@ class Service:
 
             self.runner = runner(self.cell, self.side, room, device)
 
-    def compile(self, phases: Sequence[str]) -> dict[str, Any]:
-        return self.runner.compile(phases)
+    def prepare(self, phases: Sequence[str]) -> None:
+        self.runner.prepare(phases)
+
+    def compile(self) -> dict[str, Any]:
+        return self.runner.compile()
 
     def settle(self) -> None:
         """Before what is timed: what compiling and warming up has left behind does not count as memory."""
@@ -157,16 +169,17 @@ class Service:
         return min(timed(run)[1] for _ in range(3))
 
     def report(self) -> dict[str, Any]:
-        """What is known after the turns: memory, counts, peaks of the device, versions."""
+        """What is known after the turns: memory, peaks of the device, versions."""
         peak = peak_resident_bytes()
         memory = {"resident_peak": peak, "rise": peak - self.settled, "device_peak": self.runner.device_peak_bytes()}
         return {
             "memory": memory,
-            "facts": self.runner.facts(),
             "peaks": self.runner.calibrate(*CALIBRATION[self.device]),
-            "preprocess_s": self.preprocess(),
             "environment": {"cores": cores(), "python": platform.python_version(), **_versions()},
         }
+
+    def facts(self) -> dict[str, Any]:
+        return self.runner.facts()
 
     def profile(self, folder: str, new_tokens: int) -> dict[str, dict[str, float]]:
         """See `benchmarks.profile`."""

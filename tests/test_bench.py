@@ -262,6 +262,24 @@ def test_a_cell_grows_by_the_sides_that_it_lacks(tmp_path: Path, monkeypatch: py
     assert [list(samples) for samples in found["sittings"]] == [[DENSE.name, PRUNED.name], [DENSE.name, faithful.name]]
 
 
+def test_a_cell_that_is_cut_short_loses_one_sitting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(_Sitting):
+        def run(self, sides: list[Side]) -> None:
+            super().run(sides)
+            if len(self.seated) == 2:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(matrix, "Sitting", Interrupted)
+    _Sitting.seated.clear()
+    faithful = Side("faithful", "v1.5", 8)
+    sides, settings = [DENSE, PRUNED, faithful], Settings("cpu", (1, 8), at_once=2)
+    with pytest.raises(KeyboardInterrupt):
+        matrix.run_cell(CELL, sides, settings, tmp_path, lambda message: None)
+    found = matrix.run_cell(CELL, sides, settings, tmp_path, lambda message: None)
+    assert _Sitting.seated == [[DENSE.name, PRUNED.name], *[[DENSE.name, faithful.name]] * 2]
+    assert list(found["sides"]) == [DENSE.name, PRUNED.name, faithful.name]
+
+
 def test_one_row_engines_sit_out_larger_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matrix, "Sitting", _Sitting)
     sides = [DENSE, Side("faithful", "v1.5", 8), Side("batched", "v1.5", 8)]
