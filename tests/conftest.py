@@ -52,3 +52,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         event = parameters.params.get("pruning_event") if parameters else None
         shared = trace or (event and event[0]) or item.path
         item.add_marker(pytest.mark.xdist_group(Path(shared).stem))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Programs of one group are of no use to the next, and the more a process holds the slower it gets: on Linux every
+    C++ exception, of which jax's bindings throw many, searches the unwinding tables of all compiled code."""
+    if nextitem is None or _group(item) != _group(nextitem):
+        jax.clear_caches()
+
+
+def _group(item: pytest.Item) -> str:
+    marker = item.get_closest_marker("xdist_group")
+    assert marker is not None
+    return marker.args[0]
