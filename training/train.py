@@ -13,6 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from training.batches import Batch
@@ -57,7 +59,7 @@ def train(
             last = first + stage.steps
             state = begin(stage, model, state.params, seed)
             if first < done <= last:
-                state = checkpoints.load(done, jax.tree.map(_abstract, state))
+                state = _uncommitted(checkpoints.load(done, jax.tree.map(_abstract, state)))
             step = make_step(model, stage)
             batches = _batches(stage, seed, first, range(max(done, first), last), model.text.num_hidden_layers)
             for number, batch in batches:
@@ -72,6 +74,11 @@ def train(
 
 def _abstract(leaf: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _uncommitted(state: State) -> State:
+    """A copy that is bound to no device, as a state from `begin` is: jit compiles a step for either kind once."""
+    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), state)
 
 
 def _checkpoints(folder: Path, every: int) -> ocp.training.Checkpointer:
