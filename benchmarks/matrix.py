@@ -63,9 +63,11 @@ def _save(result: dict[str, Any], gate: Gate, file: Path) -> None:
         if side.name not in result["sides"]:
             continue
         verdict = gate.verdict(side)
+        known = result["sides"][side.name].get("verdict")
         result["sides"][side.name] |= {"verdict": verdict._asdict(), "drift": gate.drift(side)}
         if not shown(verdict):
-            gate.log(f"  {side.name} {verdict.status}: {verdict.detail}")
+            if known != verdict._asdict():
+                gate.log(f"  {side.name} {verdict.status}: {verdict.detail}")
             for samples in result["sittings"]:
                 samples.pop(side.name, None)
     write_json(file, result)
