@@ -29,9 +29,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def processes() -> Any:
-    """Starts processes that have everything imported already."""
+    """Starts processes that have everything imported already, what transformers imports late included."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.convert_victim"])
+    configs = [f"transformers.models.{name}.configuration_{name}" for name in ("llava", "llama", "clip")]
+    context.set_forkserver_preload(["tests.convert_victim", *configs])
     return context
 
 
