@@ -33,7 +33,8 @@ def write_report(folder: Path) -> tuple[Path, Path]:
     """
     results = read_results(folder)
     sections = [section(result) for result in results]
-    summary = break_even_table([read_json(file) for file in sorted((folder / "break-even").glob("*.json"))])
+    sweep = read_results(folder / "break-even")
+    summary = break_even_table(sweep)
     if not results and summary is None:
         raise UserError(f"{folder}: no results there; run `sparsevlm bench --out {folder}` first")
     environment = Environment(
@@ -46,7 +47,8 @@ def write_report(folder: Path) -> tuple[Path, Path]:
     environment.filters["inline"] = lambda svg: Markup(svg[svg.index("<svg") :])
     for path, name in ((html, "report.html"), (markdown, "report.md")):
         environment.autoescape = path.suffix == ".html"
-        write_text(path, environment.get_template(name).render(sections=sections, break_even=summary))
+        page = environment.get_template(name).render(sections=sections, break_even=summary, sweep=_machines(sweep))
+        write_text(path, page)
     return html, markdown
 
 
@@ -54,11 +56,10 @@ def section(result: Mapping[str, Any]) -> dict[str, Any]:
     """A cell for the templates."""
     cell = Cell(**result["cell"])
     found = figures(result)
-    first = next((r for r in result["sides"].values() if "environment" in r), {})
     return {
         "key": cell.key,
         "title": f"{cell.shape}, batch {cell.batch}, {cell.visual_tokens} + {cell.text_tokens} tokens, {cell.dtype}",
-        "machine": _machine(result, first),
+        "machine": _machine(result),
         "tables": tables(result, found),
         "plots": plots(found),
     }
@@ -74,7 +75,12 @@ def readme_table(results: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
-def _machine(result: Mapping[str, Any], side: Mapping[str, Any]) -> str:
+def _machines(results: Sequence[Mapping[str, Any]]) -> str:
+    return "; ".join(dict.fromkeys(map(_machine, results)))
+
+
+def _machine(result: Mapping[str, Any]) -> str:
+    side = next((side for side in result["sides"].values() if "environment" in side), {})
     environment = result["environment"] | side.get("environment", {})
     device = side.get("facts", {}).get("device", "cpu")
     where = environment["processor"] if device == "cpu" else device

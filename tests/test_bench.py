@@ -16,7 +16,7 @@ import torch
 from flax import traverse_util
 
 from benchmarks import agreement, break_even, jax_programs, matrix, metrics, report, timing, weights
-from benchmarks.files import put_between
+from benchmarks.files import put_between, write_json
 from benchmarks.jax_side import JaxRunner
 from benchmarks.machine import seat
 from benchmarks.profile import OTHER, phase_of, phases_of
@@ -229,6 +229,17 @@ def test_the_readme_gets_its_table_between_the_markers(tmp_path: Path, result: d
 def test_break_even_is_where_all_larger_ones_pay_too() -> None:
     assert break_even.first_that_pays({64: 1.1, 144: 0.9, 256: 1.05, 576: 0.8, 1152: 0.6}) == 576
     assert break_even.first_that_pays({64: 1.1, 144: 1.0}) is None
+
+
+def test_break_even_is_reported_with_its_machine(tmp_path: Path, result) -> None:
+    """A sweep times answers only."""
+    (samples,) = result["sittings"]
+    result["sittings"] = [{name: {"tokens_16": phases["tokens_16"]} for name, phases in samples.items()}]
+    write_json(tmp_path / "break-even" / f"{CELL.key}.json", result)
+    for page in report.write_report(tmp_path):
+        text = page.read_text()
+        assert f"{CELL.visual_tokens} visual tokens" in text
+        assert "2000-01-01" in text
 
 
 class _Sitting:
