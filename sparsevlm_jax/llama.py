@@ -32,6 +32,15 @@ def _dot_general(lhs: Array, rhs: Array, dims: Any, precision: Any = None, **opt
     return jax.lax.dot_general(lhs, rhs, dims, precision=exact(lhs.dtype), **options)
 
 
+def apart(x: Array, uses: int) -> list[Array]:
+    """The same array several times over, as values that XLA does not know to be equal.
+
+    Products of one value with several matrices are otherwise merged on GPUs by joining the matrices first, at every
+    call: 1.4 ms of LLaVA-1.5-7B's prefill on an H100. What computes the value is not repeated for each use, either.
+    """
+    return jax.lax.optimization_barrier([x] * uses)
+
+
 def linear(features: int, use_bias: bool) -> nn.Dense:
     """A dense layer in the dtype of its input; float32 is computed as float32 on every backend."""
     return nn.Dense(features, use_bias=use_bias, dot_general=_dot_general)
@@ -67,9 +76,10 @@ class Attention(nn.Module):
     ) -> tuple[Float[Array, "b l d"], Any]:
         c = self.config
         heads = (*x.shape[:2], -1, c.head_dim)
-        query = apply_rope(self.q_proj(x).reshape(heads), positions, c.rope_theta)
-        key = apply_rope(self.k_proj(x).reshape(heads), positions, c.rope_theta)
-        attended, extra = attend(query, key, self.v_proj(x).reshape(heads))
+        for_query, for_key, for_value = apart(x, 3)
+        query = apply_rope(self.q_proj(for_query).reshape(heads), positions, c.rope_theta)
+        key = apply_rope(self.k_proj(for_key).reshape(heads), positions, c.rope_theta)
+        attended, extra = attend(query, key, self.v_proj(for_value).reshape(heads))
         return self.o_proj(attended.reshape(*x.shape[:2], -1)), extra
 
 
@@ -85,7 +95,8 @@ class MLP(nn.Module):
         self.down_proj = linear(c.hidden_size, c.mlp_bias)
 
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-        return self.down_proj(ACTIVATIONS[self.config.hidden_act](self.gate_proj(x)) * self.up_proj(x))
+        for_gate, for_up = apart(x, 2)
+        return self.down_proj(ACTIVATIONS[self.config.hidden_act](self.gate_proj(for_gate)) * self.up_proj(for_up))
 
 
 class DecoderLayer(nn.Module):
