@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sparsevlm_jax import store
-from sparsevlm_jax.config import LlavaConfig
+from sparsevlm_jax.config import LlavaConfig, check_depth
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.llava import abstract_params
 from sparsevlm_jax.shards import shortlist
@@ -56,6 +56,7 @@ def open_converted(folder: str | Path) -> Converted:
     """
     folder = Path(folder).expanduser()
     manifest, config = store.read_manifest(folder), LlavaConfig.from_file(folder)
+    check_depth(config, len(manifest.records), str(folder))
     entries = {"/".join(entry.path): entry for entry in spec(abstract_params(config, np.dtype(np.float32))).values()}
     astray = sorted(set(entries) ^ {record.path for record in manifest.records})
     if astray:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from convert import original
-from convert.source import list_tensors, read_json
+from convert.source import list_tensors
 from sparsevlm_jax import store
-from sparsevlm_jax.config import LlavaConfig
+from sparsevlm_jax.config import LlavaConfig, read_config
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.weights import TABLE, canonical
 
@@ -65,7 +65,7 @@ def print_description(found: dict[str, Any]) -> None:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    config = read_json(folder / "config.json")
+    config = read_config(folder)
     if original.is_original(config):
         return {"layout": "original", **config}
     return asdict(LlavaConfig.from_hf(config, str(folder / "config.json")))

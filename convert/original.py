@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsevlm_jax.config import refuse_quantised
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.processing import MARKER, PROMPT_END, PROMPT_START, TOKENIZER_FILES
 from sparsevlm_jax.shards import Tensor
@@ -69,17 +70,18 @@ def hf_config(config: Mapping[str, Any], tower: Mapping[str, Any] | None, source
     Raises:
       UserError: a variant that is not LLaVA-1.5, or a geometry that stands nowhere.
     """
+    refuse_quantised(config, source)
     projector, select = config.get("mm_projector_type", "linear"), config.get("mm_vision_select_feature", "patch")
     if projector != "mlp2x_gelu":
         raise UserError(f'{source}: mm_projector_type is "{projector}", expected "mlp2x_gelu" (LLaVA-1.5)')
-    if select not in _SELECT:
+    if not isinstance(select, str) or select not in _SELECT:
         raise UserError(f'{source}: mm_vision_select_feature is "{select}", expected one of {", ".join(_SELECT)}')
     if config.get("mm_use_im_start_end"):
         raise UserError(f"{source}: mm_use_im_start_end is set: pictures between special tokens are not supported")
     vision = config.get("vision_config") or config.get("tiny_vision_config")
     if tower is not None:
         vision = tower.get("vision_config", tower)
-    if vision is None:
+    if not isinstance(vision, dict):
         raise UserError(f"{source}: {ask_for_tower(config)}")
     dtype = config.get("dtype") or config.get("torch_dtype")
     return {

@@ -19,9 +19,10 @@ import numpy as np
 
 from convert import bins, original
 from convert.groups import Pair, group
-from convert.source import FILES, Source, open_source, read_json, with_dtype
+from convert.source import FILES, Source, open_source, with_dtype
 from sparsevlm_jax import store
 from sparsevlm_jax.checkpoint import DTYPES
+from sparsevlm_jax.config import read_config
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.shards import shortlist
 from sparsevlm_jax.store import MANIFEST, Manifest, Record
@@ -161,7 +162,7 @@ def _finalise(
     """Writes what stands beside the parameters, the manifest last, and gives the folder its name."""
     copy_files(source.folder, partial, FILES if source.layout == "hf" else ("generation_config.json",))
     if source.layout == "original":
-        aspect = read_json(source.folder / "config.json").get("image_aspect_ratio")
+        aspect = read_config(source.folder).get("image_aspect_ratio")
         original.write_processor(source.folder, partial, source.config, aspect)
     config = source.config if dtype is None else with_dtype(source.config, dtype)
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 from convert import bins, original
 from sparsevlm_jax import shards
 from sparsevlm_jax.checkpoint import locate
-from sparsevlm_jax.config import LlavaConfig
+from sparsevlm_jax.config import LlavaConfig, check_depth, read_config
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.llava import abstract_params
 from sparsevlm_jax.shards import Tensor
@@ -71,21 +70,22 @@ def open_source(source: str | Path, *, revision: str | None = None, vision_tower
     """
     folder = _locate(source, revision)
     config_file = folder / "config.json"
-    config = read_json(config_file)
+    config = read_config(folder)
     tensors = list_tensors(folder)
     layout = "original" if original.is_original(config) else "hf"
     if layout == "hf" and vision_tower is not None:
         raise UserError(f"{source}: --vision-tower is for checkpoints of the original layout, this one has its own")
     if layout == "original":
         tower = None if vision_tower is None else _locate(vision_tower, None)
-        tower_config = None if tower is None else read_json(tower / "config.json")
+        tower_config = None if tower is None else read_config(tower)
         config = original.hf_config(config, tower_config, str(config_file))
         if not any((canonical(name) or "").startswith("vision_tower.") for name in tensors):
             if tower is None:
-                raise UserError(f"{source}: {original.ask_for_tower(read_json(config_file))}")
+                raise UserError(f"{source}: {original.ask_for_tower(read_config(folder))}")
             tensors |= original.tower_tensors(list_tensors(tower))
         config["image_token_index"] = original.image_token_id(folder, config)
     model = LlavaConfig.from_hf(config, str(config_file))
+    check_depth(model, len(tensors), str(source))
     pairs = assign(spec(abstract_params(model, np.dtype(np.float32))), tensors, str(source))
     return Source(
         name=folder.resolve().name if Path(source).expanduser().is_dir() else str(source),
@@ -108,23 +108,6 @@ def list_tensors(folder: Path) -> dict[str, Tensor]:
     """
     safe = (folder / shards.SINGLE).exists() or (folder / shards.INDEX).exists()
     return bins.list_tensors(folder) if bins.holds_bins(folder) and not safe else shards.list_tensors(folder)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-      UserError: no such file, or something else.
-    """
-    try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file (a model folder holds config.json and its weights)") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: expected a JSON object, found {type(content).__name__}")
-    return content
 
 
 def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -9,3 +9,25 @@ JSON_BYTES = 4_000_000  # an index of LLaVA-1.5-13B has 0.08 MB, a manifest 0.4 
 JSON_DEPTH = 40  # nested lists and objects; a config.json has 4 levels
 JSON_DIGITS = 100  # of one number; a float64 needs 17, a size 20
 TOKENIZER_BYTES = 40_000_000  # Vicuna's tokenizer.json has 1.8 MB, those of 256,000 tokens have 33 MB
+
+# Tensors of one safetensors header.
+DIMENSIONS = 8  # a convolution's kernel has 4
+
+# A configuration: ten times LLaVA-1.5-13B, and no less than the largest published Llama decoders and CLIP towers.
+SIZES = {
+    "hidden_size": 65_536,
+    "intermediate_size": 524_288,
+    "num_hidden_layers": 256,  # tracing takes 25 ms for each
+    "num_attention_heads": 1_024,
+    "num_key_value_heads": 1_024,
+    "head_dim": 1_024,
+    "vocab_size": 1_000_000,
+    "max_position_embeddings": 16_777_216,
+    "image_size": 2_048,  # pixels per side: 50 MB as float32
+    "patch_size": 2_048,
+    "num_channels": 3,  # pictures are RGB
+}
+VISUAL_TOKENS = 16_384  # of one picture; LLaVA-1.5 has 576
+TOKEN_ID = 2**31 - 1  # ids are int32
+END_TOKENS = 1_000  # of one model
+NUMBER = 1e18  # rotary base and norms' epsilon, which are computed with in float32

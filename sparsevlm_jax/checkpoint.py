@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from sparsevlm_jax import store
-from sparsevlm_jax.config import LlavaConfig, complete
+from sparsevlm_jax import bounds, store
+from sparsevlm_jax.config import LlavaConfig, check_depth, complete, read_config, token_id
 from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.files import inside, read_json
 from sparsevlm_jax.llava import abstract_params
 from sparsevlm_jax.processing import Processor
 from sparsevlm_jax.shards import list_tensors, shortlist
@@ -79,6 +79,7 @@ def load(
 def _read_params(folder: Path, config: LlavaConfig, dtype: str | None, sharding: Placement | None) -> dict[str, Any]:
     """The parameter tree, each tensor on its devices before the next is read."""
     tensors = list_tensors(folder)
+    check_depth(config, len(tensors), str(folder))
     pairs = assign(spec(abstract_params(config, np.dtype(np.float32))), tensors, str(folder))
     stored = {tensors[name].dtype for name, _ in pairs}
     if dtype is None:
@@ -101,6 +102,7 @@ def _read_params(folder: Path, config: LlavaConfig, dtype: str | None, sharding:
 def _restore_params(folder: Path, config: LlavaConfig, dtype: str | None, sharding: Placement | None) -> dict[str, Any]:
     """The parameter tree of a converted checkpoint, group by group, each device reading its own shards."""
     manifest = store.read_manifest(folder)
+    check_depth(config, len(manifest.records), str(folder))
     shapes = {path: leaf.shape for path, leaf in _flat(abstract_params(config, np.dtype(np.float32))).items()}
     stored = {tuple(record.path.split("/")): record.stored_dtype for record in manifest.records}
     if set(stored) != set(shapes):
@@ -131,19 +133,22 @@ def _flat(params: dict[str, Any]) -> dict[tuple[str, ...], Any]:
 
 def _generation_defaults(folder: Path) -> GenerationDefaults:
     """generation_config.json, then config.json, then its text_config with transformers' own defaults."""
-    full = complete(json.loads((folder / "config.json").read_text()), str(folder / "config.json"))
-    file = folder / "generation_config.json"
-    try:
-        stated = json.loads(file.read_text()) if file.exists() else {}
-        layers = [stated, full, full["text_config"]]
-        eos, pad = (
-            next((layer[key] for layer in layers if layer.get(key) is not None), None)
-            for key in ("eos_token_id", "pad_token_id")
-        )
-        ends = tuple(int(token) for token in (eos if isinstance(eos, list) else [eos] if eos is not None else []))
-        return GenerationDefaults(ends, int(pad) if pad is not None else next(iter(ends), 0))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: cannot be read as generation settings: {error}") from error
+    file, config_file = inside(folder, "generation_config.json"), folder / "config.json"
+    stated, full = read_json(file, missing={}), complete(read_config(folder), str(config_file))
+    layers = [(stated, file), (full, config_file), (full["text_config"], f"{config_file}: text_config")]
+
+    def first(key: str) -> tuple[Any, str]:
+        value, where = next(((layer[key], where) for layer, where in layers if layer.get(key) is not None), (None, ""))
+        return value, f"{where}: {key}"
+
+    eos, name = first("eos_token_id")
+    found = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if len(found) > bounds.END_TOKENS:
+        raise UserError(f"{name} lists {len(found)} tokens, expected at most {bounds.END_TOKENS}")
+    ends = tuple(token_id(token, name) for token in found)
+    pad, name = first("pad_token_id")
+    # The first Llamas say -1 for having none.
+    return GenerationDefaults(ends, next(iter(ends), 0) if pad in (None, -1) else token_id(pad, name))
 
 
 def locate(source: str | Path, revision: str | None, weights: str = "*.safetensors") -> Path:
