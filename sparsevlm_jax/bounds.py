@@ -31,3 +31,8 @@ VISUAL_TOKENS = 16_384  # of one picture; LLaVA-1.5 has 576
 TOKEN_ID = 2**31 - 1  # ids are int32
 END_TOKENS = 1_000  # of one model
 NUMBER = 1e18  # rotary base and norms' epsilon, which are computed with in float32
+
+# Pictures.
+# 8192 x 6144, the largest that common telephones take; also of what a picture is padded or enlarged to. Decoding takes
+# 8 bytes for each (JPEG), 12 with transparency, 20 at worst (WebP with transparency): a gigabyte.
+PIXELS = 50_331_648
