@@ -49,7 +49,8 @@ def open_image(source: ImageLike) -> Image.Image:
         floats from 0 to 1; grey ones may be uint16.
 
     Raises:
-      UserError: no such file, not a picture, damaged, larger than `bounds.PIXELS`, or colours without a defined meaning.
+      UserError: no such file, not a picture, damaged, more than `bounds.PIXELS`, or colours without a defined
+        meaning.
     """
     name = picture_name(source)
     try:
@@ -63,15 +64,14 @@ def open_image(source: ImageLike) -> Image.Image:
         raise UserError(f"{name}: damaged or cut short: {first_line(error)}") from error
 
 
-def check_pixels(width: float, height: float) -> None:
+def check_pixels(width: int, height: int) -> None:
     """Before memory is taken for a picture of that size.
 
     Raises:
       UserError: it has more pixels than `bounds.PIXELS`.
     """
     if width * height > bounds.PIXELS:
-        size = f"{width:.0f} x {height:.0f}"
-        raise UserError(f"{size} has more pixels than are taken ({bounds.PIXELS:,}), scale it down or cut it first")
+        raise UserError(f"has more pixels than are taken ({bounds.PIXELS:,}), scale it down or cut it first")
 
 
 def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
