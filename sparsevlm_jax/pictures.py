@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
@@ -18,7 +18,15 @@ from sparsevlm_jax import bounds
 from sparsevlm_jax.errors import UserError, first_line
 from sparsevlm_jax.files import open_regular, refuse_pointer
 
-ImageLike = str | Path | Image.Image | np.ndarray  # or an array of another library
+
+@runtime_checkable
+class OtherArray(Protocol):
+    """An array of another library: jax, torch."""
+
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray: ...
+
+
+ImageLike = str | Path | Image.Image | np.ndarray | OtherArray
 
 # Formats that hold one picture and decode it in this process: none that starts another program (EPS), none that
 # decodes before its size can be looked at (ICO).
@@ -37,8 +45,8 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
 _PREFIX = 64  # bytes that tell what a file is
 
 
-def open_image(source: ImageLike) -> Image.Image:
-    """Reads a picture as 8-bit RGB.
+def open_image(source: Any) -> Image.Image:
+    """Reads a picture, an `ImageLike`, as 8-bit RGB.
 
     A rotation noted in its EXIF data is applied. Transparent parts are composited on white. Grey (8 and 16 bit),
     palette and CMYK pictures are converted; of an animation the first frame is taken.
@@ -83,7 +91,7 @@ def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
     return square
 
 
-def picture_name(source: ImageLike) -> str:
+def picture_name(source: Any) -> str:
     """What errors call it: its file, where it has one."""
     if isinstance(source, str | Path):
         return str(source)
@@ -110,7 +118,7 @@ def _opened(source: Any, name: str) -> Iterator[Image.Image]:
             raise UserError("a URL, and only files are read: download it first")
         with open_regular(Path(source)) as stream:
             yield _identify(stream, Path(source))
-    elif hasattr(source, "__array__") or hasattr(source, "__array_interface__"):
+    elif isinstance(source, OtherArray):
         yield _from_array(np.asarray(source))
     else:
         raise UserError(f"{type(source).__name__} is none: give the name of a file, a Pillow picture or an array")

@@ -340,7 +340,7 @@ def _size_of_result(name: str, size: int, depth: int, given: Sequence[Any], numb
     if name == "round":
         return 0 if number <= 300 else bounds.TEMPLATE_VALUE + 1
     if name == "sum":
-        return bounds.TEMPLATE_VALUE + 1 if any(isinstance(v, str | list | tuple) for v in given[2:]) else 0
+        return bounds.TEMPLATE_VALUE + 1 if any(isinstance(v, list | tuple) for v in given[1:]) else 0
     return 0
 
 
