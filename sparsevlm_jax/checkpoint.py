@@ -76,7 +76,7 @@ def load(
     folder = locate(source, revision)
     manifest = store.read_manifest(folder) if store.is_converted(folder) else None
     if manifest and check and (problems := store.changed_files(folder, manifest)):
-        raise UserError(f"{'; '.join(problems)}; convert the source again, or load it unchecked")
+        raise UserError(f"{'; '.join(problems)}; convert the source again, or load it unchecked (--no-check)")
     config = LlavaConfig.from_file(folder)
     return Model(
         config=config,
