@@ -147,6 +147,7 @@ def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it misses torch, and finds long prompts too long
     _keep_compiled_programs()
+    silence_pillow()
     try:
         code = typer.main.get_command(app).main(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
         sys.stdout.flush()

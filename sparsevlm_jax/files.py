@@ -83,6 +83,8 @@ def open_regular(file: Path) -> BinaryIO:
     try:
         _require_regular(file, os.stat(file))
         stream = open(file, "rb", opener=_open_at_once)  # noqa: SIM115 (the caller's to close)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
     except OSError as error:
