@@ -22,6 +22,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ def work(sound: Path, damaged: Path) -> None:
     for line in sys.stdin:
         kind, *numbers = line.split()
         shutil.rmtree(damaged, ignore_errors=True)
-        shutil.copytree(sound, damaged, ignore=lambda folder, _: unused(kind, Path(folder) == sound))
+        shutil.copytree(sound, damaged, ignore=partial(unused, kind, sound))
         KINDS[kind][0](random.Random(" ".join([kind, *numbers])), damaged)
         before = reset_peak()
         outcome, detail, seconds = attempt(kind, damaged)
@@ -137,9 +138,9 @@ def work(sound: Path, damaged: Path) -> None:
         print(json.dumps([outcome, detail]), file=print_result, flush=True)
 
 
-def unused(kind: str, top: bool) -> list[str]:
+def unused(kind: str, sound: Path, folder: str, names: list[str]) -> list[str]:
     """The parts of the sound inputs that a kind leaves alone."""
-    if not top:
+    if Path(folder) != sound:
         return []
     return ["orbax"] if KINDS[kind][1] in (load_hf, ask) else ["hf"]
 
@@ -190,7 +191,8 @@ def make_sound(folder: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     for suffix in ("jpg", "png", "gif", "webp", "tiff", "bmp"):
-        colours.save(pictures / f"picture.{suffix}", **({"exif": exif} if suffix in ("jpg", "png") else {}))
+        options: dict[str, Any] = {"exif": exif} if suffix in ("jpg", "png") else {}
+        colours.save(pictures / f"picture.{suffix}", **options)
     colours.save(pictures / "picture.tif", compression="tiff_lzw")
 
 

@@ -1,4 +1,4 @@
-"""Damaged inputs end in an answer or in one clear error, within two seconds and a gigabyte more than sound ones take."""
+"""Damaged inputs end in an answer or in one clear error, in two seconds and a gigabyte more than sound ones."""
 
 from __future__ import annotations
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparsevlm_jax import bounds
+from sparsevlm_jax import bounds, demo
 from sparsevlm_jax.config import LlavaConfig, tiny
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.files import inside
@@ -81,6 +84,7 @@ def test_code_that_a_checkpoint_names_is_never_run(folder, config, trap):
     for name in ("preprocessor_config.json", "processor_config.json", "tokenizer_config.json", "config.json"):
         edit(folder / name, auto_map=trap)
     processor = Processor.from_pretrained(folder, config)
+    assert processor is not None
     assert processor([[COLOURS]], ["why?"]).pixel_values.shape == (1, 3, 56, 56)
 
 
@@ -302,3 +306,27 @@ def test_a_picture_of_more_pixels_than_the_bound_is_never_decoded(monkeypatch):
     for source in (picture, COLOURS):
         with pytest.raises(UserError, match="has more pixels than are taken"):
             open_image(source)
+
+
+@pytest.mark.parametrize("cut", [100, 900], ids=["header", "pixels"])
+@pytest.mark.parametrize("compression", [None, "tiff_lzw", "tiff_adobe_deflate"])
+def test_nothing_is_printed_about_a_damaged_tiff(tmp_path, compression, cut):
+    content = io.BytesIO()
+    Image.fromarray(np.tile(COLOURS, (9, 9, 1))).save(content, "TIFF", compression=compression)
+    data = content.getvalue()
+    start = len(data) - cut if cut < 200 else 40
+    (tmp_path / "cut.tiff").write_bytes(data[:start] + bytes(range(99)) + data[start + 99 :])
+    program = f"""
+import sys, types
+package = types.ModuleType("sparsevlm_jax")  # in place of the real one, which imports jax
+package.__path__ = [{str(demo.photo().parents[1])!r}]
+sys.modules["sparsevlm_jax"] = package
+from sparsevlm_jax import errors, pictures
+pictures.silence_pillow()
+try:
+    pictures.open_image({str(tmp_path / "cut.tiff")!r})
+except errors.UserError as error:
+    print(error)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.stderr == "" and len(result.stdout.splitlines()) <= 1
