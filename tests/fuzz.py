@@ -9,6 +9,7 @@ started again when it has to be stopped.
 from __future__ import annotations
 
 import argparse
+import copy
 import io
 import json
 import os
@@ -231,7 +232,7 @@ def replace_value(rng: random.Random, document: Any) -> None:
         if rng.random() < 0.1:
             del node[key]
         else:
-            node[key] = rng.choice(NASTY)
+            node[key] = copy.deepcopy(rng.choice(NASTY))  # a later change must not reach into it
         return
 
 
