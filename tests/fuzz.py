@@ -297,7 +297,7 @@ def chunk(rng: random.Random, folder: Path) -> None:
         case 0:
             file.unlink()
         case 1:
-            shutil.copyfile(rng.choice(files), file)
+            file.write_bytes(rng.choice(files).read_bytes())
         case 2:
             shutil.rmtree(file.parent)
         case _:
