@@ -12,9 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sparsevlm_jax.config import refuse_quantised
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.processing import MARKER, PROMPT_END, PROMPT_START, TOKENIZER_FILES
+from sparsevlm_jax.processing import MARKER, PROMPT_END, PROMPT_START
 from sparsevlm_jax.shards import Tensor
+from sparsevlm_jax.side_files import TOKENIZER_FILES, read_tokenizer, there
 
 _TEXT_FIELDS = (
     "vocab_size",
@@ -69,17 +71,18 @@ def hf_config(config: Mapping[str, Any], tower: Mapping[str, Any] | None, source
     Raises:
       UserError: a variant that is not LLaVA-1.5, or a geometry that stands nowhere.
     """
+    refuse_quantised(config, source)
     projector, select = config.get("mm_projector_type", "linear"), config.get("mm_vision_select_feature", "patch")
     if projector != "mlp2x_gelu":
         raise UserError(f'{source}: mm_projector_type is "{projector}", expected "mlp2x_gelu" (LLaVA-1.5)')
-    if select not in _SELECT:
+    if not isinstance(select, str) or select not in _SELECT:
         raise UserError(f'{source}: mm_vision_select_feature is "{select}", expected one of {", ".join(_SELECT)}')
     if config.get("mm_use_im_start_end"):
         raise UserError(f"{source}: mm_use_im_start_end is set: pictures between special tokens are not supported")
     vision = config.get("vision_config") or config.get("tiny_vision_config")
     if tower is not None:
         vision = tower.get("vision_config", tower)
-    if vision is None:
+    if not isinstance(vision, dict):
         raise UserError(f"{source}: {ask_for_tower(config)}")
     dtype = config.get("dtype") or config.get("torch_dtype")
     return {
@@ -151,18 +154,7 @@ def write_processor(source: Path, target: Path, config: Mapping[str, Any], aspec
 
 
 def _tokenizer(folder: Path) -> Any:
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return None
-    from transformers import AutoTokenizer, LlamaConfig  # here: it imports torch where torch is installed
-
-    try:
-        # Without a configuration it reads config.json, whose model type it does not know.
-        return AutoTokenizer.from_pretrained(
-            str(folder), config=LlamaConfig(), local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # a broken file surfaces as any of many unrelated types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder}: the tokenizer cannot be loaded: {reason}") from error
+    return read_tokenizer(folder, "llama") if there(folder, TOKENIZER_FILES) else None
 
 
 def _marker_id(tokenizer: Any, vocabulary: int) -> int:

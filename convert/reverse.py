@@ -12,8 +12,10 @@ import numpy as np
 
 from convert.converted import Converted, open_converted
 from convert.run import Watch, check_room, clear, copy_files, publish, workplace
-from convert.source import FILES, read_json
+from convert.source import FILES
+from sparsevlm_jax.config import read_config
 from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.files import user_path
 from sparsevlm_jax.shards import DTYPES, INDEX, SINGLE
 from sparsevlm_jax.store import Record
 
@@ -42,7 +44,7 @@ def to_hf(checkpoint: str | Path, target: str | Path, watch: Watch = lambda done
     Raises:
       UserError: no converted checkpoint, a damaged one, a target that exists, a full disk.
     """
-    opened, target = open_converted(checkpoint), Path(target).expanduser()
+    opened, target = open_converted(checkpoint), user_path(target)
     if target.exists():
         raise UserError(f"{target}: exists already; choose another folder")
     if target.resolve().is_relative_to(opened.folder.resolve()):
@@ -53,7 +55,7 @@ def to_hf(checkpoint: str | Path, target: str | Path, watch: Watch = lambda done
         check_room(partial, total)
         _write_shards(partial, opened, shards, total, watch)
         copy_files(opened.folder, partial, FILES)
-        config = read_json(opened.folder / "config.json")
+        config = read_config(opened.folder)
         if rows := _missing_rows(opened):
             config["text_config"]["vocab_size"] += rows
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from sparsevlm_jax import store
-from sparsevlm_jax.config import LlavaConfig, complete
+from sparsevlm_jax import bounds, store
+from sparsevlm_jax.config import LlavaConfig, check_depth, complete, read_config, token_id
 from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.files import inside, read_json, user_path
 from sparsevlm_jax.llava import abstract_params
 from sparsevlm_jax.processing import Processor
 from sparsevlm_jax.shards import list_tensors, shortlist
-from sparsevlm_jax.weights import all_finite, assign, spec
+from sparsevlm_jax.store import Manifest
+from sparsevlm_jax.weights import Entry, all_finite, assign, spec
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -47,7 +49,12 @@ class Model:
 
 
 def load(
-    source: str | Path, *, revision: str | None = None, dtype: str | None = None, sharding: Placement | None = None
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    sharding: Placement | None = None,
+    check: bool = True,
 ) -> Model:
     """Loads a LLaVA checkpoint: one that `sparsevlm convert` wrote, or one in the Hugging Face layout.
 
@@ -58,6 +65,8 @@ def load(
       dtype: "float32", "bfloat16" or "float16"; by default the checkpoint's own, float32 where it mixes several.
       sharding: where the parameters go: by default the default device. Host memory holds one tensor at a time, of a
         converted checkpoint one group, of which each device gets no more than its shard.
+      check: whether every file of a converted checkpoint is compared with its digest before it is used. That takes
+        time, a third more where the files are in memory already. Weights in the Hugging Face layout have no digests.
 
     Raises:
       UserError: no such model, or whatever is wrong with its files; tensors that are missing, unknown, of a wrong
@@ -66,19 +75,25 @@ def load(
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f'dtype "{dtype}" is not supported: choose {", ".join(DTYPES)}')
     folder = locate(source, revision)
+    manifest = store.read_manifest(folder) if store.is_converted(folder) else None
+    if manifest and check and (problems := store.changed_files(folder, manifest)):
+        raise UserError(f"{'; '.join(problems)}; convert the source again, or load it unchecked (--no-check)")
     config = LlavaConfig.from_file(folder)
     return Model(
         config=config,
         generation=_generation_defaults(folder),
         processor=Processor.from_pretrained(folder, config),
-        params=(_restore_params if store.is_converted(folder) else _read_params)(folder, config, dtype, sharding),
-        name=folder.resolve().name if Path(source).expanduser().is_dir() else str(source),
+        params=_restore_params(folder, manifest, config, dtype, sharding, check)
+        if manifest
+        else _read_params(folder, config, dtype, sharding),
+        name=folder.resolve().name if user_path(source).is_dir() else str(source),
     )
 
 
 def _read_params(folder: Path, config: LlavaConfig, dtype: str | None, sharding: Placement | None) -> dict[str, Any]:
     """The parameter tree, each tensor on its devices before the next is read."""
     tensors = list_tensors(folder)
+    check_depth(config, len(tensors), str(folder))
     pairs = assign(spec(abstract_params(config, np.dtype(np.float32))), tensors, str(folder))
     stored = {tensors[name].dtype for name, _ in pairs}
     if dtype is None:
@@ -98,26 +113,42 @@ def _read_params(folder: Path, config: LlavaConfig, dtype: str | None, sharding:
     return traverse_util.unflatten_dict(params)
 
 
-def _restore_params(folder: Path, config: LlavaConfig, dtype: str | None, sharding: Placement | None) -> dict[str, Any]:
+def entries_of(folder: Path, manifest: Manifest, config: LlavaConfig) -> dict[str, Entry]:
+    """Every parameter of a converted checkpoint by its path in the tree.
+
+    Raises:
+      UserError: manifest and configuration do not belong together.
+    """
+    check_depth(config, len(manifest.records), str(folder))
+    entries = {"/".join(entry.path): entry for entry in spec(abstract_params(config, np.dtype(np.float32))).values()}
+    found = {record.path: record.shape for record in manifest.records}
+    wanted = {path: entry.hf_shape for path, entry in entries.items()}
+    astray = sorted(path for path in {*found, *wanted} if found.get(path) != wanted.get(path))
+    if astray:
+        raise UserError(f"{folder}: manifest and config.json describe different parameters: {shortlist(astray)}")
+    return entries
+
+
+def _restore_params(
+    folder: Path, manifest: Manifest, config: LlavaConfig, dtype: str | None, sharding: Placement | None, check: bool
+) -> dict[str, Any]:
     """The parameter tree of a converted checkpoint, group by group, each device reading its own shards."""
-    manifest = store.read_manifest(folder)
-    shapes = {path: leaf.shape for path, leaf in _flat(abstract_params(config, np.dtype(np.float32))).items()}
+    entries = entries_of(folder, manifest, config)
     stored = {tuple(record.path.split("/")): record.stored_dtype for record in manifest.records}
-    if set(stored) != set(shapes):
-        differing = sorted("/".join(path) for path in set(stored) ^ set(shapes))
-        raise UserError(f"{folder}: manifest and config.json describe different parameters: {shortlist(differing)}")
     if dtype is None:
         dtype = next(iter(stored.values())) if len(set(stored.values())) == 1 else "float32"
     default = jnp.zeros(()).sharding
 
     def abstract(path: tuple[str, ...]) -> jax.ShapeDtypeStruct:
-        where = sharding(path, shapes[path]) if callable(sharding) else sharding or default
-        return jax.ShapeDtypeStruct(shapes[path], np.dtype(dtype), sharding=where)
+        shape = entries["/".join(path)].shape
+        where = sharding(path, shape) if callable(sharding) else sharding or default
+        return jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=where)
 
     params = {}
-    for number, group in enumerate(manifest.groups):
-        wanted = {path: abstract(path) for path in (tuple(record.path.split("/")) for record in group)}
-        params |= jax.block_until_ready(store.restore_group(store.group_folder(folder, number), wanted))
+    for number in _compared(folder, manifest) if check else range(len(manifest.groups)):
+        paths = [tuple(record.path.split("/")) for record in manifest.groups[number]]
+        wanted = {path: abstract(path) for path in paths}
+        params |= jax.block_until_ready(store.restore_group(folder, number, wanted))
     # What was converted is finite; a narrower dtype may overflow.
     spoilt = ["/".join(path) for path, x in params.items() if stored[path] != dtype and not jnp.isfinite(x).all()]
     if spoilt:
@@ -125,25 +156,36 @@ def _restore_params(folder: Path, config: LlavaConfig, dtype: str | None, shardi
     return traverse_util.unflatten_dict(params)
 
 
-def _flat(params: dict[str, Any]) -> dict[tuple[str, ...], Any]:
-    return dict(traverse_util.flatten_dict(params))
+def _compared(folder: Path, manifest: Manifest) -> Iterator[int]:
+    """The numbers of all groups, each compared with its digests while the one before it is restored."""
+    last = len(manifest.groups) - 1
+    with ThreadPoolExecutor(1) as ahead:
+        check = ahead.submit(store.require_whole, folder, 0, manifest)
+        for number in range(last + 1):
+            check.result()
+            if number < last:
+                check = ahead.submit(store.require_whole, folder, number + 1, manifest)
+            yield number
 
 
 def _generation_defaults(folder: Path) -> GenerationDefaults:
     """generation_config.json, then config.json, then its text_config with transformers' own defaults."""
-    full = complete(json.loads((folder / "config.json").read_text()), str(folder / "config.json"))
-    file = folder / "generation_config.json"
-    try:
-        stated = json.loads(file.read_text()) if file.exists() else {}
-        layers = [stated, full, full["text_config"]]
-        eos, pad = (
-            next((layer[key] for layer in layers if layer.get(key) is not None), None)
-            for key in ("eos_token_id", "pad_token_id")
-        )
-        ends = tuple(int(token) for token in (eos if isinstance(eos, list) else [eos] if eos is not None else []))
-        return GenerationDefaults(ends, int(pad) if pad is not None else next(iter(ends), 0))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: cannot be read as generation settings: {error}") from error
+    file, config_file = inside(folder, "generation_config.json"), folder / "config.json"
+    stated, full = read_json(file, missing={}), complete(read_config(folder), str(config_file))
+    layers = [(stated, file), (full, config_file), (full["text_config"], f"{config_file}: text_config")]
+
+    def first(key: str) -> tuple[Any, str]:
+        value, where = next(((layer[key], where) for layer, where in layers if layer.get(key) is not None), (None, ""))
+        return value, f"{where}: {key}"
+
+    eos, name = first("eos_token_id")
+    found = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if len(found) > bounds.END_TOKENS:
+        raise UserError(f"{name} lists {len(found)} tokens, expected at most {bounds.END_TOKENS}")
+    ends = tuple(token_id(token, name) for token in found)
+    pad, name = first("pad_token_id")
+    # The first Llamas say -1 for having none.
+    return GenerationDefaults(ends, next(iter(ends), 0) if pad in (None, -1) else token_id(pad, name))
 
 
 def locate(source: str | Path, revision: str | None, weights: str = "*.safetensors") -> Path:
@@ -152,7 +194,7 @@ def locate(source: str | Path, revision: str | None, weights: str = "*.safetenso
     Raises:
       UserError: no such folder or model.
     """
-    path, text = Path(source).expanduser(), str(source)
+    path, text = user_path(source), str(source)
     if path.is_dir():
         if revision is not None:
             raise UserError(f'{source}: a revision ("{revision}") can be chosen of a hub id only, this is a folder')

@@ -32,6 +32,7 @@ from sparsevlm_jax.options import (
     require_readable,
     spread_options,
 )
+from sparsevlm_jax.pictures import silence_pillow
 from sparsevlm_jax.schedule import Plan, Sparsity, make_plan
 from sparsevlm_jax.units import in_bytes, in_si
 from sparsevlm_jax.walkthrough import walk_through
@@ -147,6 +148,7 @@ def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it misses torch, and finds long prompts too long
     _keep_compiled_programs()
+    silence_pillow()
     try:
         code = typer.main.get_command(app).main(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
         sys.stdout.flush()

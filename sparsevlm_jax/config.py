@@ -6,14 +6,32 @@ The dataclasses are hashable so that a configuration can be a static argument of
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from sparsevlm_jax.errors import UserError
+from sparsevlm_jax import bounds
+from sparsevlm_jax.errors import UserError, shown
+from sparsevlm_jax.files import inside, read_json
 
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")
+# Entries of a config.json that are read beside its parts, and entries of a part beside the fields of its class.
+_TOP = (
+    "model_type",
+    "image_token_index",
+    "image_token_id",
+    "vision_feature_layer",
+    "vision_feature_select_strategy",
+    "projector_hidden_act",
+    "multimodal_projector_bias",
+    "tie_word_embeddings",
+    "eos_token_id",
+    "pad_token_id",
+)
+_BESIDE = ("model_type", "rope_parameters", "rope_scaling", "eos_token_id", "pad_token_id")
+# One of these is in a folder that holds more than an adapter.
+_WHOLE_MODELS = ("model*.safetensors", "pytorch_model*.bin", "manifest.json")
 
 
 @dataclass(frozen=True)
@@ -94,7 +112,7 @@ class LlavaConfig:
         _check_activation("projector_hidden_act", self.projector_hidden_act)
         strategy = self.vision_feature_select_strategy
         if strategy not in ("default", "full"):
-            raise UserError(f'vision_feature_select_strategy is "{strategy}": expected "default" or "full"')
+            raise UserError(f'vision_feature_select_strategy is {shown(strategy)}: expected "default" or "full"')
         depth = self.vision.num_hidden_layers
         for layer in self.feature_layers:
             if not -depth - 1 <= layer <= depth:
@@ -130,27 +148,26 @@ class LlavaConfig:
             raise UserError(f"{source}: the original LLaVA layout; convert it with `sparsevlm convert`")
         if model_type != "llava":
             raise UserError(
-                f'{source}: model_type is "{model_type}", expected "llava" (LLaVA-1.5 in the Hugging Face layout)'
+                f'{source}: model_type is {shown(model_type)}, expected "llava" (LLaVA-1.5 in the Hugging Face layout)'
             )
         full = complete(config, source)
         vision, text = full["vision_config"], full["text_config"]
-        for part, found, wanted in (
-            ("vision_config", vision["model_type"], "clip_vision_model"),
-            ("text_config", text["model_type"], "llama"),
-        ):
-            if found != wanted:
-                raise UserError(f'{source}: {part}.model_type is "{found}", expected "{wanted}"')
-        layer = full["vision_feature_layer"]
-        return cls(
+        made = cls(
             vision=_pick(VisionConfig, vision, f"{source}: vision_config"),
             text=_pick(TextConfig, {**text, "rope_theta": _rope_theta(text, source)}, f"{source}: text_config"),
-            image_token_id=full["image_token_index"],
-            vision_feature_layer=layer if isinstance(layer, int) else tuple(layer),
+            image_token_id=token_id(full["image_token_index"], f"{source}: image_token_index"),
+            vision_feature_layer=_feature_layer(full["vision_feature_layer"], source),
             vision_feature_select_strategy=full["vision_feature_select_strategy"],
             projector_hidden_act=full["projector_hidden_act"],
-            projector_bias=full["multimodal_projector_bias"],
+            projector_bias=_typed(full["multimodal_projector_bias"], "bool", f"{source}: multimodal_projector_bias"),
             attention="auto",
         )
+        if made.tokens_per_image > bounds.VISUAL_TOKENS:
+            raise UserError(
+                f"{source}: a picture becomes {made.tokens_per_image:,} visual tokens (image_size and patch_size of "
+                f"vision_config), expected at most {bounds.VISUAL_TOKENS:,}"
+            )
+        return made
 
     @classmethod
     def from_file(cls, path: str | Path) -> LlavaConfig:
@@ -161,15 +178,19 @@ class LlavaConfig:
         """
         path = Path(path)
         file = path / "config.json" if path.is_dir() else path
-        try:
-            config = json.loads(file.read_text())
-        except FileNotFoundError:
-            raise UserError(f"{file}: no such file (a model folder holds config.json and its weights)") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UserError(f"{file}: cannot be read as JSON: {error}") from None
-        if not isinstance(config, dict):
-            raise UserError(f"{file}: expected a JSON object, found {type(config).__name__}")
-        return cls.from_hf(config, str(file))
+        return cls.from_hf(read_config(path) if path.is_dir() else read_json(path), str(file))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a model's folder, whatever it says.
+
+    Raises:
+      UserError: there is none, or it cannot be read.
+    """
+    adapter, file = folder / "adapter_config.json", inside(folder, "config.json")
+    if adapter.exists() and not any(any(folder.glob(pattern)) for pattern in _WHOLE_MODELS):
+        raise UserError(f"{folder}: an adapter (LoRA, PEFT), not a model: merge it into its base first")
+    return read_json(file)
 
 
 def llava_15_7b() -> LlavaConfig:
@@ -265,15 +286,25 @@ def _llava_15(hidden: int, ffn: int, layers: int, heads: int) -> LlavaConfig:
 def complete(config: dict[str, Any], source: str) -> dict[str, Any]:
     """A parsed config.json with what it leaves out filled in from transformers' configuration classes.
 
+    They get no more than what is used here, and no number beyond `bounds`: other entries make them build tables of any
+    length.
+
     Raises:
-      UserError: transformers does not accept it.
+      UserError: another architecture, quantised weights, or transformers does not accept it.
     """
+    refuse_quantised(config, source)
+    given = {key: config[key] for key in _TOP if key in config}
+    for part, cls, model_type in (
+        ("vision_config", VisionConfig, "clip_vision_model"),
+        ("text_config", TextConfig, "llama"),
+    ):
+        given[part] = _known(config.get(part) or {}, cls, model_type, f"{source}: {part}")
     from transformers import AutoConfig  # here, not above: it imports torch where torch is installed
 
     try:
-        full = AutoConfig.for_model(**config).to_dict()
+        full = AutoConfig.for_model(**given).to_dict()
     except Exception as error:  # transformers raises its validation errors as many unrelated types
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = shown(" ".join(str(error).split()) or type(error).__name__)
         raise UserError(f"{source}: transformers does not accept this configuration: {reason}") from error
     text = full["text_config"]
     text["tie_word_embeddings"] = text.get("tie_word_embeddings", False) or full.get("tie_word_embeddings", False)
@@ -281,31 +312,109 @@ def complete(config: dict[str, Any], source: str) -> dict[str, Any]:
     return full
 
 
+def refuse_quantised(config: Mapping[str, Any], source: str) -> None:
+    """Whose weights are packed and scaled: nothing here computes with them.
+
+    Raises:
+      UserError: the configuration says so.
+    """
+    text = config.get("text_config")
+    quantised = config.get("quantization_config") or (isinstance(text, dict) and text.get("quantization_config"))
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+        by = f"quantised with {shown(method)}" if method else "quantised"
+        raise UserError(f"{source}: {by} (quantization_config): give the unquantised checkpoint")
+
+
+def token_id(value: Any, name: str) -> int:
+    """An id as a file states it.
+
+    Raises:
+      UserError: it is no integer, negative, or does not fit an int32.
+    """
+    if type(value) is not int or not 0 <= value <= bounds.TOKEN_ID:
+        raise UserError(f"{name} is {shown(value)}, expected the id of a token, 0 to {bounds.TOKEN_ID}")
+    return value
+
+
+def check_depth(config: LlavaConfig, tensors: int, source: str) -> None:
+    """Before shapes are computed layer by layer: so many layers need at least so many tensors.
+
+    Raises:
+      UserError: the weights are of a shallower model.
+    """
+    depth = config.text.num_hidden_layers + config.vision.num_hidden_layers
+    if depth > tensors:
+        raise UserError(
+            f"{source}: config.json describes {depth} layers, but there are only {tensors} tensors: weights and "
+            "config.json are not of the same checkpoint"
+        )
+
+
+def _known(values: Any, cls: type, model_type: str, part: str) -> dict[str, Any]:
+    """The entries of a part of config.json that are used, each within its bound."""
+    if not isinstance(values, dict):
+        raise UserError(f"{part} is {shown(values)}, expected a JSON object")
+    if values.get("model_type", model_type) != model_type:
+        raise UserError(f'{part}.model_type is {shown(values["model_type"])}, expected "{model_type}"')
+    for key, most in bounds.SIZES.items():
+        if values.get(key) is not None:
+            _size(values[key], most, f"{part}.{key}")
+    return {key: values[key] for key in (*(field.name for field in fields(cls)), *_BESIDE) if key in values}
+
+
+def _size(value: Any, most: int, name: str) -> None:
+    if type(value) is not int or value < 1:
+        raise UserError(f"{name} is {shown(value)}, expected a positive integer")
+    if value > most:
+        raise UserError(f"{name} is {shown(value)}, expected at most {most:,}")
+
+
+def _feature_layer(layer: Any, source: str) -> int | tuple[int, ...]:
+    """One layer of the tower or several, whose range `LlavaConfig` checks."""
+    layers, most = layer if isinstance(layer, list) else [layer], bounds.SIZES["num_hidden_layers"]
+    if not 0 < len(layers) <= most or not all(type(number) is int for number in layers):
+        raise UserError(
+            f"{source}: vision_feature_layer is {shown(layer)}, expected a layer of the tower or a list of layers"
+        )
+    return tuple(layers) if isinstance(layer, list) else layer
+
+
 def _rope_theta(text: dict[str, Any], source: str) -> float:
     """The rotary base: inside `rope_parameters` (5.x) or at the top level (4.x)."""
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{source}: rope_parameters of text_config is {shown(rope)}, expected a JSON object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise UserError(f'{source}: rope type "{kind}" is not supported, only "default" (LLaVA-1.5 uses no scaling)')
-    theta = rope.get("rope_theta", text.get("rope_theta"))
-    if not isinstance(theta, int | float) or theta <= 0:
-        raise UserError(f"{source}: rope_theta of text_config is {theta}, expected a positive number")
-    return float(theta)
+        raise UserError(
+            f'{source}: rope type {shown(kind)} is not supported, only "default" (LLaVA-1.5 uses no scaling)'
+        )
+    return _typed(rope.get("rope_theta", text.get("rope_theta")), "float", f"{source}: rope_theta of text_config")
 
 
 def _pick(cls: type, values: dict[str, Any], part: str) -> Any:
     """The fields of a configuration class out of a part of config.json."""
-    picked = {field.name: values[field.name] for field in fields(cls)}
-    for field in fields(cls):
-        value = picked[field.name]
-        if field.type == "int" and not (isinstance(value, int) and value >= 1):
-            raise UserError(f"{part}.{field.name} is {value}, expected a positive integer")
+    picked = {field.name: _typed(values[field.name], field.type, f"{part}.{field.name}") for field in fields(cls)}
     return cls(**picked)
+
+
+def _typed(value: Any, kind: Any, name: str) -> Any:
+    """A value of a field, if it is of the field's type."""
+    if kind == "int":
+        _size(value, bounds.SIZES[name.rpartition(".")[2]], name)
+    elif kind == "float":
+        if type(value) not in (int, float) or not 0 < value <= bounds.NUMBER:
+            raise UserError(f"{name} is {shown(value)}, expected a positive number")
+        return float(value)
+    elif type(value).__name__ != kind:
+        raise UserError(f"{name} is {shown(value)}, expected {'true or false' if kind == 'bool' else 'a name'}")
+    return value
 
 
 def _check_activation(field: str, name: str) -> None:
     if name not in ACTIVATIONS:
-        raise UserError(f'{field} is "{name}": supported activations are {", ".join(ACTIVATIONS)}')
+        raise UserError(f"{field} is {shown(name)}: supported activations are {', '.join(ACTIVATIONS)}")
 
 
 def _check_divides(field: str, divisor: int, whole_name: str, whole: int) -> None:

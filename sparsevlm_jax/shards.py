@@ -6,7 +6,6 @@ a parameter must not change or vanish with its file.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -17,12 +16,18 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from sparsevlm_jax.errors import UserError
+from sparsevlm_jax import bounds
+from sparsevlm_jax.errors import UserError, first_line, shown
+from sparsevlm_jax.files import open_regular, parse_json, plain_name, read_json, refuse_pointer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
-_SHOWN = 10
+# Bits of a value of every dtype that the format knows; weights are of DTYPES, buffers beside them may be of others.
+_BITS = {"C64": 64, "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16}
+_BITS |= {"I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8}
+_BITS |= {"F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4}
+_START = 64  # bytes that tell what a file is
+_SHOWN, _LONGEST_NAME = 10, 200
 
 
 class Tensor(NamedTuple):
@@ -39,9 +44,9 @@ def list_tensors(folder: Path) -> dict[str, Tensor]:
 
     Raises:
       UserError: no such file, or all that is wrong with index and files: a missing, truncated or malformed file, a
-        file outside the folder, a tensor that stands in two files or not where the index says.
+        name that leads out of the folder (a link may), a tensor that stands in two files or not where the index says.
     """
-    if not (folder / SINGLE).exists() and not (folder / INDEX).exists():
+    if not os.path.lexists(folder / SINGLE) and not os.path.lexists(folder / INDEX):
         raise UserError(f"{folder}: {_no_weights(folder)}")
     return list_shards(folder, SINGLE, folder / INDEX, list_file)
 
@@ -55,7 +60,7 @@ def list_shards(
       UserError: as `list_tensors`, and what `list_file` raises.
     """
     index = None
-    if (folder / single).exists():
+    if os.path.lexists(folder / single):
         names = [single]
     else:
         index = _read_index(index_file)
@@ -65,7 +70,7 @@ def list_shards(
     tensors: dict[str, Tensor] = {}
     for name in names:
         try:
-            found = list_file(_inside(folder, name, index_file))
+            found = list_file(_beside(folder, name, index_file))
         except UserError as error:
             problems.append(str(error))
             continue
@@ -82,7 +87,8 @@ def list_shards(
         if unlisted:
             problems.append(f"{index_file}: does not name tensors of its files: {shortlist(unlisted)}")
     if problems:
-        raise UserError("; ".join(problems))
+        more = len(problems) - _SHOWN
+        raise UserError("; ".join(problems[:_SHOWN] + ([f"and {more} more"] if more > 0 else [])))
     return tensors
 
 
@@ -97,25 +103,22 @@ def list_file(file: Path) -> dict[str, Tensor]:
     try:
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            (begin, stop), shape = entry["data_offsets"], tuple(entry["shape"])
-            dtype = DTYPES.get(entry["dtype"])
-            sane = begin == end <= stop and all(isinstance(n, int) and n >= 0 for n in shape)
-            if not sane or (dtype and math.prod(shape) * dtype.itemsize != stop - begin):
-                raise ValueError(f"{name} of shape {list(shape)} cannot lie at bytes {begin} to {stop}")
+            begin, end = end, _check_entry(name, entry, end)
+            shape, dtype = tuple(entry["shape"]), DTYPES.get(entry["dtype"])
             read = partial(_read, file, name, start + begin, shape, dtype)
             tensors[name] = Tensor(file, dtype.name if dtype else entry["dtype"], shape, read)
-            end = stop
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: malformed header: {error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: malformed header: {first_line(error)}") from error
     if start + end != size:
         raise UserError(f"{file}: truncated or damaged: {size} bytes where its header describes {start + end}")
     return tensors
 
 
 def shortlist(items: Sequence[str]) -> str:
-    """The first items and how many there are besides, on one line."""
+    """The first items and how many there are besides, on one line of bearable length."""
     rest = len(items) - _SHOWN
-    return ", ".join(items[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+    names = (item if item.isprintable() and len(item) <= _LONGEST_NAME else shown(item) for item in items[:_SHOWN])
+    return ", ".join(names) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _read(file: Path, name: str, offset: int, shape: tuple[int, ...], dtype: np.dtype | None) -> np.ndarray:
@@ -124,7 +127,7 @@ def _read(file: Path, name: str, offset: int, shape: tuple[int, ...], dtype: np.
     array = np.empty(shape, dtype)
     left = array.reshape(-1).view(np.uint8).data
     try:
-        with file.open("rb", buffering=0) as stream:
+        with open_regular(file) as stream:
             stream.seek(offset)
             while left:  # one call reads 2 GiB at most
                 count = stream.readinto(left)
@@ -136,47 +139,51 @@ def _read(file: Path, name: str, offset: int, shape: tuple[int, ...], dtype: np.
     return array
 
 
-def _read_header(file: Path) -> tuple[Any, int, int]:
+def _read_header(file: Path) -> tuple[dict[str, Any], int, int]:
     """The parsed header, the offset at which data starts, and the size of the file."""
-    try:
-        with file.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+    with open_regular(file) as stream:
+        try:
+            size, start = os.fstat(stream.fileno()).st_size, stream.read(_START)
+            refuse_pointer(start, file)
+            length = int.from_bytes(start[:8], "little")
+            if size < 8 or length > size - 8:
                 raise UserError(f"{file}: truncated, or not a safetensors file ({size} bytes)")
-            return json.loads(stream.read(length), object_pairs_hook=_without_repeats), 8 + length, size
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{file}: malformed header: {error}") from error
+            stream.seek(8)
+            content = stream.read(min(length, bounds.JSON_BYTES + 1))
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read: {error.strerror}") from error
+    return parse_json(content, f"{file}: malformed header"), 8 + length, size
+
+
+def _check_entry(name: str, entry: Any, end: int) -> int:
+    """Where a tensor's data ends, if it begins at `end` and has the size of its shape.
+
+    Raises:
+      ValueError: the entry says anything else.
+      KeyError, TypeError: it is no entry.
+    """
+    (begin, stop), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
+    if dtype not in _BITS:
+        raise ValueError(f"{shortlist([name])} has dtype {shown(dtype)}, which the format does not know")
+    sane = isinstance(shape, list) and len(shape) <= bounds.DIMENSIONS
+    sane = sane and all(type(n) is int and n >= 0 for n in (begin, stop, *shape))
+    if not sane or begin != end or math.prod(shape) * _BITS[dtype] != 8 * (stop - begin):
+        raise ValueError(f"{shortlist([name])} of shape {shown(shape)} cannot lie at bytes {shown([begin, stop])}")
+    return stop
 
 
 def _read_index(file: Path) -> dict[str, str]:
     """Tensor name -> file name."""
-    try:
-        names = json.loads(file.read_text(), object_pairs_hook=_without_repeats)["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = "no weight_map" if isinstance(error, KeyError | TypeError) else error
-        raise UserError(f"{file}: cannot be read as an index of shards: {reason}") from error
+    names = read_json(file).get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
         raise UserError(f"{file}: weight_map has to map tensor names to file names")
     return names
 
 
-def _inside(folder: Path, name: str, index_file: Path) -> Path:
-    """The file of that name in a folder; an index must not lead anywhere else."""
-    if name in ("", ".", "..") or "/" in name or "\\" in name:
-        raise UserError(f'{index_file}: "{name}" is not the name of a file in this folder')
-    home, target = folder.resolve(), (folder / name).resolve()
-    homes = [home]
-    if home.parent.name == "snapshots":  # in the hub's cache, files of a snapshot are links to ../../blobs/HASH
-        homes.append(home.parent.parent / "blobs")
-    if target.parent not in homes:
-        raise UserError(f"{folder / name}: a link that leads out of its folder; copy the file there instead")
+def _beside(folder: Path, name: str, index_file: Path) -> Path:
+    """The file of that name in a folder, which may be a link to anywhere; the name itself must not lead away."""
+    if not plain_name(name):
+        raise UserError(f"{index_file}: {shown(name)} is not the name of a file in this folder")
     return folder / name
 
 
@@ -184,12 +191,3 @@ def _no_weights(folder: Path) -> str:
     if any(folder.glob("*.bin")):
         return "holds .bin weights only; convert them with `sparsevlm convert`"
     return f"holds no weights ({SINGLE}, or {INDEX} and its shards)"
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """JSON object whose keys must differ; Python's reader would keep the last of two silently."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"repeats {shortlist(sorted({key for key in keys if keys.count(key) > 1}))}")
-    return found
