@@ -79,7 +79,7 @@ def ask(
     require_readable(image or [], question)
     loaded = source.load()
     processor = require_processor(loaded)
-    inputs = processor([image or []] * len(question), question, aspect)
+    inputs = processor([image or []], question, aspect)
     instalments = stream_ids(
         loaded.params,
         loaded.config,
@@ -89,7 +89,7 @@ def ask(
         **settings_for(loaded, sparsity, max_new_tokens, temperature, top_p, seed),
     )
     result = None
-    for piece, instalment in pieces(instalments, processor):
+    for piece, instalment in pieces(instalments, processor, loaded.params):
         result = instalment
         if stream:
             print(piece, end="", flush=True)

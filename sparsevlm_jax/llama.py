@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from sparsevlm_jax.attention import apply_rope, exact
 from sparsevlm_jax.config import TextConfig
+from sparsevlm_jax.errors import UserError
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),  # the exact, erf one
@@ -65,12 +66,18 @@ class Attention(nn.Module):
     def __call__(
         self, x: Float[Array, "b l d"], positions: Int[Array, "b l"], attend: Attend
     ) -> tuple[Float[Array, "b l d"], Any]:
+        query, key = self.queries_and_keys(x, positions)
+        attended, extra = attend(query, key, self.v_proj(x).reshape(*x.shape[:2], -1, self.config.head_dim))
+        return self.o_proj(attended.reshape(*x.shape[:2], -1)), extra
+
+    def queries_and_keys(
+        self, x: Float[Array, "b l d"], positions: Int[Array, "b l"]
+    ) -> tuple[Float[Array, "b l n h"], Float[Array, "b l k h"]]:
+        """Rotated, by head."""
         c = self.config
         heads = (*x.shape[:2], -1, c.head_dim)
         query = apply_rope(self.q_proj(x).reshape(heads), positions, c.rope_theta)
-        key = apply_rope(self.k_proj(x).reshape(heads), positions, c.rope_theta)
-        attended, extra = attend(query, key, self.v_proj(x).reshape(heads))
-        return self.o_proj(attended.reshape(*x.shape[:2], -1)), extra
+        return query, apply_rope(self.k_proj(x).reshape(heads), positions, c.rope_theta)
 
 
 class MLP(nn.Module):
@@ -106,6 +113,12 @@ class DecoderLayer(nn.Module):
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), extra
 
+    def queries_and_keys(
+        self, x: Float[Array, "b l d"], positions: Int[Array, "b l"]
+    ) -> tuple[Float[Array, "b l n h"], Float[Array, "b l k h"]]:
+        """What this layer would ask and answer to on an input, without running it."""
+        return self.self_attn.queries_and_keys(self.input_layernorm(x), positions)
+
 
 class Llama(nn.Module):
     """Embedding table, decoder layers, final norm and head: the parts, which `llava` runs stage by stage."""
@@ -119,6 +132,18 @@ class Llama(nn.Module):
         self.norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_word_embeddings:
             self.lm_head = linear(c.vocab_size, use_bias=False)
+
+    def queries_and_keys(
+        self, layer: int, x: Float[Array, "b l d"], positions: Int[Array, "b l"]
+    ) -> tuple[Float[Array, "b l n h"], Float[Array, "b l k h"]]:
+        """Of a layer that has not run yet.
+
+        Raises:
+          UserError: it is one behind the last.
+        """
+        if layer >= self.config.num_hidden_layers:
+            raise UserError(f"pruning layer {layer - 1}: this method ranks with the next layer, there is none")
+        return self.layers[layer].queries_and_keys(x, positions)
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b vocab"]:
         """Final norm and head, in float32."""

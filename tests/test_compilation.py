@@ -44,7 +44,8 @@ def shapes(dtype: str = "float32", batch: int = 1) -> tuple[Any, Prompt]:
 def programs(method: str) -> dict[str, Any]:
     """The two programs of an answer, lowered from ids and pixels."""
     plan = make_plan(sparsity(method, **SETTINGS[method]), MODEL, 16, 32)
-    static = {"config": MODEL, "plan": plan, "decoding": Decoding(room=16, greedy=False, end_tokens=(2,))}
+    common = {"config": MODEL, "decoding": Decoding(room=16, greedy=False, end_tokens=(2,))}
+    static = common | {"plan": plan}
     args = jax.eval_shape(
         lambda: (
             jnp.zeros((1, 48), jnp.int32),
@@ -59,7 +60,7 @@ def programs(method: str) -> dict[str, Any]:
     limit = jax.ShapeDtypeStruct((), jnp.int32)
     return {
         "start": start.lower(weights, *args, **static),
-        "decode": decode.lower(weights, state, limit, args[-1], **static),
+        "decode": decode.lower(weights, state, limit, args[-1], **common, stops=plan.stops),
     }
 
 
