@@ -9,8 +9,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.shards import Tensor, list_shards
+from sparsevlm_jax.errors import UserError, first_line
+from sparsevlm_jax.files import open_regular
+from sparsevlm_jax.shards import Tensor, list_shards, shortlist
 
 SINGLE, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 
@@ -50,24 +51,38 @@ def _read(file: Path, name: str) -> np.ndarray:
     # NumPy has no bfloat16 of its own: the bits travel as integers. A copy, for the mapped file will be closed.
     if tensor.dtype == torch.bfloat16:
         return tensor.contiguous().view(torch.int16).numpy().copy().view(ml_dtypes.bfloat16)
-    return tensor.numpy().copy(order="C")
+    return tensor.numpy(force=True).copy(order="C")
+
+
+def _fault(tensors: Any) -> str | None:
+    """Why what a file holds are not the weights of a model."""
+    import torch
+
+    if not isinstance(tensors, dict) or not tensors or not all(isinstance(name, str) for name in tensors):
+        return "expected tensors by name"
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, torch.Tensor):
+            return f"expected tensors by name, {shortlist([name])} is {type(tensor).__name__}"
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            return f"{shortlist([name])} is sparse, quantised or without data, expected an array"
+    return None
 
 
 @lru_cache(maxsize=2)
 def _open(file: Path) -> dict[str, Any]:
-    """The tensors of a file, mapped."""
+    """The tensors of a file, mapped, without what training knows of them (`nn.Parameter`, `requires_grad`)."""
     try:
         import torch
     except ImportError:
         raise UserError(f"{file}: reading .bin weights needs torch; install it, or use safetensors") from None
 
+    open_regular(file).close()
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file") from None
     except Exception as error:  # unpickling has no error type of its own
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise UserError(f"{file}: truncated, damaged, or holds more than tensors (refused): {reason}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise UserError(f"{file}: expected tensors by name")
-    return tensors
+        raise UserError(
+            f"{file}: truncated, damaged, or holds more than tensors (refused): {first_line(error)}"
+        ) from error
+    if fault := _fault(tensors):
+        raise UserError(f"{file}: {fault}")
+    return {name: tensor.detach() for name, tensor in tensors.items()}

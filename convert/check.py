@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from convert.converted import open_converted
-from convert.run import Watch, file_digest
+from convert.run import Watch
+from sparsevlm_jax import store
 from sparsevlm_jax.errors import UserError
 
 
 def check(folder: str | Path, watch: Watch = lambda done, total: None) -> int:
-    """Compares every parameter and file with its digest in the manifest.
+    """Compares every parameter and every file with the digests that were taken when they were written.
 
     Returns:
       How many tensors were compared.
@@ -21,14 +22,11 @@ def check(folder: str | Path, watch: Watch = lambda done, total: None) -> int:
     opened = open_converted(folder)
     manifest, done = opened.manifest, 0
     total = manifest.nbytes
-    problems = [
-        f"{opened.folder / name}: missing or changed"
-        for name, digest in manifest.files.items()
-        if not (opened.folder / name).is_file() or file_digest(opened.folder / name) != digest
-    ]
+    problems = store.changed_files(opened.folder, manifest)
     for number, group in enumerate(manifest.groups):
         try:
             opened.tensors(number)
+            store.require_whole(opened.folder, number, manifest)
         except UserError as error:
             problems.append(str(error))
         done += sum(record.nbytes for record in group)

@@ -8,12 +8,13 @@ from typing import NamedTuple
 import numpy as np
 
 from sparsevlm_jax import store
-from sparsevlm_jax.config import LlavaConfig, check_depth
+from sparsevlm_jax.checkpoint import entries_of
+from sparsevlm_jax.config import LlavaConfig
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.llava import abstract_params
+from sparsevlm_jax.files import user_path
 from sparsevlm_jax.shards import shortlist
 from sparsevlm_jax.store import Manifest, Record
-from sparsevlm_jax.weights import Entry, spec
+from sparsevlm_jax.weights import Entry
 
 
 class Converted(NamedTuple):
@@ -31,7 +32,7 @@ class Converted(NamedTuple):
           UserError: some are damaged.
         """
         folder = store.group_folder(self.folder, group)
-        params = store.restore_group(folder)
+        params = store.restore_group(self.folder, group)
 
         def tensor(record: Record) -> np.ndarray | None:
             path = tuple(record.path.split("/"))
@@ -54,11 +55,6 @@ def open_converted(folder: str | Path) -> Converted:
     Raises:
       UserError: it is none, or manifest and config.json do not belong together.
     """
-    folder = Path(folder).expanduser()
+    folder = user_path(folder)
     manifest, config = store.read_manifest(folder), LlavaConfig.from_file(folder)
-    check_depth(config, len(manifest.records), str(folder))
-    entries = {"/".join(entry.path): entry for entry in spec(abstract_params(config, np.dtype(np.float32))).values()}
-    astray = sorted(set(entries) ^ {record.path for record in manifest.records})
-    if astray:
-        raise UserError(f"{folder}: manifest and config.json describe different parameters: {shortlist(astray)}")
-    return Converted(folder, manifest, config, entries)
+    return Converted(folder, manifest, config, entries_of(folder, manifest, config))

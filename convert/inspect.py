@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from convert.source import list_tensors
 from sparsevlm_jax import store
 from sparsevlm_jax.config import LlavaConfig, read_config
 from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.files import user_path
 from sparsevlm_jax.weights import TABLE, canonical
 
 _PARTS = ("vision_tower", "multi_modal_projector", "language_model")
@@ -33,7 +35,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     Raises:
       UserError: no such folder, or no checkpoint.
     """
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     if not folder.is_dir():
         raise UserError(f"{path}: no such folder")
     if store.is_converted(folder):
@@ -52,16 +54,21 @@ def print_description(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     table = Table("part", "dtype", "tensors", "parameters", "bytes", title=f"{found['format']} checkpoint")
     for column in table.columns[2:]:
         column.justify = "right"
     for row in found["parts"]:
-        table.add_row(*(f"{row[key]:,}" if isinstance(row[key], int) else row[key] for key in row))
+        table.add_row(*(f"{row[key]:,}" if isinstance(row[key], int) else _printable(row[key]) for key in row))
     console.print(table)
     for part in ("config", "origin"):
         for key, value in found.get(part, {}).items():
-            console.print(f"{part}: {key}: {value}", soft_wrap=True, markup=False)
+            console.print(_printable(f"{part}: {key}: {value}"), soft_wrap=True)
+
+
+def _printable(text: str) -> str:
+    """Without what would steer a terminal: the text is of a stranger's file."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -93,5 +100,5 @@ def _order(part: str, dtype: str) -> tuple[int, str]:
 
 def _width(dtype: str) -> int:
     """Bytes of a value; extras may be of types that NumPy names otherwise (I64)."""
-    digits = "".join(filter(str.isdigit, dtype))
-    return max(1, int(digits) // 8) if digits else np.dtype(bool).itemsize
+    bits = re.search(r"[0-9]{1,3}", dtype)
+    return max(1, int(bits[0]) // 8) if bits else np.dtype(bool).itemsize

@@ -15,6 +15,7 @@ from convert.run import Watch, check_room, clear, copy_files, publish, workplace
 from convert.source import FILES
 from sparsevlm_jax.config import read_config
 from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.files import user_path
 from sparsevlm_jax.shards import DTYPES, INDEX, SINGLE
 from sparsevlm_jax.store import Record
 
@@ -43,7 +44,7 @@ def to_hf(checkpoint: str | Path, target: str | Path, watch: Watch = lambda done
     Raises:
       UserError: no converted checkpoint, a damaged one, a target that exists, a full disk.
     """
-    opened, target = open_converted(checkpoint), Path(target).expanduser()
+    opened, target = open_converted(checkpoint), user_path(target)
     if target.exists():
         raise UserError(f"{target}: exists already; choose another folder")
     if target.resolve().is_relative_to(opened.folder.resolve()):

@@ -24,11 +24,14 @@ from sparsevlm_jax import store
 from sparsevlm_jax.checkpoint import DTYPES
 from sparsevlm_jax.config import read_config
 from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.files import inside, open_regular, user_path
 from sparsevlm_jax.shards import shortlist
 from sparsevlm_jax.store import MANIFEST, Manifest, Record
+from sparsevlm_jax.units import in_bytes
 from sparsevlm_jax.weights import all_finite
 
 _PACKAGES = ("sparsevlm_jax", "orbax-checkpoint", "jax", "flax", "transformers", "numpy")
+_MARK = ".sparsevlm-convert"  # a file in every folder that is worked in
 
 # Called with the bytes of the source that are done and with all of them.
 Watch = Callable[[int, int], None]
@@ -66,7 +69,7 @@ def convert(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f'dtype "{dtype}" is not supported: choose {", ".join(DTYPES)}')
-    opened, target = open_source(source, revision=revision, vision_tower=vision_tower), Path(target).expanduser()
+    opened, target = open_source(source, revision=revision, vision_tower=vision_tower), user_path(target)
     groups, job = group(opened), _job(opened, dtype)
     sizes = [sum(opened.nbytes(name) for name, _ in pairs) for pairs in groups]
     result = Result(len(groups), len(groups), sum(sizes), max(sizes))
@@ -88,7 +91,10 @@ def convert(
             done += sizes[number]
             watch(done, result.nbytes)
             bins.release()
-        _finalise(partial, target, opened, dtype, job, [finished[number] for number in range(len(groups))])
+        records = [finished[number] for number in range(len(groups))]
+        _finalise(partial, opened, dtype, job, records)
+        _require_unchanged(partial, opened, records)
+        publish(partial, target)
     return result
 
 
@@ -126,16 +132,20 @@ def workplace(target: Path) -> Iterator[Path]:
     """The folder beside the target in which it is made; one process at a time.
 
     Raises:
-      UserError: it cannot be made, or another process works in it.
+      UserError: it cannot be made, something else has its name, or another process works in it.
     """
     partial = target.with_name(f".{target.name}.partial")
     try:
-        partial.mkdir(parents=True, exist_ok=True)
-        handle = os.open(partial, os.O_RDONLY)
+        if not os.path.lexists(partial):
+            partial.mkdir(parents=True, exist_ok=True)
+        handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except NotADirectoryError:
+        raise UserError(_in_the_way(partial)) from None
     except OSError as error:
         raise UserError(f"{partial}: cannot be made: {error.strerror}") from error
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it ends
+        _sign(partial)
         yield partial
     except BlockingIOError:
         raise UserError(f"{partial}: another process is writing {target}") from None
@@ -145,21 +155,37 @@ def workplace(target: Path) -> Iterator[Path]:
         os.close(handle)
 
 
+def _sign(partial: Path) -> None:
+    """Marks a folder as made here, which may then be emptied: only an empty one, or one that is marked already.
+
+    Raises:
+      UserError: it is neither.
+    """
+    mark = partial / _MARK
+    if mark.is_symlink() or not mark.is_file():
+        if any(partial.iterdir()):
+            raise UserError(_in_the_way(partial))
+        mark.write_text("`sparsevlm convert` makes this folder and empties it as it needs.\n")
+
+
+def _in_the_way(partial: Path) -> str:
+    return f"{partial}: is in the way, no conversion has made it; move it, or choose another target"
+
+
 def _resume(partial: Path, job: str, count: int) -> dict[int, tuple[Record, ...]]:
     """The groups that an earlier run of the same job finished; everything else is removed."""
     finished = {}
     for number in range(count):
-        records = store.group_records(store.group_folder(partial, number), job)
+        records = store.group_records(partial, number, job)
         if records is not None:
             finished[number] = records
-    clear(partial, {store.group_folder(partial, number) for number in finished})
+    kept = [(store.group_folder(partial, number), store.group_note(partial, number)) for number in finished]
+    clear(partial, {item for pair in kept for item in pair})
     return finished
 
 
-def _finalise(
-    partial: Path, target: Path, source: Source, dtype: str | None, job: str, groups: Sequence[tuple[Record, ...]]
-) -> None:
-    """Writes what stands beside the parameters, the manifest last, and gives the folder its name."""
+def _finalise(partial: Path, source: Source, dtype: str | None, job: str, groups: Sequence[tuple[Record, ...]]) -> None:
+    """Writes what stands beside the parameters, the manifest last."""
     copy_files(source.folder, partial, FILES if source.layout == "hf" else ("generation_config.json",))
     if source.layout == "original":
         aspect = read_config(source.folder).get("image_aspect_ratio")
@@ -173,45 +199,69 @@ def _finalise(
             "name": source.name,
             "layout": source.layout,
             "config_digest": source.config_digest,
-            "files": {file.name: file.stat().st_size for file in source.files},
+            "files": {Path(file).name: stamp[0] for file, stamp in source.stamps.items() if stamp},
             "ignored": source.ignored,
         },
         versions=_versions(),
-        files={item.name: file_digest(item) for item in sorted(partial.iterdir()) if item.is_file()},
+        files={
+            item.name: store.file_digest(item)
+            for item in sorted(partial.iterdir())
+            if item.is_file() and item.name != _MARK
+        },
         groups=tuple(groups),
     )
     (partial / MANIFEST).write_text(manifest.to_json())
-    publish(partial, target)
+
+
+def _require_unchanged(partial: Path, source: Source, groups: Sequence[tuple[Record, ...]]) -> None:
+    """Reads all of the source again: what was converted, by an earlier run too, is what it holds now.
+
+    Raises:
+      UserError: it is not; what was converted is removed.
+    """
+
+    def same(record: Record) -> bool:
+        return store.digest(source.tensors[record.name].read()) == record.digest
+
+    changed = source.changed()
+    for records in groups:
+        found = store.parallel(same, records)
+        changed += [record.name for record, equal in zip(records, found, strict=True) if not equal]
+        bins.release()
+    if changed:
+        clear(partial)
+        raise UserError(f"{source.folder}: changed while it was converted, convert it again: {shortlist(changed)}")
 
 
 def clear(partial: Path, keep: Collection[Path] = ()) -> None:
-    """Empties a folder, but for some groups."""
+    """Empties a folder, but for its mark and some groups. Links are removed, not followed."""
     params = store.group_folder(partial, 0).parent
-    items = [*partial.iterdir(), *(params.iterdir() if params.is_dir() else ())]
+    items = [*partial.iterdir(), *(params.iterdir() if _is_folder(params) else ())]
     for item in items:
-        if item not in keep and not (item == params and keep):
-            shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink(missing_ok=True)
+        if item not in keep and item.name != _MARK and not (item == params and keep):
+            shutil.rmtree(item) if _is_folder(item) else item.unlink(missing_ok=True)
 
 
 def publish(partial: Path, target: Path) -> None:
     """Gives a complete folder its name; what it holds is on the disk before."""
-    for item in [*(item for item in partial.iterdir() if item.is_file()), partial]:
+    files = [item for item in (*partial.iterdir(), *partial.glob("params/*")) if item.is_file()]
+    for item in [*files, partial]:
         handle = os.open(item, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
     os.rename(partial, target)
+    (target / _MARK).unlink(missing_ok=True)
 
 
-def file_digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _is_folder(item: Path) -> bool:
+    return item.is_dir() and not item.is_symlink()
 
 
 def _job(source: Source, dtype: str | None) -> str:
     """Identifies what is converted and how, without reading the weights."""
-    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source.files]
+    files = [(Path(file).name, stamp) for file, stamp in source.stamps.items()]
     pairs = [(name, entry.path, source.tensors[name].dtype) for name, entry in source.pairs]
     whole = [store.VERSION, source.config_digest, source.config, files, sorted(pairs), dtype]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
@@ -232,14 +282,20 @@ def check_room(folder: Path, needed: int) -> None:
     """
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise UserError(f"{folder}: needs {needed / 1e9:.1f} GB more, the disk has {free / 1e9:.1f} GB left")
+        missing = f"{in_bytes(needed - free)} too little"
+        raise UserError(f"{folder}: needs {in_bytes(needed)} more, the disk has {in_bytes(free)} left: {missing}")
 
 
 def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:
-    """Copies those of the files that are there."""
+    """Copies those of the files that are there.
+
+    Raises:
+      UserError: one is a link out of its folder, or no regular file.
+    """
     for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+        if os.path.lexists(source / name):
+            with open_regular(inside(source, name)) as content, (target / name).open("wb") as copy:
+                shutil.copyfileobj(content, copy)
 
 
 def _versions() -> dict[str, str]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +15,11 @@ from sparsevlm_jax import shards
 from sparsevlm_jax.checkpoint import locate
 from sparsevlm_jax.config import LlavaConfig, check_depth, read_config
 from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.files import inside, user_path
 from sparsevlm_jax.llava import abstract_params
 from sparsevlm_jax.shards import Tensor
-from sparsevlm_jax.weights import Entry, assign, canonical, harmless, spec
+from sparsevlm_jax.store import file_digest
+from sparsevlm_jax.weights import Entry, assign, canonical, spec
 
 # What stands beside the weights and belongs to the model.
 FILES = (
@@ -34,6 +36,9 @@ FILES = (
 )
 
 
+Stamp = tuple[int, int] | None  # size and time of change of a file; None where there is none
+
+
 class Source(NamedTuple):
     """A checkpoint to convert."""
 
@@ -41,16 +46,23 @@ class Source(NamedTuple):
     folder: Path
     layout: str  # "hf" or "original"
     config: dict[str, Any]  # config.json in the Hugging Face form
-    config_digest: str  # sha256 of config.json as it is
+    tower: Path | None  # the CLIP model that was given
+    stamps: dict[str, Stamp]  # of the weight files, when they were listed
+    beside: dict[str, str]  # sha256 of every other file, before it was read
     model: LlavaConfig
     pairs: list[tuple[str, Entry]]  # every tensor and its parameter
     tensors: dict[str, Tensor]
     ignored: list[str]  # known extras
 
     @property
-    def files(self) -> list[Path]:
-        """The weight files."""
-        return sorted({tensor.file for tensor in self.tensors.values()})
+    def config_digest(self) -> str:
+        """sha256 of config.json as it is."""
+        return self.beside[str(self.folder / "config.json")]
+
+    def changed(self) -> list[str]:
+        """The files that are not what they were when the source was opened."""
+        before, now = self.stamps | self.beside, _stamps(self.tensors) | _beside(self.folder, self.tower)
+        return [file for file in sorted({*before, *now}) if before.get(file) != now.get(file)]
 
     def nbytes(self, name: str) -> int:
         tensor = self.tensors[name]
@@ -69,7 +81,8 @@ def open_source(source: str | Path, *, revision: str | None = None, vision_tower
       UserError: no such model, another architecture, faulty files, or tensors that do not fit: all in one message.
     """
     folder = _locate(source, revision)
-    config_file = folder / "config.json"
+    config_file, tower = folder / "config.json", None
+    beside = _beside(folder, None)
     config = read_config(folder)
     tensors = list_tensors(folder)
     layout = "original" if original.is_original(config) else "hf"
@@ -77,6 +90,7 @@ def open_source(source: str | Path, *, revision: str | None = None, vision_tower
         raise UserError(f"{source}: --vision-tower is for checkpoints of the original layout, this one has its own")
     if layout == "original":
         tower = None if vision_tower is None else _locate(vision_tower, None)
+        beside |= _beside(folder, tower)
         tower_config = None if tower is None else read_config(tower)
         config = original.hf_config(config, tower_config, str(config_file))
         if not any((canonical(name) or "").startswith("vision_tower.") for name in tensors):
@@ -88,15 +102,17 @@ def open_source(source: str | Path, *, revision: str | None = None, vision_tower
     check_depth(model, len(tensors), str(source))
     pairs = assign(spec(abstract_params(model, np.dtype(np.float32))), tensors, str(source))
     return Source(
-        name=folder.resolve().name if Path(source).expanduser().is_dir() else str(source),
+        name=folder.resolve().name if user_path(source).is_dir() else str(source),
         folder=folder,
         layout=layout,
         config=config,
-        config_digest=hashlib.sha256(config_file.read_bytes()).hexdigest(),
+        tower=tower,
+        stamps=_stamps(tensors),
+        beside=beside,
         model=model,
         pairs=pairs,
         tensors=tensors,
-        ignored=[name for name in tensors if harmless(canonical(name) or "")],
+        ignored=sorted({*tensors} - {name for name, _ in pairs}),
     )
 
 
@@ -108,6 +124,30 @@ def list_tensors(folder: Path) -> dict[str, Tensor]:
     """
     safe = (folder / shards.SINGLE).exists() or (folder / shards.INDEX).exists()
     return bins.list_tensors(folder) if bins.holds_bins(folder) and not safe else shards.list_tensors(folder)
+
+
+def _stamps(tensors: Mapping[str, Tensor]) -> dict[str, Stamp]:
+    """Of all weight files."""
+    return {str(file): _stamp(file) for file in sorted({tensor.file for tensor in tensors.values()})}
+
+
+def _stamp(file: Path) -> Stamp:
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_size, status.st_mtime_ns
+
+
+def _beside(folder: Path, tower: Path | None) -> dict[str, str]:
+    """sha256 of what stands beside the weights.
+
+    Raises:
+      UserError: a file is a link out of the folder, no regular one, or cannot be read.
+    """
+    files = [inside(folder, name) for name in ("config.json", *FILES)]
+    files += [inside(tower, "config.json")] if tower else []
+    return {str(file): file_digest(file) for file in files if os.path.lexists(file)}
 
 
 def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -124,6 +164,6 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 def _locate(source: str | Path, revision: str | None) -> Path:
     """The folder of a model; `.bin` files of a hub id are fetched only where it has no others."""
     folder = locate(source, revision)
-    if not Path(source).expanduser().is_dir() and not any(folder.glob("*.safetensors")):
+    if not user_path(source).is_dir() and not any(folder.glob("*.safetensors")):
         folder = locate(source, revision, weights="pytorch_model*.bin")
     return folder

@@ -15,11 +15,12 @@ from flax import traverse_util
 from sparsevlm_jax import bounds, store
 from sparsevlm_jax.config import LlavaConfig, check_depth, complete, read_config, token_id
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.files import inside, read_json
+from sparsevlm_jax.files import inside, read_json, user_path
 from sparsevlm_jax.llava import abstract_params
 from sparsevlm_jax.processing import Processor
 from sparsevlm_jax.shards import list_tensors, shortlist
-from sparsevlm_jax.weights import all_finite, assign, spec
+from sparsevlm_jax.store import Manifest
+from sparsevlm_jax.weights import Entry, all_finite, assign, spec
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -47,7 +48,12 @@ class Model:
 
 
 def load(
-    source: str | Path, *, revision: str | None = None, dtype: str | None = None, sharding: Placement | None = None
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    sharding: Placement | None = None,
+    check: bool = True,
 ) -> Model:
     """Loads a LLaVA checkpoint: one that `sparsevlm convert` wrote, or one in the Hugging Face layout.
 
@@ -58,6 +64,8 @@ def load(
       dtype: "float32", "bfloat16" or "float16"; by default the checkpoint's own, float32 where it mixes several.
       sharding: where the parameters go: by default the default device. Host memory holds one tensor at a time, of a
         converted checkpoint one group, of which each device gets no more than its shard.
+      check: whether every file of a converted checkpoint is compared with its digest before it is used. That takes
+        time, a third more where the files are in memory already. Weights in the Hugging Face layout have no digests.
 
     Raises:
       UserError: no such model, or whatever is wrong with its files; tensors that are missing, unknown, of a wrong
@@ -66,13 +74,18 @@ def load(
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f'dtype "{dtype}" is not supported: choose {", ".join(DTYPES)}')
     folder = locate(source, revision)
+    manifest = store.read_manifest(folder) if store.is_converted(folder) else None
+    if manifest and check and (problems := store.changed_files(folder, manifest)):
+        raise UserError(f"{'; '.join(problems)}; convert the source again, or load it unchecked")
     config = LlavaConfig.from_file(folder)
     return Model(
         config=config,
         generation=_generation_defaults(folder),
         processor=Processor.from_pretrained(folder, config),
-        params=(_restore_params if store.is_converted(folder) else _read_params)(folder, config, dtype, sharding),
-        name=folder.resolve().name if Path(source).expanduser().is_dir() else str(source),
+        params=_restore_params(folder, manifest, config, dtype, sharding, check)
+        if manifest
+        else _read_params(folder, config, dtype, sharding),
+        name=folder.resolve().name if user_path(source).is_dir() else str(source),
     )
 
 
@@ -99,36 +112,48 @@ def _read_params(folder: Path, config: LlavaConfig, dtype: str | None, sharding:
     return traverse_util.unflatten_dict(params)
 
 
-def _restore_params(folder: Path, config: LlavaConfig, dtype: str | None, sharding: Placement | None) -> dict[str, Any]:
-    """The parameter tree of a converted checkpoint, group by group, each device reading its own shards."""
-    manifest = store.read_manifest(folder)
+def entries_of(folder: Path, manifest: Manifest, config: LlavaConfig) -> dict[str, Entry]:
+    """Every parameter of a converted checkpoint by its path in the tree.
+
+    Raises:
+      UserError: manifest and configuration do not belong together.
+    """
     check_depth(config, len(manifest.records), str(folder))
-    shapes = {path: leaf.shape for path, leaf in _flat(abstract_params(config, np.dtype(np.float32))).items()}
+    entries = {"/".join(entry.path): entry for entry in spec(abstract_params(config, np.dtype(np.float32))).values()}
+    found = {record.path: record.shape for record in manifest.records}
+    wanted = {path: entry.hf_shape for path, entry in entries.items()}
+    astray = sorted(path for path in {*found, *wanted} if found.get(path) != wanted.get(path))
+    if astray:
+        raise UserError(f"{folder}: manifest and config.json describe different parameters: {shortlist(astray)}")
+    return entries
+
+
+def _restore_params(
+    folder: Path, manifest: Manifest, config: LlavaConfig, dtype: str | None, sharding: Placement | None, check: bool
+) -> dict[str, Any]:
+    """The parameter tree of a converted checkpoint, group by group, each device reading its own shards."""
+    entries = entries_of(folder, manifest, config)
     stored = {tuple(record.path.split("/")): record.stored_dtype for record in manifest.records}
-    if set(stored) != set(shapes):
-        differing = sorted("/".join(path) for path in set(stored) ^ set(shapes))
-        raise UserError(f"{folder}: manifest and config.json describe different parameters: {shortlist(differing)}")
     if dtype is None:
         dtype = next(iter(stored.values())) if len(set(stored.values())) == 1 else "float32"
     default = jnp.zeros(()).sharding
 
     def abstract(path: tuple[str, ...]) -> jax.ShapeDtypeStruct:
-        where = sharding(path, shapes[path]) if callable(sharding) else sharding or default
-        return jax.ShapeDtypeStruct(shapes[path], np.dtype(dtype), sharding=where)
+        shape = entries["/".join(path)].shape
+        where = sharding(path, shape) if callable(sharding) else sharding or default
+        return jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=where)
 
     params = {}
     for number, group in enumerate(manifest.groups):
         wanted = {path: abstract(path) for path in (tuple(record.path.split("/")) for record in group)}
-        params |= jax.block_until_ready(store.restore_group(store.group_folder(folder, number), wanted))
+        if check:
+            store.require_whole(folder, number, manifest)
+        params |= jax.block_until_ready(store.restore_group(folder, number, wanted))
     # What was converted is finite; a narrower dtype may overflow.
     spoilt = ["/".join(path) for path, x in params.items() if stored[path] != dtype and not jnp.isfinite(x).all()]
     if spoilt:
         raise UserError(f"{folder}: infinity, as {dtype}, in {len(spoilt)} parameters: {shortlist(spoilt)}")
     return traverse_util.unflatten_dict(params)
-
-
-def _flat(params: dict[str, Any]) -> dict[tuple[str, ...], Any]:
-    return dict(traverse_util.flatten_dict(params))
 
 
 def _generation_defaults(folder: Path) -> GenerationDefaults:
@@ -157,7 +182,7 @@ def locate(source: str | Path, revision: str | None, weights: str = "*.safetenso
     Raises:
       UserError: no such folder or model.
     """
-    path, text = Path(source).expanduser(), str(source)
+    path, text = user_path(source), str(source)
     if path.is_dir():
         if revision is not None:
             raise UserError(f'{source}: a revision ("{revision}") can be chosen of a hub id only, this is a folder')

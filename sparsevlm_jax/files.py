@@ -15,6 +15,7 @@ from sparsevlm_jax.errors import UserError
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _SHOWN = 3
+_LONGEST_PATH = 200  # characters in a message
 _TOO_DEEP = f"nested more than {bounds.JSON_DEPTH} deep"
 
 
@@ -113,6 +114,25 @@ def inside(folder: Path, name: str) -> Path:
     if not target.is_relative_to(home) and target.parent != blobs:
         raise UserError(f"{file}: a link that leads out of its folder; copy the file there instead")
     return file
+
+
+def user_path(path: str | Path) -> Path:
+    """A path that a user gave, `~` resolved; whether there is anything is another question.
+
+    Raises:
+      UserError: nothing can be there: a name that is too long, a user who does not exist, a closed folder.
+    """
+    text = str(path) if len(str(path)) <= _LONGEST_PATH else f"{str(path)[:_LONGEST_PATH]}..."
+    try:
+        found = Path(path).expanduser()
+        os.stat(found)
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise UserError(f"{text}: cannot be looked up: {error.strerror}") from None
+    except (RuntimeError, ValueError) as error:  # no such user; a NUL in the name, or a lone surrogate
+        raise UserError(f"{text!r}: cannot be the name of a file: {error}") from None
+    return found
 
 
 def plain_name(name: str) -> bool:

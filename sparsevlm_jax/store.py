@@ -3,10 +3,12 @@
     config.json, tokenizer and processor files
     manifest.json
     params/group_00000/ ...
+    params/group_00000.json
 
 One group is about a decoder layer. Groups are written one by one and complete each by itself, so that a conversion
-can stop anywhere and nothing has to be merged at the end. The records of a group also stand in its own metadata: the
-manifest is written last, from them.
+can stop anywhere and nothing has to be merged at the end. Behind a group its note is written: its records, of which the
+manifest is made at the end, and the digest of every file in it. Chunks carry no checksum of their own (orbax asks for
+one of their index only), so that is how reading notices a byte that has changed.
 """
 
 from __future__ import annotations
@@ -27,13 +29,16 @@ import numpy as np
 from flax import traverse_util
 from orbax.checkpoint import v1 as ocp
 
-from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.errors import UserError, first_line
+from sparsevlm_jax.files import inside, open_regular, plain_name, read_json, write
+from sparsevlm_jax.shards import DTYPES, shortlist
 
 MANIFEST = "manifest.json"
 VERSION = 1  # of this layout
 _CHUNK_BYTES = 64_000_000  # what is read at least to get a shard of a parameter
-_CHUNK_INDEX = 20  # bytes of index and checksum behind a chunk in its file
 _BLOCK = 512  # rows and columns that are transposed at once; measured
+_FLOATS = tuple(dtype.name for dtype in DTYPES.values())
+_LONGEST_AXIS, _MOST_AXES = 2**40, 8
 
 
 class Record(NamedTuple):
@@ -77,13 +82,21 @@ class Manifest(NamedTuple):
         return sum(record.nbytes for record in self.records)
 
     def to_json(self) -> str:
-        groups = [[record._asdict() for record in group] for group in self.groups]
+        groups = [_as_json(group) for group in self.groups]
         return json.dumps({**self._asdict(), "groups": groups}, indent=1) + "\n"
 
 
+class Note(NamedTuple):
+    """What stands beside a complete group."""
+
+    job: str
+    records: tuple[Record, ...]
+    files: dict[str, str]  # sha256 of every file of the group, by its path in the group's folder
+
+
 def is_converted(folder: Path) -> bool:
-    """Whether a folder holds a converted checkpoint."""
-    return (folder / MANIFEST).is_file()
+    """Whether a folder holds a converted checkpoint, be it damaged."""
+    return os.path.lexists(folder / MANIFEST)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -92,44 +105,48 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
       UserError: there is none, it is damaged, or it is of another version of this package.
     """
-    file = folder / MANIFEST
+    file = inside(folder, MANIFEST)
+    if not is_converted(folder):
+        raise UserError(f"{file}: no such file; a converted checkpoint has one")
     try:
-        fields = json.loads(file.read_text())
-        groups = tuple(read_records(group) for group in fields["groups"])
+        fields = read_json(file)
+    except UserError as error:
+        raise UserError(f"{error}: not the manifest of a converted checkpoint") from None
+    version = fields.get("version")
+    if isinstance(version, int) and version != VERSION:
+        raise UserError(f"{file}: layout {version}, this release reads {VERSION}; convert the source again")
+    try:
+        groups = tuple(_records(group) for group in fields["groups"])
         manifest = Manifest(**{**fields, "groups": groups})
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file; a converted checkpoint has one") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: not the manifest of a converted checkpoint: {error}") from error
-    if manifest.version != VERSION:
-        raise UserError(f"{file}: layout {manifest.version}, this release reads {VERSION}; convert the source again")
+        for name in ("source", "versions", "files"):
+            if not isinstance(fields[name], dict):
+                raise TypeError(f"{name} is no object")
+        if manifest.version != VERSION or not all(map(plain_name, manifest.files)):
+            raise ValueError("its version or the names of its files are none")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: not the manifest of a converted checkpoint: {_reason(error)}") from error
     return manifest
-
-
-def read_records(records: Sequence[Mapping[str, Any]]) -> tuple[Record, ...]:
-    """Records as JSON has them.
-
-    Raises:
-      TypeError: they have other fields.
-    """
-    return tuple(Record(**{**record, "shape": tuple(record["shape"])}) for record in records)
 
 
 def group_folder(folder: Path, number: int) -> Path:
     return folder / "params" / f"group_{number:05}"
 
 
+def group_note(folder: Path, number: int) -> Path:
+    """The file beside a group that says what is in it."""
+    return _note_of(group_folder(folder, number))
+
+
 def save_group(folder: Path, state: Mapping[tuple[str, ...], np.ndarray], job: str, records: Sequence[Record]) -> None:
-    """Writes a group; its folder appears when it is complete.
+    """Writes a group and, when it is complete, its note.
 
     Args:
       state: parameters by path, in C order: orbax takes three times as long for transposed views.
-      job, records: kept with it, for `group_records`.
+      job, records: for the note.
 
     Raises:
       UserError: the disk does not take it.
     """
-    metadata: dict[str, Any] = {"job": job, "records": [record._asdict() for record in records]}
     context = ocp.Context()
     # Files of plain chunks: one database per group (OCDBT) takes twice as long, and random bits do not compress.
     context.array.saving.use_ocdbt = False
@@ -137,41 +154,88 @@ def save_group(folder: Path, state: Mapping[tuple[str, ...], np.ndarray], job: s
     context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
     try:
         with context, _quiet():
-            ocp.save(str(folder), traverse_util.unflatten_dict(dict(state)), custom_metadata=metadata)
+            ocp.save(str(folder), traverse_util.unflatten_dict(dict(state)))
+        names = sorted(str(item.relative_to(folder)) for item in folder.rglob("*") if item.is_file())
     except (OSError, RuntimeError, ValueError) as error:  # tensorstore reports a full disk as a ValueError
         raise UserError(f"{folder}: cannot be written: {_reason(error)}") from error
+    note = {"job": job, "records": _as_json(records), "files": dict(zip(names, _digests(folder, names), strict=True))}
+    write(_note_of(folder), json.dumps(note, indent=1).encode())
 
 
-def group_records(folder: Path, job: str) -> tuple[Record, ...] | None:
-    """The records of a complete group that belongs to a job; None where the folder is anything else."""
+def group_records(folder: Path, number: int, job: str) -> tuple[Record, ...] | None:
+    """The records of a complete group that belongs to a job; None where there is anything else."""
     try:
-        with _quiet():
-            metadata: Any = ocp.metadata(str(folder)).custom_metadata
-        if metadata["job"] != job:
-            return None
-        records = read_records(metadata["records"])
-    except Exception:  # half of a group fails in as many ways as there are halves
+        note = _read_note(folder, number)
+        whole = note.job == job and not _changed(folder, number, note)
+    except UserError:  # half of a group
         return None
-    chunks = [item.stat().st_size - _CHUNK_INDEX for item in folder.glob("state/*/c/**/*") if item.is_file()]
-    return records if sum(chunks) >= sum(record.nbytes for record in records) else None
+    return note.records if whole else None
 
 
-def restore_group(folder: Path, abstract: Mapping[tuple[str, ...], Any] | None = None) -> dict[tuple[str, ...], Any]:
-    """Reads a group.
+def require_whole(folder: Path, number: int, manifest: Manifest) -> None:
+    """Compares every byte of a group with the digests that were taken when it was written.
+
+    Where devices read their own shards this reads all of the group beforehand, on every host: a digest is of a whole
+    file, and a chunk is the least of a parameter that can be read anyway.
+
+    Raises:
+      UserError: a file is missing or changed, or a group's note is.
+    """
+    group, note = group_folder(folder, number), _read_note(folder, number)
+    if (note.job, note.records) != (manifest.job, manifest.groups[number]):
+        raise UserError(f"{group_note(folder, number)}: does not belong to {MANIFEST}: convert the source again")
+    if changed := _changed(folder, number, note):
+        names = f"{len(changed)} of {len(note.files)} files are missing or changed: {shortlist(changed)}"
+        raise UserError(f"{group}: cannot be restored, convert the source again: {names}")
+
+
+def changed_files(folder: Path, manifest: Manifest) -> list[str]:
+    """What is wrong with the files beside the parameters; nothing where they are as they were written."""
+    problems = []
+    for name, wanted in manifest.files.items():
+        try:
+            same = file_digest(inside(folder, name)) == wanted
+        except UserError as error:
+            problems.append(str(error))
+        else:
+            problems += [] if same else [f"{folder / name}: missing or changed"]
+    return problems
+
+
+def restore_group(
+    folder: Path, number: int, abstract: Mapping[tuple[str, ...], Any] | None = None
+) -> dict[tuple[str, ...], Any]:
+    """Reads a group, which `require_whole` may have compared with its digests.
 
     Args:
       abstract: a `jax.ShapeDtypeStruct` with a sharding for every parameter, which then goes to its devices shard by
         shard; None for NumPy arrays.
 
     Raises:
-      UserError: it is missing or damaged.
+      UserError: it is missing or damaged, or a link in it leads out of the checkpoint.
     """
+    _require_inside(folder, number)
+    group = group_folder(folder, number)
     try:
         tree = None if abstract is None else traverse_util.unflatten_dict(dict(abstract))
         with _quiet():
-            return dict(traverse_util.flatten_dict(ocp.load(str(folder), tree)))
-    except (OSError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{folder}: cannot be restored, convert the source again: {_reason(error)}") from error
+            return dict(traverse_util.flatten_dict(ocp.load(str(group), tree)))
+    except Exception as error:  # orbax has no error type of its own, and raises bare ones as well
+        raise UserError(f"{group}: cannot be restored, convert the source again: {_reason(error)}") from error
+
+
+def file_digest(file: Path) -> str:
+    """sha256 of a regular file.
+
+    Raises:
+      UserError: it is missing, something else, or cannot be read.
+    """
+    with open_regular(file) as stream:
+        content: Any = stream  # typeshed asks for more than a BinaryIO
+        try:
+            return hashlib.file_digest(content, "sha256").hexdigest()
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read: {error.strerror}") from error
 
 
 def digest(array: np.ndarray) -> str:
@@ -197,6 +261,91 @@ def parallel(function: Any, items: Sequence[Any]) -> list[Any]:
         return list(pool.map(function, items))
 
 
+def _note_of(group: Path) -> Path:
+    return group.with_name(f"{group.name}.json")
+
+
+def _read_note(folder: Path, number: int) -> Note:
+    """The note of a group.
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
+    file = group_note(folder, number)
+    if not os.path.lexists(file):
+        raise UserError(f"{file}: no such file: it has the digests of its group; convert the source again")
+    fields = read_json(inside(folder, str(file.relative_to(folder))))
+    try:
+        note = Note(**{**fields, "records": _records(fields["records"])})
+        if not isinstance(note.files, dict):
+            raise TypeError("files is no object")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: not the note of a group: {_reason(error)}") from error
+    return note
+
+
+def _records(records: Sequence[Mapping[str, Any]]) -> tuple[Record, ...]:
+    """Records as JSON has them.
+
+    Raises:
+      KeyError, TypeError, ValueError: they are none.
+    """
+    found = tuple(Record(**{**fields, "shape": tuple(fields["shape"])}) for fields in records)
+    for record in found:
+        texts = [value for value in record if value is not record.shape]
+        axes = [type(axis) is int and 0 <= axis < _LONGEST_AXIS for axis in record.shape]
+        if not all(isinstance(text, str) for text in texts) or not all(axes) or len(axes) > _MOST_AXES:
+            raise TypeError(f"no record of a parameter: {record}")
+        if not {record.dtype, record.stored_dtype} <= {*_FLOATS}:
+            raise ValueError(f"{record.path} is neither {', '.join(_FLOATS[:-1])} nor {_FLOATS[-1]}")
+    return found
+
+
+def _as_json(records: Sequence[Record]) -> list[dict[str, Any]]:
+    return [record._asdict() for record in records]
+
+
+def _require_inside(folder: Path, number: int) -> None:
+    """Looks at a group before it is read: no link may lead out of the checkpoint, and nothing but files is opened.
+
+    Raises:
+      UserError: a link does, or there is a pipe or a device.
+    """
+    group = group_folder(folder, number)
+    for item in (group.parent, group):
+        inside(folder, str(item.relative_to(folder)))
+    for home, folders, names in os.walk(group):
+        for item in (Path(home, name) for name in folders + names):
+            if item.is_symlink():
+                inside(folder, str(item.relative_to(folder)))
+            if item.exists() and not item.is_dir() and not item.is_file():
+                raise UserError(f"{item}: cannot be read: a pipe, socket or device, not a regular file")
+
+
+def _changed(folder: Path, number: int, note: Note) -> list[str]:
+    """The files of a group that are not what its note says.
+
+    Raises:
+      UserError: as `_require_inside`.
+    """
+    _require_inside(folder, number)
+    found = _digests(group_folder(folder, number), list(note.files))
+    return [name for name, now in zip(note.files, found, strict=True) if now != note.files[name]]
+
+
+def _digests(folder: Path, names: Sequence[str]) -> list[str | None]:
+    """sha256 of files; None where there is none that can be read."""
+
+    def one(name: str) -> str | None:
+        try:
+            return file_digest(folder / name)
+        except UserError:
+            return None
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(one, names))
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without orbax's log: it warns at every group that it is no OCDBT database, and prints what it raises as well."""
@@ -211,6 +360,5 @@ def _quiet() -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     """One line; tensorstore's own hide the system's words, but state its error number."""
-    text = str(error).strip()
-    number = re.search(r"os_error_code='(\d+)'", text)
-    return os.strerror(int(number[1])) if number else (text.splitlines() or [type(error).__name__])[0][:300]
+    number = re.search(r"os_error_code='(\d+)'", str(error))
+    return os.strerror(int(number[1])) if number else first_line(error)

@@ -7,7 +7,7 @@ A canonical name is the one that published checkpoints use (transformers 4.x): `
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -69,6 +69,8 @@ TABLE = (
     (_TEXT + "norm", "language_model/norm", _NORM),
     ("language_model.lm_head", "language_model/lm_head", _DENSE),
 )
+
+_HEAD, _EMBEDDINGS = "language_model.lm_head.weight", _TEXT + "embed_tokens.weight"
 
 # Buffers that older releases stored beside the weights; they follow from the configuration.
 HARMLESS = frozenset(
@@ -181,7 +183,8 @@ def assign(entries: Mapping[str, Entry], tensors: Mapping[str, Tensor], source: 
 
     Args:
       entries: what the model needs, from `spec`.
-      tensors: what the checkpoint holds, by its own names; nothing is read.
+      tensors: what the checkpoint holds, by its own names; none is read, but for a head that ought to equal the
+        table of embeddings.
       source: what to call the checkpoint in errors.
 
     Returns:
@@ -192,11 +195,14 @@ def assign(entries: Mapping[str, Entry], tensors: Mapping[str, Tensor], source: 
     """
     pairs: dict[str, tuple[str, Entry]] = {}
     unknown, double, shapes, dtypes = [], [], [], []
+    heads: list[str] = []  # stored although the table of embeddings is the head
     for name, tensor in tensors.items():
         known = canonical(name)
         if known is not None and harmless(known):
             continue
-        if known is None or known not in entries:
+        if known == _HEAD and known not in entries:
+            heads.append(name)
+        elif known is None or known not in entries:
             unknown.append(name)
         elif known in pairs:
             double.append(f"{name} ({pairs[known][0]})")
@@ -208,6 +214,7 @@ def assign(entries: Mapping[str, Entry], tensors: Mapping[str, Tensor], source: 
             if tensor.dtype not in _FLOATS:
                 dtypes.append(f"{name} is {tensor.dtype}")
     problems = {
+        f"stored, while config.json ties it to {_EMBEDDINGS}, which differs": _untied(heads, tensors, pairs),
         "missing": [name for name in entries if name not in pairs],
         "not part of this model": unknown,
         "there under two names": double,
@@ -218,6 +225,19 @@ def assign(entries: Mapping[str, Entry], tensors: Mapping[str, Tensor], source: 
         listed = "; ".join(f"{len(items)} {kind}: {shortlist(items)}" for kind, items in problems.items() if items)
         raise UserError(f"{source}: tensors do not fit the configuration: {listed}")
     return list(pairs.values())
+
+
+def _untied(heads: Sequence[str], tensors: Mapping[str, Tensor], pairs: Mapping[str, tuple[str, Entry]]) -> list[str]:
+    """Those of the stored heads that are not the table of embeddings over again."""
+    if not heads or _EMBEDDINGS not in pairs:
+        return list(heads)
+    table = tensors[pairs[_EMBEDDINGS][0]]
+    return [name for name in heads if not _equal(tensors[name], table)]
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    readable = {a.dtype, b.dtype} <= {*_FLOATS}
+    return readable and a.shape == b.shape and np.array_equal(a.read(), b.read())
 
 
 def all_finite(array: np.ndarray) -> bool:
