@@ -171,9 +171,7 @@ def stream(
         yield piece
 
 
-def pieces(
-    instalments: Iterator[Generation], processor: Processor, params: Params
-) -> Iterator[tuple[str, Generation]]:
+def pieces(instalments: Iterator[Generation], processor: Processor, params: Params) -> Iterator[tuple[str, Generation]]:
     """The text that each instalment adds to the first row's answer, with the instalment.
 
     Text whose end may still change (a character made of several tokens) waits for the next piece.

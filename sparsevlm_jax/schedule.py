@@ -270,9 +270,7 @@ def require_count(name: str, value: object) -> None:
         raise ValueError(f"{name} is {value!r}: a whole number from 0 is expected")
 
 
-def _plan(
-    sparsity: Sparsity, config: LlavaConfig | TextConfig, visual_tokens: int, text_tokens: int | None
-) -> Plan:
+def _plan(sparsity: Sparsity, config: LlavaConfig | TextConfig, visual_tokens: int, text_tokens: int | None) -> Plan:
     text = config.text if isinstance(config, LlavaConfig) else config
     depth = text.num_hidden_layers
     if sparsity.method == "dense" or not visual_tokens or sparsity.keep == visual_tokens:

@@ -55,7 +55,7 @@ FASTV = Method(
 PYRAMIDDROP = Method(
     _settings("pyramiddrop", published_layers=(7, 15, 23), ratio=0.5, positions="renumber"),
     score_by_last_token,
-    "PyramidDrop (CVPR 2025): half of what is left after each quarter of the layers, ranked by the next layer's attention",
+    "PyramidDrop (CVPR 2025): half of what is left after each quarter of the layers, ranked by what the next sees",
     looks_ahead=True,
 )
 VISION = Method(
