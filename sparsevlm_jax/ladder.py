@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from sparsevlm_jax import fits, llava
 from sparsevlm_jax.config import LlavaConfig
@@ -48,10 +48,10 @@ def prefill_by_rungs(
       ValueError: as `llava.prefill` does, and where it would make the logits of a row NaN.
     """
     fits.require_prompt(params, prompt, config, plan, max_new_tokens)
-    if not jax.device_get(fits.holds(prompt, plan)).all():
-        raise ValueError(f"a row has more visual tokens than the plan's {plan.visual_tokens}, or too many others")
     text = prompt.visual.shape[1] - plan.visual_tokens
-    tokens = call(_start, params, prompt, config=config, plan=plan)
+    tokens, fitting = call(_start, params, prompt, config=config, plan=plan)
+    if not jax.device_get(fitting).all():
+        raise ValueError(f"a row has more visual tokens than the plan's {plan.visual_tokens}, or too many others")
     stages, keys, values, lengths, positions = [], [], [], [], []
     visual = plan.visual_tokens
     for planned in plan.stages:
@@ -84,8 +84,8 @@ def _cut(tokens: Tokens, length: int) -> Tokens:
 
 
 @partial(jax.jit, static_argnames=("config", "plan"))
-def _start(params: Params, prompt: Prompt, *, config: LlavaConfig, plan: Plan) -> Tokens:
-    return llava.apply(config, params, "start", prompt, plan)
+def _start(params: Params, prompt: Prompt, *, config: LlavaConfig, plan: Plan) -> tuple[Tokens, Bool[Array, "b"]]:
+    return llava.apply(config, params, "start", prompt, plan), fits.holds(prompt, plan)
 
 
 @partial(jax.jit, static_argnames=("config", "sparsity", "stage", "room"))
