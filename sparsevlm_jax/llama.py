@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Int
 
 from sparsevlm_jax.attention import apply_rope, exact
 from sparsevlm_jax.config import TextConfig
-from sparsevlm_jax.errors import UserError
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),  # the exact, erf one
@@ -136,13 +135,7 @@ class Llama(nn.Module):
     def queries_and_keys(
         self, layer: int, x: Float[Array, "b l d"], positions: Int[Array, "b l"]
     ) -> tuple[Float[Array, "b l n h"], Float[Array, "b l k h"]]:
-        """Of a layer that has not run yet.
-
-        Raises:
-          UserError: it is one behind the last.
-        """
-        if layer >= self.config.num_hidden_layers:
-            raise UserError(f"pruning layer {layer - 1}: this method ranks with the next layer, there is none")
+        """Of a layer that has not run yet."""
         return self.layers[layer].queries_and_keys(x, positions)
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b vocab"]:

@@ -178,7 +178,7 @@ class Llava(nn.Module):
         tokens = tokens._replace(hidden=hidden)
         event = None
         if stage.keep is not None:
-            if METHODS[sparsity.method].looks_ahead:
+            if METHODS[sparsity.method].looks_ahead and stage.stop < self.config.text.num_hidden_layers:
                 query, key = self.language_model.queries_and_keys(stage.stop, hidden, tokens.positions)
             view = Layer(query, key, tokens, stage, self.config.text.rope_theta, seed)
             tokens, event = prune(view, sparsity, jitter)

@@ -75,7 +75,7 @@ class Method:
       score: rates the visual tokens at a pruning layer; None where there is no pruning layer.
       source: where it comes from.
       needs_saliency: the score reads `Tokens.saliency`.
-      looks_ahead: the score's queries and keys are the next layer's.
+      looks_ahead: the score's queries and keys are the next layer's, where there is one.
     """
 
     settings: Sparsity
