@@ -53,10 +53,11 @@ _LOST = (errno.EPIPE, errno.ENOSPC, errno.EBADF, errno.EIO)
 Json = Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")]
 
 
-def _print_version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> bool:
     if wanted:
         print(f"sparsevlm {__version__}")
         raise typer.Exit()
+    return wanted
 
 
 @app.callback()

@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from sparsevlm_jax import fits, sparsify
 from sparsevlm_jax.attention import attend
@@ -290,7 +290,7 @@ def prefill(
     *,
     max_new_tokens: int,
     jitter: Sequence[Array] | None = None,
-    seed: Int[Array, ""] | int | None = None,
+    seed: Integer[Array, ""] | int | None = None,
 ) -> tuple[Float[Array, "b vocab"], Cache, Trace | None]:
     """Runs the prompt through the decoder, pruning visual tokens as the plan says.
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from sparsevlm_jax.attention import attention_rows
 from sparsevlm_jax.errors import UserError
@@ -30,7 +30,7 @@ class Layer(NamedTuple):
     tokens: Tokens  # its output
     stage: StagePlan  # static: the stage that it ends
     rope_theta: float
-    seed: Int[Array, ""] | int | None = None  # where the method draws random numbers
+    seed: Integer[Array, ""] | int | None = None  # where the method draws random numbers
 
     @property
     def kept(self) -> Int[Array, "b"]:

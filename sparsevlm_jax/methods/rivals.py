@@ -30,7 +30,7 @@ def score_evenly(layer: Layer, sparsity: Sparsity) -> Scores:
 
 
 def score_by_last_token(layer: Layer, sparsity: Sparsity) -> Scores:
-    """The last token's attention, mean over heads: in the layer that has just run (FastV), or in the next (PyramidDrop)."""
+    """The last token's attention, mean over heads: in the layer that has just run (FastV) or the next (PyramidDrop)."""
     last = layer.tokens.lengths[:, None] - 1
     return Scores(jnp.mean(layer.attention(last), axis=(1, 2)))
 
