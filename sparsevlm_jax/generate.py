@@ -334,7 +334,7 @@ class Run:
         self.room = bucket(room or max_new_tokens, NEW_TOKEN_BUCKETS, "max_new_tokens")
         self.decoding = Decoding(self.room, temperature == 0, tuple(end_tokens))
         # Everything from the host is put on the device by name: servers forbid what happens on the side.
-        self.sampler = jax.device_put(Sampler(np.float32(temperature or 1.0), np.float32(top_p)))
+        self.sampler = Sampler(*jax.device_put((np.float32(temperature or 1.0), np.float32(top_p))))
         self.keys = _split(_key(0) if key is None else key, len(rows))
         self.pictures = jax.device_put(pictures) if self.packed.visual else None
         self.visual_tokens: list[list[int]] = []  # known after the prefill
