@@ -63,8 +63,8 @@ def _fault(tensors: Any) -> str | None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, torch.Tensor):
             return f"expected tensors by name, {shortlist([name])} is {type(tensor).__name__}"
-        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-            return f"{shortlist([name])} is sparse, quantised or without data, expected an array"
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            return f"{shortlist([name])} is sparse or without data, expected an array"
     return None
 
 

@@ -14,8 +14,9 @@ from typing import Any
 
 from sparsevlm_jax.config import refuse_quantised
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.processing import MARKER, PROMPT_END, PROMPT_START, TOKENIZER_FILES
+from sparsevlm_jax.processing import MARKER, PROMPT_END, PROMPT_START
 from sparsevlm_jax.shards import Tensor
+from sparsevlm_jax.side_files import TOKENIZER_FILES, read_tokenizer, there
 
 _TEXT_FIELDS = (
     "vocab_size",
@@ -153,18 +154,7 @@ def write_processor(source: Path, target: Path, config: Mapping[str, Any], aspec
 
 
 def _tokenizer(folder: Path) -> Any:
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return None
-    from transformers import AutoTokenizer, LlamaConfig  # here: it imports torch where torch is installed
-
-    try:
-        # Without a configuration it reads config.json, whose model type it does not know.
-        return AutoTokenizer.from_pretrained(
-            str(folder), config=LlamaConfig(), local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # a broken file surfaces as any of many unrelated types
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder}: the tokenizer cannot be loaded: {reason}") from error
+    return read_tokenizer(folder, "llama") if there(folder, TOKENIZER_FILES) else None
 
 
 def _marker_id(tokenizer: Any, vocabulary: int) -> int:

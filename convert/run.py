@@ -74,6 +74,7 @@ def convert(
     sizes = [sum(opened.nbytes(name) for name, _ in pairs) for pairs in groups]
     result = Result(len(groups), len(groups), sum(sizes), max(sizes))
     if store.is_converted(target) and store.read_manifest(target).job == job:
+        (target / _MARK).unlink(missing_ok=True)
         return result  # a run that was killed just after its last step
     _check_target(target, opened.folder)
     with workplace(target) as partial:

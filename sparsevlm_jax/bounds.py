@@ -8,7 +8,9 @@ accepted, takes less than two seconds and a gigabyte.
 JSON_BYTES = 4_000_000  # an index of LLaVA-1.5-13B has 0.08 MB, a manifest 0.4 MB; Python takes up to 100 times as much
 JSON_DEPTH = 40  # nested lists and objects; a config.json has 4 levels
 JSON_DIGITS = 100  # of one number; a float64 needs 17, a size 20
-TOKENIZER_BYTES = 40_000_000  # Vicuna's tokenizer.json has 1.8 MB, those of 256,000 tokens have 33 MB
+TOKENIZER_BYTES = 20_000_000  # Vicuna's tokenizer.json has 1.8 MB, Llama 3's 17 MB
+TOKENIZER_GROWTH = 1_000  # times that a text may get longer before it is tokens
+TOKENIZER_FRAME = 256  # tokens that are put around a text
 
 # Tensors of one safetensors header.
 DIMENSIONS = 8  # a convolution's kernel has 4
@@ -31,3 +33,16 @@ VISUAL_TOKENS = 16_384  # of one picture; LLaVA-1.5 has 576
 TOKEN_ID = 2**31 - 1  # ids are int32
 END_TOKENS = 1_000  # of one model
 NUMBER = 1e18  # rotary base and norms' epsilon, which are computed with in float32
+
+# Pictures.
+# 8192 x 6144, the largest that common telephones take; also of what a picture is padded or enlarged to. Decoding takes
+# 8 bytes for each (JPEG), 12 with transparency, 20 at worst (WebP with transparency): a gigabyte.
+PIXELS = 50_331_648
+
+# A chat template and one rendering of it. Published ones have up to 30,000 characters and run some hundred steps.
+TEMPLATE_SOURCE = 65_536  # characters
+TEMPLATE_STEPS = 100_000  # blocks, calls and filters
+TEMPLATE_SECONDS = 1.0
+TEMPLATE_VALUE = 500_000  # characters and items of one value, and of the text
+TEMPLATE_TOTAL = 3_000_000  # of all values
+TEMPLATE_BITS = 4_096  # of an integer

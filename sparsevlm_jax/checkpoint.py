@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def load(
     folder = locate(source, revision)
     manifest = store.read_manifest(folder) if store.is_converted(folder) else None
     if manifest and check and (problems := store.changed_files(folder, manifest)):
-        raise UserError(f"{'; '.join(problems)}; convert the source again, or load it unchecked")
+        raise UserError(f"{'; '.join(problems)}; convert the source again, or load it unchecked (--no-check)")
     config = LlavaConfig.from_file(folder)
     return Model(
         config=config,
@@ -144,16 +145,27 @@ def _restore_params(
         return jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=where)
 
     params = {}
-    for number, group in enumerate(manifest.groups):
-        wanted = {path: abstract(path) for path in (tuple(record.path.split("/")) for record in group)}
-        if check:
-            store.require_whole(folder, number, manifest)
+    for number in _compared(folder, manifest) if check else range(len(manifest.groups)):
+        paths = [tuple(record.path.split("/")) for record in manifest.groups[number]]
+        wanted = {path: abstract(path) for path in paths}
         params |= jax.block_until_ready(store.restore_group(folder, number, wanted))
     # What was converted is finite; a narrower dtype may overflow.
     spoilt = ["/".join(path) for path, x in params.items() if stored[path] != dtype and not jnp.isfinite(x).all()]
     if spoilt:
         raise UserError(f"{folder}: infinity, as {dtype}, in {len(spoilt)} parameters: {shortlist(spoilt)}")
     return traverse_util.unflatten_dict(params)
+
+
+def _compared(folder: Path, manifest: Manifest) -> Iterator[int]:
+    """The numbers of all groups, each compared with its digests while the one before it is restored."""
+    last = len(manifest.groups) - 1
+    with ThreadPoolExecutor(1) as ahead:
+        check = ahead.submit(store.require_whole, folder, 0, manifest)
+        for number in range(last + 1):
+            check.result()
+            if number < last:
+                check = ahead.submit(store.require_whole, folder, number + 1, manifest)
+            yield number
 
 
 def _generation_defaults(folder: Path) -> GenerationDefaults:

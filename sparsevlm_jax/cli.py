@@ -172,6 +172,7 @@ def main() -> None:
     """Entry point: bad input is one line on stderr and exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it misses torch, and finds long prompts too long
     _keep_compiled_programs()
+    silence_pillow()
     sys.exit(_run())
 
 

@@ -29,8 +29,9 @@ _TOP = (
     "eos_token_id",
     "pad_token_id",
 )
-_WHOLE_MODELS = ("model*.safetensors", "pytorch_model*.bin", "manifest.json")
 _BESIDE = ("model_type", "rope_parameters", "rope_scaling", "eos_token_id", "pad_token_id")
+# One of these is in a folder that holds more than an adapter.
+_WHOLE_MODELS = ("model*.safetensors", "pytorch_model*.bin", "manifest.json")
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def read_config(folder: Path) -> dict[str, Any]:
       UserError: there is none, or it cannot be read.
     """
     adapter, file = folder / "adapter_config.json", inside(folder, "config.json")
-    if adapter.exists() and not any(folder.glob(pattern) for pattern in _WHOLE_MODELS):
+    if adapter.exists() and not any(any(folder.glob(pattern)) for pattern in _WHOLE_MODELS):
         raise UserError(f"{folder}: an adapter (LoRA, PEFT), not a model: merge it into its base first")
     return read_json(file)
 

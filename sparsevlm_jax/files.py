@@ -6,9 +6,10 @@ import json
 import os
 import stat
 import uuid
+from io import BufferedReader
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from sparsevlm_jax import bounds
 from sparsevlm_jax.errors import UserError
@@ -74,7 +75,7 @@ def read_bytes(file: Path, most: int) -> bytes:
     return content
 
 
-def open_regular(file: Path) -> BinaryIO:
+def open_regular(file: Path) -> BufferedReader:
     """Opens a regular file for reading; a pipe or a device is never opened, where a read could wait for ever.
 
     Raises:
@@ -83,6 +84,8 @@ def open_regular(file: Path) -> BinaryIO:
     try:
         _require_regular(file, os.stat(file))
         stream = open(file, "rb", opener=_open_at_once)  # noqa: SIM115 (the caller's to close)
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
     except OSError as error:

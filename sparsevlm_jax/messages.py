@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from PIL import Image
 
-from sparsevlm_jax.errors import UserError
-
-if TYPE_CHECKING:
-    from sparsevlm_jax.pictures import ImageLike
+from sparsevlm_jax.errors import UserError, first_line
+from sparsevlm_jax.pictures import ImageLike, identify
 
 SHAPE = '[{"role": "user", "content": TEXT or a list of {"type": "text", "text": TEXT} and {"type": "image"}}]'
 
@@ -106,10 +104,14 @@ def _pictures(part: Mapping[str, Any]) -> list[ImageLike]:
 
 
 def _of_data_url(url: str) -> Image.Image:
+    name = "a picture in a data: URL"
     try:
-        return Image.open(io.BytesIO(base64.b64decode(url.partition(";base64,")[2], validate=True)))
-    except (OSError, ValueError, binascii.Error, Image.DecompressionBombError):
-        raise UserError("a picture as a data: URL: expected data:image/...;base64, and a picture") from None
+        content = base64.b64decode(url.partition(";base64,")[2], validate=True)
+        return identify(io.BytesIO(content), Path(name))
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from None
+    except Exception as error:  # a damaged picture surfaces as any of many unrelated types
+        raise UserError(f"{name}: damaged or cut short: {first_line(error)}") from error
 
 
 def _named(value: Any) -> str:

@@ -41,10 +41,14 @@ class ModelOptions:
         str | None, typer.Option(metavar="D", help="float32, bfloat16 or float16; default: the checkpoint's.")
     ] = None
 
+    check: Annotated[
+        bool, typer.Option("--check/--no-check", help="Compare a converted checkpoint with its digests.")
+    ] = True
+
     def load(self) -> Model:
         if self.model is None:
             return load(demo.path(), dtype=self.dtype or demo.DTYPE)
-        return load(self.model, revision=self.revision, dtype=self.dtype)
+        return load(self.model, revision=self.revision, dtype=self.dtype, check=self.check)
 
 
 @dataclass(frozen=True)

@@ -2,53 +2,84 @@
 
 from __future__ import annotations
 
+import ctypes
+import re
+import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from sparsevlm_jax.errors import UserError
+from sparsevlm_jax import bounds
+from sparsevlm_jax.errors import UserError, first_line
+from sparsevlm_jax.files import open_regular, refuse_pointer
 
-ImageLike = str | Path | Image.Image | np.ndarray
+
+@runtime_checkable
+class OtherArray(Protocol):
+    """An array of another library: jax, torch."""
+
+    def __array__(self, *args: Any, **kwargs: Any) -> np.ndarray: ...
 
 
-def open_image(source: ImageLike) -> Image.Image:
-    """Reads a picture as 8-bit RGB.
+ImageLike = str | Path | Image.Image | np.ndarray | OtherArray
+
+# Formats that hold one picture and decode it in this process: none that starts another program (EPS), none that
+# decodes before its size can be looked at (ICO).
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "AVIF", "JPEG2000", "PPM", "TGA", "PCX", "QOI")
+_ORIENTATION = 0x0112  # the EXIF tag
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
+_PREFIX = 64  # bytes that tell what a file is
+
+
+def open_image(source: Any) -> Image.Image:
+    """Reads a picture, an `ImageLike`, as 8-bit RGB.
 
     A rotation noted in its EXIF data is applied. Transparent parts are composited on white. Grey (8 and 16 bit),
     palette and CMYK pictures are converted; of an animation the first frame is taken.
 
     Args:
-      source: a file, a Pillow picture, or an array: uint8 [height, width], [height, width, 3] (RGB) or
-        [height, width, 4] (RGBA), or uint16 [height, width].
+      source: a file, a Pillow picture, or an array of any library that NumPy can take (jax, torch on the CPU): [height,
+        width] or [height, width, 1] (grey), [height, width, 3] (RGB) or [height, width, 4] (RGBA), of uint8 or of
+        floats from 0 to 1; grey ones may be uint16.
 
     Raises:
-      UserError: no such file, not a picture, damaged, too large, or colours without a defined meaning.
+      UserError: no such file, not a picture, damaged, more than `bounds.PIXELS`, or colours without a defined
+        meaning.
     """
     name = picture_name(source)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            if isinstance(source, np.ndarray):
-                return _rgb(_from_array(source))
-            if isinstance(source, Image.Image):
-                return _rgb(ImageOps.exif_transpose(source))
-            with Image.open(source) as image:
-                return _rgb(ImageOps.exif_transpose(image))
+        with _opened(source, name) as image:
+            check_pixels(*image.size)
+            return _rgb(_upright(image))
     except UserError as error:
-        raise UserError(f"{name}: {error}") from None
-    except FileNotFoundError:
-        raise UserError(f"{name}: no such file") from None
-    except (IsADirectoryError, PermissionError) as error:
-        raise UserError(f"{name}: cannot be read: {error.strerror}") from None
-    except UnidentifiedImageError:
-        raise UserError(f"{name}: not a picture, or of a kind that Pillow cannot read") from None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise UserError(f"{name}: has more pixels than Pillow's safety limit, scale it down first") from None
+        message = str(error)
+        raise UserError(message if message.startswith(name) else f"{name}: {message}") from None
     except Exception as error:  # a damaged file surfaces as any of many unrelated types
-        raise UserError(f"{name}: damaged or cut short: {str(error) or type(error).__name__}") from error
+        raise UserError(f"{name}: damaged or cut short: {first_line(error)}") from error
+
+
+def check_pixels(width: int, height: int) -> None:
+    """Before memory is taken for a picture of that size.
+
+    Raises:
+      UserError: it has more pixels than `bounds.PIXELS`.
+    """
+    if width * height > bounds.PIXELS:
+        raise UserError(f"has more pixels than are taken ({bounds.PIXELS:,}), scale it down or cut it first")
 
 
 def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
@@ -60,22 +91,88 @@ def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
     return square
 
 
-def picture_name(source: ImageLike) -> str:
+def picture_name(source: Any) -> str:
     """What errors call it: its file, where it has one."""
     if isinstance(source, str | Path):
         return str(source)
     return getattr(source, "filename", "") or "picture"
 
 
+def silence_pillow() -> None:
+    """For a program that owns its process: what Pillow and libtiff print about a damaged file is not shown, our own
+    error says it. Libraries leave the process as it is."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    with suppress(AttributeError, OSError):  # a Pillow without libtiff, or with its symbols hidden
+        library = ctypes.CDLL(Image.core.__file__)
+        library.TIFFSetErrorHandler(None)
+        library.TIFFSetWarningHandler(None)
+
+
+@contextmanager
+def _opened(source: Any, name: str) -> Iterator[Image.Image]:
+    """The picture, of a file not decoded yet."""
+    if isinstance(source, Image.Image):
+        yield source
+    elif isinstance(source, str | Path):
+        if _URL.match(name) and not Path(name).exists():
+            raise UserError("a URL, and only files are read: download it first")
+        with open_regular(Path(source)) as stream:
+            yield identify(stream, Path(source))
+    elif isinstance(source, OtherArray):
+        yield _from_array(np.asarray(source))
+    else:
+        raise UserError(f"{type(source).__name__} is none: give the name of a file, a Pillow picture or an array")
+
+
+def identify(stream: BinaryIO, file: Path) -> Image.Image:
+    """A picture file of one of FORMATS, whose size is known and nothing else. As Pillow's own `open`, but for its check
+    of the size: that one warns, and a warning can only be caught by changing the filters of the whole process."""
+    Image.init()
+    prefix = stream.read(_PREFIX)
+    refuse_pointer(prefix, file)
+    for kind in FORMATS:
+        factory, accept = Image.OPEN.get(kind, (None, None))
+        if factory is None or (accept is not None and accept(prefix[:16]) is not True):
+            continue
+        with suppress(SyntaxError, IndexError, TypeError, struct.error):  # not of this format after all
+            stream.seek(0)
+            return factory(stream, str(file))
+    raise UserError("not a picture, or of a kind that is not read")
+
+
 def _from_array(array: np.ndarray) -> Image.Image:
-    grey = array.ndim == 2 and array.dtype in (np.uint8, np.uint16)
-    colour = array.ndim == 3 and array.shape[2] in (3, 4) and array.dtype == np.uint8
-    if not (grey or colour) or array.size == 0:
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    kind = "float" if _is_float(array.dtype) else array.dtype.name
+    allowed = ("uint8", "uint16", "float") if array.ndim == 2 else ("uint8", "float")
+    if not (array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (3, 4))) or kind not in allowed or not array.size:
         raise UserError(
-            f"an array of {array.dtype} {list(array.shape)}, expected uint8 [height, width, 3] (RGB), "
-            "[height, width, 4] (RGBA) or [height, width], or uint16 [height, width]"
+            f"an array of {array.dtype} {list(array.shape)}, expected uint8 or floats from 0 to 1, [height, width, 3] "
+            "(RGB), [height, width, 4] (RGBA) or [height, width], or uint16 [height, width]"
         )
-    return Image.fromarray(array)
+    check_pixels(array.shape[1], array.shape[0])
+    if kind == "float":
+        array = array.astype(np.float32)
+        if not (array.min() >= 0 and array.max() <= 1):  # NaN is neither
+            raise UserError(
+                f"an array of floats from {array.min():g} to {array.max():g}, expected 0 to 1: scale it, or give uint8"
+            )
+        array = np.round(array * 255).astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def _is_float(dtype: np.dtype) -> bool:
+    """Of NumPy, or bfloat16 and its like."""
+    return dtype.kind == "f" or "float" in dtype.name
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as its orientation tag says; whatever else its EXIF data holds, damaged or not, is left alone."""
+    try:
+        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # not even a table of tags
+        turn = None
+    return image if turn is None else image.transpose(turn)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -85,8 +182,12 @@ def _rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise UserError("32-bit pixels have no defined range, save it with 8 bits per channel")
-        return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
+        grey = np.empty(values.shape, np.uint8)
+        for y, row in enumerate(values):  # row by row: the quotients are float64
+            grey[y] = np.round(row / 257)
+        return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
+        flat = Image.new("RGBA", image.size, "white")
+        flat.alpha_composite(image if image.mode == "RGBA" else image.convert("RGBA"))
+        return flat.convert("RGB")
     return image.convert("RGB")

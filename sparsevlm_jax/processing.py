@@ -9,17 +9,25 @@ Axis letters: m pictures, l tokens, S pixels per side.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from sparsevlm_jax import bounds, templates
 from sparsevlm_jax.config import LlavaConfig
-from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.errors import UserError, first_line
 from sparsevlm_jax.messages import Conversation, as_texts
 from sparsevlm_jax.pictures import ImageLike, open_image, pad_to_square, picture_name
+from sparsevlm_jax.side_files import (
+    PROCESSOR_FILES,
+    TOKENIZER_FILES,
+    read_chat_template,
+    read_image_processor,
+    read_tokenizer,
+    there,
+)
 
 MARKER = "<image>"
 ASPECTS = ("pad", "crop")
@@ -29,10 +37,6 @@ PROMPT_START = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions. USER: "
 )
 PROMPT_END = " ASSISTANT:"
-
-MAX_PIXELS = 178_956_970  # of an enlarged or padded picture; Pillow's own limit for what it opens
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 class Inputs(NamedTuple):
@@ -83,26 +87,15 @@ class Processor:
           UserError: one of the two is missing, or a file cannot be used.
         """
         path = Path(path)
-        tokenizer_there, processor_there = (
-            any((path / name).is_file() for name in names) for names in (TOKENIZER_FILES, PROCESSOR_FILES)
-        )
+        tokenizer_there, processor_there = there(path, TOKENIZER_FILES), there(path, PROCESSOR_FILES)
         if not tokenizer_there and not processor_there:
             return None
         if not tokenizer_there or not processor_there:
             missing = PROCESSOR_FILES if tokenizer_there else TOKENIZER_FILES
             raise UserError(f"{path}: has only half of its processor, add {' or '.join(missing)}")
-
-        from transformers import AutoTokenizer  # here: it imports torch where torch is installed
-
-        part = "the tokenizer"
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-            part = "the image processor"
-            image_processor = _image_processor(path)
-            part = "the chat template"
-            chat_template = _chat_template(path, tokenizer)
-        except Exception as error:  # a broken file surfaces as any of many unrelated types
-            raise UserError(f"{path}: {part} cannot be loaded: {_first_line(error)}") from error
+        tokenizer = read_tokenizer(path)
+        image_processor = read_image_processor(path)
+        chat_template = read_chat_template(path, tokenizer)
         try:
             return cls(tokenizer, image_processor, chat_template, config)
         except UserError as error:
@@ -228,7 +221,8 @@ class Processor:
         square = {"height": side, "width": side}
         long, short = max(picture.size), min(picture.size)
         pads = aspect == "pad" or (aspect is None and getattr(self.image_processor, "do_pad", False))
-        if (long**2 if pads else side**2 * long / short) > MAX_PIXELS:
+        edge = side if aspect else max(side, _edge(self.image_processor))
+        if (long**2 if pads else edge**2 * long / short) > bounds.PIXELS:
             size = f"{picture.width} x {picture.height}"
             raise UserError(f"{name}: {size} is too large or too narrow to prepare, scale or cut it first")
 
@@ -243,13 +237,16 @@ class Processor:
         try:
             pixels = self.image_processor([picture], return_tensors="np", **options)["pixel_values"][0]
         except Exception as error:  # the settings of a file, so any type
-            raise UserError(f"{name}: the checkpoint's image processor fails: {_first_line(error)}") from error
+            raise UserError(f"{name}: the checkpoint's image processor fails: {first_line(error)}") from error
         if pixels.shape != (3, side, side):
             raise UserError(
                 f"{name}: the checkpoint's image processor makes {list(pixels.shape)}, but the model takes "
                 f"{[3, side, side]}: choose the aspect crop or pad"
             )
-        return np.asarray(pixels, np.float32)
+        pixels = np.asarray(pixels, np.float32)
+        if not np.isfinite(pixels).all():
+            raise UserError(f"{name}: the checkpoint's image processor makes NaN or infinity: its settings are wrong")
+        return pixels
 
     def _takes_parts(self) -> bool:
         """Whether the chat template wants a list of pictures and texts (LLaVA's) or one string (a language model's)."""
@@ -269,51 +266,26 @@ class Processor:
 
     def _render_messages(self, messages: list[dict[str, Any]]) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.chat_template,
-                tokenize=False,
+            return templates.render(
+                self.chat_template or "",
+                messages=messages,
+                tools=None,
+                documents=None,
                 add_generation_prompt=True,
+                **_texts(self.tokenizer.special_tokens_map),
             )
         except Exception as error:  # Jinja's errors, and whatever the template runs into
-            raise UserError(f"the chat template fails: {_first_line(error)}") from error
+            raise UserError(f"the chat template fails: {first_line(error)}") from error
 
 
-def _image_processor(path: Path) -> Any:
-    """The folder's image processor on Pillow.
-
-    Not by way of transformers' AutoImageProcessor, which asks for torchvision in some 5.x releases.
-    """
-    import transformers
-
-    # Nested in the first file by transformers 5.x, alone in the second by 4.x.
-    settings = _read_json(path / "processor_config.json").get("image_processor")
-    settings = settings or _read_json(path / "preprocessor_config.json")
-    kind = settings.get("image_processor_type") or settings.get("feature_extractor_type") or "CLIPImageProcessor"
-    name = kind.replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast")
-    # The plain name was Pillow's until torchvision took it over.
-    found = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name, None)
-    if found is None:
-        raise ValueError(f'transformers {transformers.__version__} has no image processor "{kind}" on Pillow')
-    return found.from_pretrained(str(path), local_files_only=True)
+def _texts(tokens: dict[str, Any]) -> dict[str, Any]:
+    """Special tokens as a template gets them."""
+    return {key: [*map(str, token)] if isinstance(token, list | tuple) else str(token) for key, token in tokens.items()}
 
 
-def _chat_template(path: Path, tokenizer: Any) -> str | None:
-    """The processor's template (a file of its own, or an entry of one, by age), else the tokenizer's."""
-    file = path / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    template = (
-        _read_json(path / "chat_template.json").get("chat_template")
-        or _read_json(path / "processor_config.json").get("chat_template")
-        or tokenizer.chat_template
-    )
-    return template.get("default") if isinstance(template, dict) else template
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    """A JSON file, empty where there is none."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+def _edge(image_processor: Any) -> int:
+    """The longest side that an image processor scales a picture's shorter one to, 0 where it states none."""
+    return max(dict(getattr(image_processor, "size", None) or {}).values(), default=0)
 
 
 def _require_text(talk: Conversation) -> None:
@@ -326,7 +298,3 @@ def _require_text(talk: Conversation) -> None:
 
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -113,16 +113,15 @@ def read_manifest(folder: Path) -> Manifest:
     except UserError as error:
         raise UserError(f"{error}: not the manifest of a converted checkpoint") from None
     version = fields.get("version")
-    if isinstance(version, int) and version != VERSION:
+    if type(version) is int and version != VERSION:
         raise UserError(f"{file}: layout {version}, this release reads {VERSION}; convert the source again")
     try:
-        groups = tuple(_records(group) for group in fields["groups"])
-        manifest = Manifest(**{**fields, "groups": groups})
-        for name in ("source", "versions", "files"):
-            if not isinstance(fields[name], dict):
-                raise TypeError(f"{name} is no object")
-        if manifest.version != VERSION or not all(map(plain_name, manifest.files)):
-            raise ValueError("its version or the names of its files are none")
+        for name, kind in (("version", int), ("source", dict), ("versions", dict), ("files", dict), ("groups", list)):
+            if type(fields[name]) is not kind:
+                raise TypeError(f"{name} is {type(fields[name]).__name__}, expected {kind.__name__}")
+        if not all(map(plain_name, fields["files"])):
+            raise ValueError("files have names that lead elsewhere")
+        manifest = Manifest(**{**fields, "groups": tuple(_records(group) for group in fields["groups"])})
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: not the manifest of a converted checkpoint: {_reason(error)}") from error
     return manifest

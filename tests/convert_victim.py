@@ -21,6 +21,7 @@ MOMENTS = {
     "behind the first group": 1,
     "while the fifth group is read": 4,
     "while the fifth group is written": 4,
+    "before the fifth group is noted": 4,
     "behind the fifth group": 5,
     "behind the last group": GROUPS,
     "before the files are copied": GROUPS,
@@ -38,6 +39,8 @@ def victim(source: Path, target: Path, moment: str) -> None:
         _kill_in(store, "parallel", number)
     elif moment.endswith("group is written"):
         _kill_in(AtomicRenameTemporaryPath, "finalize", number)  # data are there, their name is not
+    elif moment.endswith("group is noted"):
+        _kill_in(store, "write", number)
     elif moment.startswith("behind the") and number:
         _kill_in(store, "save_group", number, after=True)
     elif moment == "before the files are copied":

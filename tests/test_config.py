@@ -125,6 +125,23 @@ def test_tokens_per_image(strategy, tokens):
         ("vision_feature_layer", -26, "vision_feature_layer -26 is out of range"),
         ("vision_feature_select_strategy", "cls", "vision_feature_select_strategy"),
         ("projector_hidden_act", 3, "projector_hidden_act"),
+        ("image_token_index", 1e30, "image_token_index.*1e.30"),
+        ("image_token_index", -1, "image_token_index is -1"),
+        ("vision_feature_layer", [], r"vision_feature_layer is \[\]"),
+        ("vision_feature_layer", [-2, 1.5], "vision_feature_layer"),
+        ("vision_feature_layer", True, "vision_feature_layer.*True"),
+        ("text_config.num_hidden_layers", 10**9, "num_hidden_layers is 1000000000, expected at most 256"),
+        ("text_config.num_hidden_layers", 2.0, "num_hidden_layers is 2.0"),
+        ("text_config.head_dim", 10**9, "head_dim is 1000000000, expected at most"),
+        ("text_config.vocab_size", 10**80, "vocab_size is 1000.*, expected at most"),
+        ("vision_config.image_size", 10**6, "image_size is 1000000, expected at most"),
+        ("vision_config.patch_size", 1, "a picture becomes 112,896 visual tokens"),
+        ("text_config.rms_norm_eps", float("nan"), "rms_norm_eps is nan"),
+        ("text_config.rope_theta", float("inf"), "rope_theta of text_config is inf"),
+        ("text_config.attention_bias", 3, "attention_bias"),
+        ("text_config", [1], r"text_config is \[1\]"),
+        ("vision_config.model_type", [1], r"model_type is \[1\]"),
+        ("quantization_config", {"quant_method": "bitsandbytes"}, 'quantised with "bitsandbytes" .quantization_config'),
     ],
 )
 def test_a_model_that_is_not_computed_is_refused_by_name(path, value, message):
@@ -135,7 +152,18 @@ def test_a_model_that_is_not_computed_is_refused_by_name(path, value, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", "cannot be read as JSON"), ("[]", "expected a JSON object, found list"), ("\xff", "cannot be read as JSON")],
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "expected a JSON object, found list"),
+        ("\xff", "cannot be read as JSON"),
+        ("[" * 200_000, "nested more than 40 deep"),
+        ('{"a": ' + "[" * 50 + "]" * 50 + "}", "nested more than 40 deep"),
+        ('{"a": ' + "1" * 5_000 + "}", "a number of 5000 digits"),
+        ('{"a": 1, "a": 2}', "repeats 'a'"),
+        (r'{"a": "\ud800"}', "surrogates not allowed"),
+        (" " * 4_000_001 + "{}", "has more than 4,000,000 bytes"),
+    ],
+    ids=lambda value: value[:20],
 )
 def test_a_broken_file_is_refused(tmp_path, text, message):
     (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
@@ -146,3 +174,14 @@ def test_a_broken_file_is_refused(tmp_path, text, message):
 def test_a_folder_without_config_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"config\.json: no such file"):
         LlavaConfig.from_file(tmp_path)
+
+
+def test_a_byte_order_mark_is_read_over(tmp_path):
+    (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(PUBLISHED_7B).encode())
+    assert LlavaConfig.from_file(tmp_path) == config.llava_15_7b()
+
+
+def test_entries_that_are_not_used_do_not_reach_transformers():
+    """There they would make tables as long as they say."""
+    text = PUBLISHED_7B["text_config"] | {"num_labels": 10**12, "layer_types": ["odd"]}
+    assert LlavaConfig.from_hf(PUBLISHED_7B | {"text_config": text, "num_labels": 10**12}) == config.llava_15_7b()

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,11 +19,15 @@ import torch
 from safetensors.numpy import save_file
 
 from convert import run
+from convert.check import check
+from convert.inspect import describe
+from convert.reverse import to_hf
 from convert.run import convert
-from sparsevlm_jax import UserError, cli
+from convert.source import FILES
+from sparsevlm_jax import UserError, cli, load, store
 from sparsevlm_jax.shards import INDEX
 from tests.conftest import ROOT
-from tests.layouts import HF, Weights, save_bin, shard, weights
+from tests.layouts import HF, Weights, bin_shards, contents, save_bin, shard, transformers_4, weights
 from tests.test_load import write_raw
 
 NORM, QUERY = "language_model.model.norm.weight", "language_model.model.layers.0.self_attn.q_proj.weight"
@@ -76,11 +81,6 @@ def reindex(change: Callable[[dict[str, str]], object]) -> Callable[[Path], None
 
 def truncate(folder: Path) -> None:
     os.truncate(folder / SECOND, (folder / SECOND).stat().st_size - 1)
-
-
-def link_out(folder: Path) -> None:
-    (folder / SECOND).rename(folder.parent / SECOND)
-    (folder / SECOND).symlink_to(folder.parent / SECOND)
 
 
 def lead_out(folder: Path) -> None:
@@ -144,14 +144,13 @@ FAULTS = {
     ),
     "two names of one tensor": (rewrite(lambda t: t.update({"model.norm.weight": t[NORM]})), ["two names", NORM]),
     "tensor in two shards": (repeat_in_another_shard, ["model-00004", NORM]),
-    "key twice in a header": (repeat_in_a_header, [FIRST, "repeats a"]),
+    "key twice in a header": (repeat_in_a_header, [FIRST, "repeats 'a'"]),
     "unknown key": (rewrite(lambda t: t.update({"lora.weight": t[NORM]})), ["not part of this model", "lora.weight"]),
     "missing key": (rewrite(lambda t: t.pop(NORM)), ["missing", NORM]),
     "integers": (rewrite(lambda t: t.update({NORM: np.ones(64, np.int32)})), [NORM, "I32"]),
     "not a number": (rewrite(lambda t: t[NORM].fill(np.nan)), ["NaN", NORM]),
     "bad index json": (lambda folder: (folder / INDEX).write_text('{"weight_map": '), [INDEX]),
-    "index without a map": (lambda folder: (folder / INDEX).write_text("[1]"), [INDEX, "weight_map"]),
-    "link out of the folder": (link_out, [SECOND, "leads out"]),
+    "index without a map": (lambda folder: (folder / INDEX).write_text("{}"), [INDEX, "weight_map"]),
     "../ in the index": (lead_out, [INDEX, f"../{SECOND}"]),
     "no configuration": (lambda folder: (folder / "config.json").unlink(), ["config.json", "no such file"]),
     "another architecture": (
@@ -209,7 +208,8 @@ def test_a_disk_that_is_too_small_is_known_before_anything_is_written(monkeypatc
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
     monkeypatch.setattr(run, "_convert_group", lambda *a: pytest.fail("a group was converted"))
-    assert "needs 0.0 GB more" in fails(monkeypatch, capsys, "convert", HF, tmp_path / "orbax")
+    error = fails(monkeypatch, capsys, "convert", HF, tmp_path / "orbax")
+    assert "needs 979.62 KiB more, the disk has 976.56 KiB left: 3.06 KiB too little" in error
     assert not (tmp_path / "orbax").exists()
 
 
@@ -221,7 +221,7 @@ def test_a_disk_that_fills_up_on_the_way_is_an_error_and_the_same_command_goes_o
             shutil, "disk_usage", lambda folder: usage._replace(free=1_000 if len(saved) == 3 else usage.free)
         )
         patch.setattr(run.store, "save_group", lambda *a: saved.append(a) or save(*a))
-        assert "the disk has 0.0 GB left" in fails(patch, capsys, "convert", HF, tmp_path / "orbax")
+        assert "the disk has 1000.00 B left" in fails(patch, capsys, "convert", HF, tmp_path / "orbax")
     assert not (tmp_path / "orbax").exists()
     assert convert(HF, tmp_path / "orbax").resumed == 3
 
@@ -257,3 +257,285 @@ def test_a_disk_that_is_full_at_the_end_is_an_error(monkeypatch, tmp_path, step)
     assert not (tmp_path / "orbax").exists()
     result = convert(HF, tmp_path / "orbax")
     assert result.resumed == result.groups
+
+
+# What is there already.
+
+
+def own_folder(partial: Path) -> None:
+    partial.mkdir()
+    (partial / "diary.txt").write_text("mine")
+
+
+def link_to_a_folder(partial: Path) -> None:
+    own_folder(partial.parent / "elsewhere")
+    partial.symlink_to(partial.parent / "elsewhere")
+
+
+def link_to_nothing(partial: Path) -> None:
+    partial.symlink_to(partial.parent / "nowhere")
+
+
+def link_as_mark(partial: Path) -> None:
+    own_folder(partial)
+    (partial.parent / "file").write_text("")
+    (partial / ".sparsevlm-convert").symlink_to(partial.parent / "file")
+
+
+def own_file(partial: Path) -> None:
+    partial.write_text("mine")
+
+
+@pytest.mark.parametrize("make", [own_folder, link_to_a_folder, link_to_nothing, link_as_mark, own_file])
+def test_what_no_conversion_made_is_neither_emptied_nor_filled(tmp_path, whole, make):
+    home = tmp_path / "home"
+    home.mkdir()
+    make(home / ".orbax.partial")
+    before = contents(home)
+    for attempt in (lambda: convert(HF, home / "orbax"), lambda: to_hf(whole, home / "orbax")):
+        with pytest.raises(UserError, match=r"\.orbax\.partial: is in the way, no conversion has made it"):
+            attempt()
+    assert contents(home) == before
+    assert not (home / "orbax").exists() and not (home / "nowhere").exists()
+
+
+def test_a_link_in_the_folder_of_an_earlier_run_is_not_followed(monkeypatch, tmp_path):
+    with monkeypatch.context() as patch, pytest.raises(UserError):
+        patch.setattr(run, "publish", stop)
+        convert(HF, tmp_path / "orbax")
+    params = tmp_path / ".orbax.partial" / "params"
+    params.rename(tmp_path / "params")
+    params.symlink_to(tmp_path / "params")
+    before = contents(tmp_path / "params")
+    assert convert(HF, tmp_path / "orbax").resumed == 0
+    assert contents(tmp_path / "params") == before
+    assert not (tmp_path / "orbax" / "params").is_symlink() and check(tmp_path / "orbax")
+
+
+def test_the_mark_of_a_folder_that_is_worked_in_goes_with_the_end(whole):
+    assert {item.name for item in whole.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "manifest.json",
+        "params",
+    }
+
+
+def stop(*arguments: object) -> None:
+    raise UserError("stopped")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recorded model, converted; not to be changed."""
+    target = tmp_path_factory.mktemp("converted") / "orbax"
+    convert(HF, target)
+    return target
+
+
+# A source that changes.
+
+
+def overwrite_weights(source: Path) -> None:
+    shard({name: array + 1 for name, array in weights(1).items()}, source)
+
+
+def overwrite_weights_and_turn_back_their_clock(source: Path) -> None:
+    files = list(source.glob("*.safetensors"))
+    times = [(file.stat().st_atime_ns, file.stat().st_mtime_ns) for file in files]
+    overwrite_weights(source)
+    for file, ns in zip(files, times, strict=True):
+        os.utime(file, ns=ns)
+
+
+def overwrite_config(source: Path) -> None:
+    (source / "config.json").write_text((source / "config.json").read_text().replace("1e-05", "2e-05"))
+
+
+def add_a_template(source: Path) -> None:
+    (source / "chat_template.jinja").write_text("new")
+
+
+def remove_a_shard(source: Path) -> None:
+    (source / SECOND).rename(source / "gone")
+    (source / SECOND).write_bytes((source / "gone").read_bytes())  # the same bytes, later
+
+
+CHANGES = {
+    overwrite_weights: "tensors",
+    overwrite_weights_and_turn_back_their_clock: "weight",
+    overwrite_config: "config.json",
+    add_a_template: "chat_template.jinja",
+    remove_a_shard: SECOND,
+}
+
+
+@pytest.mark.parametrize("change", list(CHANGES), ids=lambda change: change.__name__)
+@pytest.mark.parametrize("last", [True, False], ids=["behind the last group", "in the middle"])
+def test_a_source_that_changes_meanwhile_gives_no_target(monkeypatch, tmp_path, source, change, last):
+    one_group, calls = run._convert_group, []
+
+    def convert_group(*arguments: Any) -> Any:
+        calls.append(arguments)
+        records = one_group(*arguments)
+        if len(calls) == (9 if last else 3):
+            change(source)
+        return records
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_convert_group", convert_group)
+        with pytest.raises(UserError, match="changed while it was converted, convert it again: .*") as caught:
+            convert(source, tmp_path / "orbax")
+    assert CHANGES[change] in str(caught.value) or change is overwrite_weights
+    assert not (tmp_path / "orbax").exists()
+    assert convert(source, tmp_path / "orbax").resumed == 0
+    assert check(tmp_path / "orbax")
+
+
+def test_a_source_that_changed_between_two_runs_unseen_gives_no_target(monkeypatch, tmp_path, source):
+    with monkeypatch.context() as patch, pytest.raises(UserError):
+        patch.setattr(run, "copy_files", stop)
+        convert(source, tmp_path / "orbax")
+    overwrite_weights_and_turn_back_their_clock(source)
+    with pytest.raises(UserError, match="changed while it was converted"):
+        convert(source, tmp_path / "orbax")
+    assert convert(source, tmp_path / "orbax").resumed == 0
+
+
+# Links and pipes.
+
+
+@pytest.mark.parametrize("name", ["config.json", *FILES])
+def test_no_file_beside_the_weights_may_be_a_link_out_of_the_source(tmp_path, source, name):
+    (tmp_path / "secret").write_bytes((HF / "config.json").read_bytes())
+    (source / name).unlink(missing_ok=True)
+    (source / name).symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match=f"{name}: a link that leads out of its folder"):
+        convert(source, tmp_path / "orbax")
+    assert not (tmp_path / "orbax").exists() and not (tmp_path / ".orbax.partial").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.model", "model.safetensors", BIN])
+def test_a_pipe_in_a_source_is_never_opened(tmp_path, source, name):
+    if name in ("model.safetensors", BIN):
+        only_bin(source)
+    (source / name).unlink(missing_ok=True)
+    os.mkfifo(source / name)
+    with pytest.raises(UserError, match=f"{name}: .*not a regular file"):
+        convert(source, tmp_path / "orbax")
+
+
+@pytest.mark.parametrize("layout", [transformers_4, bin_shards], ids=["safetensors", "bin"])
+def test_weights_may_be_links(tmp_path, layout, whole):
+    folder = layout(tmp_path / "source").folder
+    for file in (*folder.glob("*.safetensors"), *folder.glob("*.bin")):
+        file.rename(tmp_path / file.name)
+        file.symlink_to(tmp_path / file.name)
+    convert(folder, tmp_path / "orbax")
+    digests = [
+        {record.path: record.digest for record in store.read_manifest(t).records} for t in (tmp_path / "orbax", whole)
+    ]
+    assert digests[0] == digests[1]
+
+
+def test_a_snapshot_of_the_hubs_cache_is_converted(tmp_path, source):
+    (source / "chat_template.jinja").write_text("template")
+    home = tmp_path / "models--someone--tiny"
+    snapshot = home / "snapshots" / ("c" * 40)
+    snapshot.mkdir(parents=True)
+    source.rename(home / "blobs")
+    for blob in (home / "blobs").iterdir():
+        (snapshot / blob.name).symlink_to(f"../../blobs/{blob.name}")
+    convert(snapshot, tmp_path / "orbax")
+    assert (tmp_path / "orbax" / "chat_template.jinja").read_text() == "template"
+    assert not (tmp_path / "orbax" / "chat_template.jinja").is_symlink()
+
+
+# PyTorch's own files.
+
+
+def as_tensors() -> dict[Any, Any]:
+    return {name: torch.from_numpy(array) for name, array in weights(1).items()}
+
+
+def test_parameters_that_were_saved_as_they_are_trained_are_converted(tmp_path, source, whole):
+    only_bin(source)
+    parameters = {name: torch.nn.Parameter(tensor) for name, tensor in as_tensors().items()}
+    torch.save(parameters | {NORM: as_tensors()[NORM].requires_grad_()}, source / BIN)
+    convert(source, tmp_path / "orbax")
+    digests = [
+        {record.path: record.digest for record in store.read_manifest(t).records} for t in (tmp_path / "orbax", whole)
+    ]
+    assert digests[0] == digests[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "wanted"),
+    [
+        ({NORM: torch.ones(64).to_sparse()}, f"{NORM} is sparse or without data"),
+        ({NORM: torch.ones(64, device="meta")}, f"{NORM} is sparse or without data"),
+        ({7: torch.ones(64)}, "expected tensors by name"),
+        ({"state_dict": {}}, "state_dict is dict"),
+        ({NORM: torch.ones(64, dtype=torch.complex64)}, f"{NORM} is complex64"),
+    ],
+    ids=["sparse", "meta", "integer key", "nested", "complex"],
+)
+def test_what_is_no_array_in_a_bin_is_one_line(monkeypatch, capsys, tmp_path, source, changes, wanted):
+    only_bin(source)
+    torch.save(as_tensors() | changes, source / BIN)
+    assert wanted in fails(monkeypatch, capsys, "convert", source, tmp_path / "orbax")
+
+
+# Tied embeddings.
+
+
+def tie(folder: Path, head: Any) -> None:
+    """One file whose configuration ties the head to the table of embeddings, and a head in it all the same."""
+    only_bin(folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings["tie_word_embeddings"] = settings["text_config"]["tie_word_embeddings"] = True
+    (folder / "config.json").write_text(json.dumps(settings))
+    tensors = weights(1)
+    tensors["language_model.lm_head.weight"] = head(tensors["language_model.model.embed_tokens.weight"])
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_a_head_that_is_the_table_of_embeddings_over_again_is_left_out(tmp_path, source):
+    tie(source, lambda table: table.copy())
+    assert "lm_head" not in load(source).params["language_model"]
+    convert(source, tmp_path / "orbax")
+    assert "lm_head" not in load(tmp_path / "orbax").params["language_model"]
+    assert store.read_manifest(tmp_path / "orbax").source["ignored"] == ["language_model.lm_head.weight"]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [lambda table: table + 1, lambda table: table[:-1].copy(), lambda table: table.astype(np.int32)],
+    ids=["other values", "another shape", "integers"],
+)
+def test_another_head_than_the_tied_one_is_named(tmp_path, source, head):
+    tie(source, head)
+    for read in (load, lambda folder: convert(folder, tmp_path / "orbax")):
+        with pytest.raises(
+            UserError, match=r"1 stored, while config.json ties it to .*which differs: .*lm_head.weight"
+        ):
+            read(source)
+
+
+# What an inspection may meet.
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F4", "BOOL", "U16"])
+def test_inspect_counts_values_of_any_dtype_of_the_format(tmp_path, source, dtype):
+    only_bin(source)
+    header = {"extra": {"dtype": dtype, "shape": [4], "data_offsets": [0, {"F4": 2, "U16": 8}.get(dtype, 4)]}}
+    write_raw(source / "model.safetensors", header, bytes(header["extra"]["data_offsets"][1]))
+    assert describe(source)["parts"][0]["bytes"] == {"U16": 8}.get(dtype, 4)
+
+
+@pytest.mark.parametrize("dtype", ["", "²", "[/b]", "F99999999999", [], {}, None, 5, "V\x1b[0m"], ids=str)
+def test_inspect_says_in_one_line_that_a_dtype_is_none(monkeypatch, capsys, source, dtype):
+    only_bin(source)
+    header = {"extra": {"dtype": dtype, "shape": [4], "data_offsets": [0, 4]}}
+    write_raw(source / "model.safetensors", header, bytes(4))
+    assert "malformed header" in fails(monkeypatch, capsys, "inspect", source)

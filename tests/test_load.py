@@ -224,7 +224,15 @@ def test_padding_falls_back_to_the_top_level_then_to_the_end_token(folder, store
 def test_broken_generation_settings_are_named(folder, stored, text):
     save_file(stored, folder / SINGLE)
     (folder / "generation_config.json").write_text(text)
-    assert "generation_config.json: cannot be read as generation settings" in error_of(folder)
+    assert "generation_config.json: " in error_of(folder)
+
+
+@pytest.mark.parametrize("key", ["eos_token_id", "pad_token_id"])
+@pytest.mark.parametrize("value", ["Infinity", "1e30", "2147483648", "-2", "true", "[1, 2.5]", "{}", "9" * 90])
+def test_an_id_that_is_none_is_named(folder, stored, key, value):
+    save_file(stored, folder / SINGLE)
+    (folder / "generation_config.json").write_text(f'{{"{key}": {value}}}')
+    assert f"generation_config.json: {key} is " in error_of(folder)
 
 
 # Where a model is looked for.
@@ -393,6 +401,13 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         ({"a": ENTRY | {"data_offsets": [8, 0]}}, bytes(8)),
         ({"a": ENTRY | {"data_offsets": [4, 12]}}, bytes(12)),
         ({"a": ENTRY, "b": ENTRY}, bytes(8)),
+        ({"a": ENTRY | {"data_offsets": [0.0, 8.0]}}, bytes(8)),
+        ({"a": ENTRY | {"shape": [2.0]}}, bytes(8)),
+        ({"a": ENTRY | {"shape": [True, 2]}}, bytes(8)),
+        ({"a": ENTRY | {"shape": [1] * 100_000 + [2]}}, bytes(8)),
+        ({"a": ENTRY | {"dtype": "odd"}}, bytes(8)),
+        ({"a": ENTRY | {"dtype": ["F32"]}}, bytes(8)),
+        ({"a": ENTRY | {"dtype": "I64", "shape": [2]}}, bytes(8)),
         (b'{"a": %b, "a": %b}' % (2 * (json.dumps(ENTRY).encode(),)), bytes(8)),
     ],
     ids=lambda value: None if isinstance(value, bytes) and not value.strip(b"\0") else str(value)[:60],
@@ -434,23 +449,32 @@ def test_a_bad_index_is_named(folder, text):
     assert INDEX in error_of(folder)
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "sub/a.safetensors", "..", "", "a\\b"])
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "/etc/passwd", "sub/a.safetensors", "..", "", "a\\b", "a\0b"]
+)
 def test_an_index_cannot_name_a_file_elsewhere(folder, stored, name):
     write_index(folder, write_shards(folder, stored) | {NORM: name})
-    assert f'"{name}" is not the name of a file in this folder' in error_of(folder)
+    shown = name.replace("\0", "\\x00")
+    assert f'"{shown}" is not the name of a file in this folder' in error_of(folder)
 
 
-def test_a_shard_cannot_be_a_link_out_of_its_folder(folder, stored):
+def test_shards_and_their_index_may_be_links_to_anywhere(folder, stored):
     write_shards(folder, stored)
-    shard = shards_of(folder)[0]
-    shard.rename(folder.parent / "elsewhere.safetensors")
-    shard.symlink_to("../elsewhere.safetensors")
-    assert f"{shard}: a link that leads out of its folder" in error_of(folder)
+    elsewhere = folder.parent / "elsewhere"
+    elsewhere.mkdir()
+    for number, file in enumerate([*shards_of(folder), folder / INDEX]):
+        file.symlink_to(file.rename(elsewhere / str(number)))
+    assert_same(load(folder).params, load(HF).params)
 
 
-def test_a_single_file_cannot_be_a_link_out_of_its_folder(folder):
+def test_a_single_file_may_be_a_link_to_anywhere(folder):
     (folder / SINGLE).symlink_to(HF / SINGLE)
-    assert "a link that leads out of its folder" in error_of(folder)
+    assert_same(load(folder).params, load(HF).params)
+
+
+def test_a_link_to_nothing_is_named(folder):
+    (folder / SINGLE).symlink_to(folder / "nothing")
+    assert f"{SINGLE}: no such file" in error_of(folder)
 
 
 def test_a_link_inside_its_folder_is_followed(folder, stored):
@@ -488,3 +512,53 @@ def change(places: dict[str, str], how: Callable[[dict[str, str]], object]) -> d
 def test_an_index_that_disagrees_with_its_shards_is_an_error(folder, stored, how, message):
     write_index(folder, change(write_shards(folder, stored), how))
     assert message in error_of(folder)
+
+
+# What does not belong.
+
+
+def test_a_header_of_100_000_repeats_is_refused_at_once(folder):
+    write_raw(folder / SINGLE, b"{" + b",".join(b'"%d":1' % (i // 2) for i in range(100_000)) + b"}")
+    assert "malformed header: cannot be read as JSON: repeats" in error_of(folder)
+
+
+def test_a_deeper_config_than_the_weights_is_refused_before_it_is_traced(folder, stored):
+    settings = json.loads((HF / "config.json").read_text())
+    settings["text_config"]["num_hidden_layers"] = 256
+    (folder / "config.json").write_text(json.dumps(settings))
+    save_file(stored, folder / SINGLE)
+    assert "config.json describes 259 layers" in error_of(folder)
+
+
+def test_an_adapter_is_named(folder):
+    (folder / "config.json").unlink()
+    (folder / "adapter_config.json").write_text("{}")
+    (folder / "adapter_model.safetensors").write_bytes(b"")
+    assert "an adapter (LoRA, PEFT), not a model: merge it into its base first" in error_of(folder)
+
+
+@pytest.mark.parametrize("name", [SINGLE, "config.json", "generation_config.json"])
+def test_what_git_lfs_left_is_named(folder, stored, name):
+    save_file(stored, folder / SINGLE)
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 14\n")
+    assert f"{name}: a Git LFS pointer, not the file itself" in error_of(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_settings_that_are_a_link_out_of_the_folder_are_refused(folder, stored, name):
+    save_file(stored, folder / SINGLE)
+    (folder.parent / "elsewhere.json").write_bytes((HF / "config.json").read_bytes())
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("../elsewhere.json")
+    assert f"{name}: a link that leads out of its folder" in error_of(folder)
+
+
+@pytest.mark.parametrize("name", [SINGLE, INDEX, "config.json", "generation_config.json", "tokenizer.json"])
+def test_a_pipe_in_place_of_a_file_is_refused_at_once(folder, stored, name):
+    if name not in (SINGLE, INDEX):
+        save_file(stored, folder / SINGLE)
+    (folder / name).unlink(missing_ok=True)
+    if name == "tokenizer.json":
+        (folder / "preprocessor_config.json").write_text("{}")
+    os.mkfifo(folder / name)
+    assert f"{name}: cannot be read: a pipe, socket or device" in error_of(folder)

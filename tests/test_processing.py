@@ -237,7 +237,7 @@ def test_image_processor_runs_on_pillow_whatever_its_name(folder, processor, con
 
 def test_unknown_image_processor_is_an_error(folder, config):
     edit(folder / "preprocessor_config.json", image_processor_type="MadeUpImageProcessor")
-    with pytest.raises(UserError, match='no image processor "MadeUpImageProcessor" on Pillow'):
+    with pytest.raises(UserError, match='"MadeUpImageProcessor" is none of CLIPImageProcessor, LlavaImageProcessor'):
         Processor.from_pretrained(folder, config)
 
 
@@ -247,7 +247,7 @@ def test_incomplete_or_broken_folder_is_an_error(folder, config, name, content):
     (folder / name).unlink()
     if content is not None:
         (folder / name).write_text(content)
-    with pytest.raises(UserError, match="model: .*(half|cannot be loaded)"):
+    with pytest.raises(UserError, match="model.*(half|cannot be loaded|cannot be read as JSON)"):
         Processor.from_pretrained(folder, config)
 
 
@@ -384,7 +384,7 @@ def test_pixels_without_a_range_are_an_error(values):
 
 
 @pytest.mark.parametrize(
-    "shape, dtype", [((4, 4, 3), float), ((4, 4, 2), np.uint8), ((4,), np.uint8), ((0, 4, 3), np.uint8)]
+    "shape, dtype", [((4, 4, 3), int), ((4, 4, 2), np.uint8), ((4,), np.uint8), ((0, 4, 3), np.uint8)]
 )
 def test_other_arrays_are_an_error(shape, dtype):
     with pytest.raises(UserError, match="expected uint8"):
