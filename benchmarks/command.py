@@ -15,6 +15,7 @@ from sparsevlm_jax.options import note
 
 QUICK_SIDES = ("jax:dense", "jax:v1.5@192", "sdpa:dense", "faithful:v1.5@192")
 DEFAULT_SHAPES = ("small",)
+PHASES = ("tower", "prefill", "prefill_given", "generate")
 
 
 def bench(
@@ -38,8 +39,14 @@ def bench(
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Turns of every side that count.")] = 7,
     device: Annotated[str, typer.Option(metavar="auto|cpu|gpu", help="Where all sides run.")] = "auto",
     at_once: Annotated[
-        int | None, typer.Option(metavar="N", min=2, help="Workers alive together; default: as memory holds.")
+        int | None, typer.Option(metavar="N", min=2, help="Processes alive together; default: as memory holds.")
     ] = None,
+    phases: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Of tower, prefill, prefill_given, generate; default: all.")
+    ] = None,
+    gate_rows: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Rows of a 16-bit batch whose float32 answers are compared.")
+    ] = 2,
     break_even: Annotated[
         list[str] | None,
         typer.Option(metavar="METHOD", help="Repeat it. Find from how many visual tokens on the method pays."),
@@ -71,13 +78,15 @@ def bench(
     from benchmarks.sitting import Settings
 
     lengths = _numbers("--new-tokens", new_tokens)
-    settings = Settings(find_device(device), (1, *lengths), rounds=rounds, at_once=at_once)
+    settings = Settings(find_device(device), (1, *lengths), rounds=rounds, at_once=at_once, gate_rows=gate_rows)
+    if phases is not None:
+        settings = replace(settings, phases=_phases(phases))
     names = shape or list(DEFAULT_SHAPES)
     if quick:
         names, sides = ["quick"], list(sides or QUICK_SIDES)
         # So few rounds would not show what pruning itself costs: the prefill with given indices is left out.
-        phases = ("tower", "prefill", "generate")
-        settings = replace(settings, marks=(1, 16), warm_ups=1, rounds=min(rounds, 3), phases=phases)
+        timed = settings.phases or ("tower", "prefill", "generate")
+        settings = replace(settings, marks=(1, 16), warm_ups=1, rounds=min(rounds, 3), phases=timed)
     try:
         for cell in _cells(names, batch, text_tokens, visual_tokens, dtype):
             wanted = [Side.parse(text, cell.visual_tokens) for text in sides or default_sides(SHAPES[cell.shape])]
@@ -163,6 +172,14 @@ def _numbers(option: str, text: str) -> list[int]:
     if found[0] < 1:
         raise UserError(f"{option} {text}: expected numbers above 0, as in 1,8")
     return found
+
+
+def _phases(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    for name in names:
+        if name not in PHASES:
+            raise UserError(f"--phases {name}: expected some of {','.join(PHASES)}")
+    return names
 
 
 def _require_packages(names: Sequence[str]) -> None:

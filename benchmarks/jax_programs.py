@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -20,14 +20,15 @@ from jaxtyping import Array, Float, Int
 
 from benchmarks.weights import draw_of, numbers, values
 from sparsevlm_jax.config import LlavaConfig
-from sparsevlm_jax.llava import Llava, Params, Prompt, abstract_params, prefill
+from sparsevlm_jax.llava import Cache, Llava, Params, Prompt, abstract_params, prefill
 from sparsevlm_jax.schedule import Plan, Sparsity, StagePlan, make_plan
 from sparsevlm_jax.sparsify import take
 from sparsevlm_jax.weights import spec
 
 
+@lru_cache(maxsize=1)
 def draw_params(config: LlavaConfig, dtype: str) -> Params:
-    """The hash's weights as a parameter tree, made on the device."""
+    """The hash's weights as a parameter tree, made on the device; sides of one process share them."""
     tree = {}
     for name, entry in spec(abstract_params(config, jnp.dtype(dtype))).items():
         draw = draw_of(name, entry.hf_shape)
@@ -51,17 +52,20 @@ def _draw(
     return drawn if axes is None else drawn.transpose(axes)
 
 
-@partial(jax.jit, static_argnames=("config", "plan"))
-def choices(params: Params, prompt: Prompt, config: LlavaConfig, plan: Plan) -> list[tuple[Array, Array | None]]:
-    """Per pruning layer: which visual tokens are kept [b, l], and the places of the clusters' centres [b, c]."""
-    _, _, trace = prefill(params, prompt, config, plan, trace=True, max_new_tokens=0)
+@partial(jax.jit, static_argnames=("config", "plan", "room"))
+def recorded_prefill(
+    params: Params, prompt: Prompt, *, config: LlavaConfig, plan: Plan, room: int
+) -> tuple[Float[Array, "b vocab"], Cache, list[tuple[Array, Array | None]]]:
+    """The prefill, and per pruning layer: which visual tokens are kept [b, l], and the places of the clusters' centres
+    [b, c]."""
+    logits, cache, trace = prefill(params, prompt, config, plan, trace=True, max_new_tokens=room)
     assert trace is not None
     found = []
     for event in trace.events:
         selection, recycled = event.selection, event.recycled
         centers = None if recycled is None else take(selection.pool, recycled.centers)
         found.append((selection.kept, centers))
-    return found
+    return logits, cache, found
 
 
 def survivors(kept: np.ndarray, centers: np.ndarray | None, visual: slice) -> np.ndarray:

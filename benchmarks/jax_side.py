@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +18,7 @@ from benchmarks.timing import timed
 from sparsevlm_jax.attention import exact
 from sparsevlm_jax.cost import tower_xla_flops, xla_flops
 from sparsevlm_jax.decoding import Decoding, Sampler, decode, start
+from sparsevlm_jax.llava import Prompt
 from sparsevlm_jax.packing import shrink_markers
 from sparsevlm_jax.schedule import make_plan
 
@@ -54,16 +55,12 @@ class JaxRunner:
         self.ids, self.lengths = jnp.asarray(np.stack(rows)), jnp.full(cell.batch, len(rows[0]))
         self.prefix = int(np.argmax(rows[0] == self.config.image_token_id))
         self.sampler = Sampler(jnp.float32(1.0), jnp.float32(1.0))
-        embed = jax.jit(sv.embed, static_argnames=("config", "plan"))
-        self.prompt = embed(self.params, self.ids, self.lengths, self.pixels, config=self.config, plan=self.plan)
-        self.choices = self._choices()
-        self.programs = self._programs()
         self.compiled: dict[str, Any] = {}
 
     def prepare(self, phases: Sequence[str]) -> None:
         """Compiles what is only timed by itself: what the phases need, or everything."""
-        for name in self.programs:
-            if name not in NEEDED_TO_ANSWER and (not phases or name in phases):
+        for name in self._phases():
+            if not phases or name in phases:
                 self._compile(name)
 
     def compile(self) -> dict[str, Any]:
@@ -88,9 +85,9 @@ class JaxRunner:
         """What is timed by itself: name -> a call that returns when the device is done."""
 
         def phase(name: str) -> Callable[[], Any]:
-            return lambda: jax.block_until_ready(self.program(name)(*self.programs[name].args))
+            return lambda: jax.block_until_ready(self.program(name)(*self.describe(name).args))
 
-        return {name: phase(name) for name in self.programs if name not in NEEDED_TO_ANSWER}
+        return {name: phase(name) for name in self._phases()}
 
     def generate(self, marks: Sequence[int]) -> tuple[np.ndarray, list[float]]:
         """Answers greedily: tokens [b, marks[-1]], and the seconds from pixels until so many of them were there."""
@@ -107,15 +104,27 @@ class JaxRunner:
         """Visual tokens kept at each pruning layer, by row: places among those that stood there."""
         return [[(np.flatnonzero(row) - self.prefix).tolist() for row in kept] for kept, _ in self.choices]
 
-    def forced_logits(self, tokens: np.ndarray) -> np.ndarray:
-        """Logits [b, steps + 1, vocab] behind the prompt and behind each of the given tokens [b, steps]."""
+    @cached_property
+    def choices(self) -> list[Any]:
+        """What the prefill chooses, on the host: see `jax_programs.recorded_prefill`."""
+        return jax.device_get(self._recorded(0)[2]) if len(self.plan.stages) > 1 else []
+
+    def follow(self, steps: int, tokens: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Decodes along given tokens [b, steps], or along the likeliest ones.
+
+        Returns:
+          The tokens, and logits [b, steps + 1, vocab] behind the prompt and behind each token.
+        """
         step = jax.jit(partial(sv.decode_step, config=self.config, plan=self.plan), donate_argnums=2)
-        logits, cache, _ = self.phases()["prefill"]()
-        found = [np.asarray(logits)]
-        for column in tokens.T:
-            logits, cache = step(self.params, jnp.asarray(column), cache)
+        logits, cache, choices = self._recorded(self.room)
+        self.choices = jax.device_get(choices)
+        found, followed = [np.asarray(logits)], []
+        for number in range(steps):
+            column = found[-1].argmax(axis=-1) if tokens is None else tokens[:, number]
+            logits, cache = step(self.params, jnp.asarray(column, jnp.int32), cache)
+            followed.append(column)
             found.append(np.asarray(logits))
-        return np.stack(found, axis=1)
+        return np.stack(followed, axis=1), np.stack(found, axis=1)
 
     def facts(self) -> dict[str, Any]:
         """What is counted, not timed."""
@@ -148,12 +157,32 @@ class JaxRunner:
         """Peak of device memory of this process; None where the backend keeps no count."""
         return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
-    def _choices(self) -> list[Any]:
-        if len(self.plan.stages) == 1:
-            return []
-        return jax.device_get(jax_programs.choices(self.params, self.prompt, self.config, self.plan))
+    def _recorded(self, room: int) -> Any:
+        return jax_programs.recorded_prefill(self.params, self.prompt, config=self.config, plan=self.plan, room=room)
 
-    def _programs(self) -> dict[str, Program]:
+    def _phases(self) -> list[str]:
+        """What is timed by itself. v1's counts come from data: there is nothing to give beforehand."""
+        given = ["prefill_given"] * (len(self.plan.stages) > 1 and self.plan.sparsity.scale is None)
+        return [name for name in self.programs if name not in (*NEEDED_TO_ANSWER, *given)] + given
+
+    def describe(self, name: str) -> Program:
+        """A program and its arguments. What the prefill is given to choose is found when it is first asked for."""
+        if name not in self.programs:
+            assert name == "prefill_given"
+            given = (self.params, self.prompt, self._survivors())
+            static = {"config": self.config, "plan": self.plan, "room": self.room}
+            self.programs[name] = Program(jax_programs.prefill_given, given, static)
+        return self.programs[name]
+
+    @cached_property
+    def prompt(self) -> Prompt:
+        """The rows' embeddings. Compiled when first asked for: while workers start, others may be busy."""
+        embed = jax.jit(sv.embed, static_argnames=("config", "plan"))
+        return embed(self.params, self.ids, self.lengths, self.pixels, config=self.config, plan=self.plan)
+
+    @cached_property
+    def programs(self) -> dict[str, Program]:
+        """What can be run, by name; see `describe`."""
         config, plan, room = self.config, self.plan, self.room
         static = {"config": config, "plan": plan}
         encode = jax.jit(sv.encode_images, static_argnames=("config", "plan"))
@@ -164,16 +193,12 @@ class JaxRunner:
         starting = static | {"decoding": decoding}
         going_on = {"config": config, "stops": plan.stops, "decoding": decoding}
         state = jax.eval_shape(partial(start, **starting), *question)
-        programs = {
+        return {
             "tower": Program(encode, (self.params, self.pixels), static),
             "prefill": Program(prefill, (self.params, self.prompt), static | {"max_new_tokens": room}),
             "start": Program(start, question, starting),
             "decode": Program(decode, (self.params, state, jnp.int32(1), self.sampler), going_on),
         }
-        if self.choices and plan.sparsity.scale is None:  # v1's counts come from data: nothing to give beforehand
-            given = (self.params, self.prompt, self._survivors())
-            programs["prefill_given"] = Program(jax_programs.prefill_given, given, static | {"room": room})
-        return programs
 
     def _survivors(self) -> list[Any]:
         visual = (slice(self.prefix, self.prefix + stage.visual) for stage in self.plan.stages)
@@ -183,7 +208,7 @@ class JaxRunner:
         ]
 
     def _compile(self, name: str) -> float:
-        self.compiled[name], seconds = timed(self.programs[name].compile)
+        self.compiled[name], seconds = timed(self.describe(name).compile)
         return seconds
 
 

@@ -53,14 +53,31 @@ def worker_bytes(cell: Cell) -> int:
     return round(1.05 * weights) + attention + activations + 2**30
 
 
+def shares_a_process(side: Side, device: str) -> bool:
+    """Whether a side lives with others of a sitting in one process, on one copy of the weights.
+
+    On a GPU the JAX sides do: drawing 7B weights anew for each would take longer than timing them.
+    """
+    return device == "gpu" and side.engine == "jax"
+
+
 def seat(cell: Cell, sides: Sequence[Side], device: str, at_once: int | None) -> list[list[Side]]:
-    """Sides in sittings that memory holds, or of at most `at_once`; the first side is in each of them."""
+    """Sides in sittings that memory holds, or of at most `at_once` processes; the first side is in each of them."""
     if not sides:
         return []
-    first, others = sides[0], list(sides[1:])
     most = at_once or int(free_bytes(device) * RESERVE / worker_bytes(cell))
-    step = max(1, most - 1)
-    return [[first, *others[i : i + step]] for i in range(0, max(1, len(others)), step)]
+    sittings = [[sides[0]]]
+    for side in sides[1:]:
+        if len(sittings[-1]) > 1 and processes([*sittings[-1], side], device) > most:
+            sittings.append([sides[0]])
+        sittings[-1].append(side)
+    return sittings
+
+
+def processes(sides: Sequence[Side], device: str) -> int:
+    """How many processes the sides live in."""
+    sharing = [shares_a_process(side, device) for side in sides]
+    return sharing.count(False) + any(sharing)
 
 
 def environment(device: str) -> dict[str, Any]:

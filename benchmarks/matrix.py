@@ -5,7 +5,9 @@ Results grow: sides that a cell's file holds already are not run again.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,12 +17,10 @@ import numpy as np
 
 from benchmarks.agreement import Verdict, drift, shown, verdicts
 from benchmarks.files import read_json, write_json
-from benchmarks.machine import environment, seat
+from benchmarks.machine import RESERVE, environment, free_bytes, seat, worker_bytes
 from benchmarks.shapes import ONE_ROW, Cell, Side
 from benchmarks.sitting import Log, Settings, Sitting
 from benchmarks.worker import Worker, WorkerError
-
-GATE_ROWS = 2  # rows of a 16-bit batch that are compared with float32
 
 
 def run_cell(cell: Cell, sides: Sequence[Side], settings: Settings, folder: Path, log: Log) -> dict[str, Any]:
@@ -70,6 +70,8 @@ def _save(result: dict[str, Any], gate: Gate, file: Path) -> None:
                 gate.log(f"  {side.name} {verdict.status}: {verdict.detail}")
             for samples in result["sittings"]:
                 samples.pop(side.name, None)
+    for report in result["sides"].values():  # in 16 bit nobody is asked about a side that has no counterpart
+        report.setdefault("verdict", Verdict("alone", "")._asdict())
     write_json(file, result)
 
 
@@ -77,22 +79,24 @@ class Gate:
     """What every side of a cell answers in float32, kept in a file: cells that share the rows ask once.
 
     A float32 cell's own workers give the answers. For a 16-bit cell workers of their own do, from the batch's first
-    rows, and each side's 16-bit run is compared with them.
+    rows, for sides that another one has to agree with; each such side's 16-bit run is compared with its float32 run.
     """
 
     def __init__(self, cell: Cell, settings: Settings, folder: Path, log: Log) -> None:
         self.cell, self.settings, self.log = cell, settings, log
         if cell.dtype != "float32":
-            self.cell = replace(cell, batch=min(cell.batch, GATE_ROWS))
+            self.cell = replace(cell, batch=min(cell.batch, settings.gate_rows))
         self._file = folder / f"{self.cell.key}-{settings.gate_tokens}.json"
         self._kept: dict[str, dict[str, Any]] = read_json(self._file) if self._file.exists() else {}
 
     def ask(self, sides: Sequence[Side]) -> None:
-        """Has workers answer for the sides that have not, one after the other."""
-        for side in sides:
-            if side.name not in self._kept:
-                self.log(f"  {side.name}: comparing with its float32 run")
-                self._keep(side, _answer(self.cell, side, self.settings))
+        """Has workers answer for the sides that have not and that have a counterpart; on a GPU several at once."""
+        sides = list(dict.fromkeys(sides))
+        counts = Counter(side.counterpart for side in sides)
+        new = [side for side in sides if counts[side.counterpart] > 1 and side.name not in self._kept]
+        with ThreadPoolExecutor(self._at_once()) as pool:
+            for side, answer in zip(new, pool.map(self._answer, new), strict=True):
+                self._keep(side, answer)
 
     def keep(self, answers: dict[Side, Any]) -> None:
         """Takes answers of a float32 sitting; a string says why there is none."""
@@ -102,6 +106,13 @@ class Gate:
     def passes(self, side: Side) -> bool:
         """False where it is known that the side disagrees or fails."""
         return side.name not in self._kept or shown(self.verdict(side))
+
+    def _at_once(self) -> int:
+        """Float32 workers that the device's memory holds; a CPU's cores are busy with one."""
+        if self.settings.device == "cpu":
+            return 1
+        wide = replace(self.cell, dtype="float32")
+        return max(1, int(free_bytes(self.settings.device) * RESERVE / worker_bytes(wide)))
 
     @property
     def sides(self) -> list[Side]:
@@ -115,24 +126,22 @@ class Gate:
     def drift(self, side: Side) -> dict[str, Any] | None:
         return self._kept[side.name].get("drift")
 
+    def _answer(self, side: Side) -> dict[str, Any]:
+        """A side's float32 answer, and how far its 16-bit run drifts from it."""
+        self.log(f"  {side.name}: comparing with its float32 run")
+        steps, device = self.settings.gate_tokens, self.settings.device
+        try:
+            with TemporaryDirectory() as scratch:
+                files = [str(Path(scratch) / f"{name}.npy") for name in ("wide", "narrow")]
+                with Worker(replace(self.cell, dtype="float32"), side, steps, device) as wide:
+                    answer = wide.ask("follow", steps=steps, file=files[0])
+                with Worker(self.cell, side, steps, device) as narrow:
+                    forced = narrow.ask("follow", steps=steps, file=files[1], tokens=answer["tokens"])
+                found = drift(np.load(files[0]), np.load(files[1]), answer["selections"], forced["selections"])
+                return {"answer": answer, "drift": found._asdict()}
+        except WorkerError as error:
+            return {"error": str(error)}
+
     def _keep(self, side: Side, what: dict[str, Any]) -> None:
         self._kept[side.name] = {"side": asdict(side)} | what
         write_json(self._file, self._kept)
-
-
-def _answer(cell: Cell, side: Side, settings: Settings) -> dict[str, Any]:
-    """A side's float32 answer, and how far its 16-bit run drifts from it."""
-    tokens = settings.gate_tokens
-    try:
-        with TemporaryDirectory() as scratch:
-            files = [str(Path(scratch) / f"{name}.npy") for name in ("wide", "narrow")]
-            with Worker(replace(cell, dtype="float32"), side, tokens, settings.device) as wide:
-                answer = wide.ask("answer", new_tokens=tokens)
-                wide.ask("forced_logits", tokens=answer["tokens"], file=files[0])
-            with Worker(cell, side, tokens, settings.device) as narrow:
-                narrow.ask("forced_logits", tokens=answer["tokens"], file=files[1])
-                selections = narrow.ask("selections")
-            found = drift(np.load(files[0]), np.load(files[1]), answer["selections"], selections)
-            return {"answer": answer, "drift": found._asdict()}
-    except WorkerError as error:
-        return {"error": str(error)}

@@ -7,8 +7,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.machine import shares_a_process
 from benchmarks.shapes import Cell, Side
-from benchmarks.worker import Worker, WorkerError
+from benchmarks.worker import Process, Worker, WorkerError
 
 GATE_TOKENS = 16
 
@@ -23,7 +24,8 @@ class Settings:
       marks: new tokens after which the clock is read, ascending, 1 first; the last is the output's length.
       warm_ups, rounds: turns of every side that do not count, and that do.
       phases: which are timed; none for all of them.
-      at_once: workers alive together; None for as many as memory holds.
+      at_once: processes alive together; None for as many as memory holds.
+      gate_rows: rows of a 16-bit batch that are compared with float32.
     """
 
     device: str
@@ -32,6 +34,7 @@ class Settings:
     rounds: int = 7
     phases: tuple[str, ...] = ()
     at_once: int | None = None
+    gate_rows: int = 2
 
     @property
     def gate_tokens(self) -> int:
@@ -54,12 +57,12 @@ class Sitting:
         self.reports: dict[str, dict[str, Any]] = {}
         self.answers: dict[Side, Any] = {}
         self._workers: list[Worker] = []
+        self._shared: Process | None = None
 
     def run(self, sides: Sequence[Side]) -> None:
         with ExitStack() as stack:
-            alone = [[side] for side in sides]  # a GPU's compiler times its candidates: nothing may run beside it
-            for group in [sides] if self.settings.device == "cpu" else alone:
-                self._start(group, stack)
+            self._start(sides, stack)
+            self._prepare()
             for worker in list(self._workers):
                 self._warm_up(worker)
             for number in range(self.settings.rounds):
@@ -68,20 +71,33 @@ class Sitting:
             self._report()
 
     def _start(self, sides: Sequence[Side], stack: ExitStack) -> None:
-        """Starts workers and has them prepare, all at once: nothing is timed yet."""
+        """Starts workers, all at once: they draw their weights."""
         self.log(f"  starting {', '.join(side.name for side in sides)}")
         self.reports |= {side.name: {} for side in sides}
-        phases, room, device = self.settings.phases, self.settings.marks[-1], self.settings.device
-        started = []
-        for worker in [Worker(self.cell, side, room, device) for side in sides]:
+        room, device = self.settings.marks[-1], self.settings.device
+        for worker in [Worker(self.cell, side, room, device, self._process_of(side, stack)) for side in sides]:
             try:
-                started.append(stack.enter_context(worker))
-                worker.post("prepare", phases=phases)
+                self._workers.append(stack.enter_context(worker))
             except WorkerError as error:
                 self._fail(worker.side, error)
-        self._workers += started
-        for worker in started:
-            self._received(worker)
+
+    def _prepare(self) -> None:
+        """Has workers compile what is timed by itself, all at once on a CPU. A GPU's compiler times its candidates:
+        nothing may run beside it."""
+        alone = [[worker] for worker in self._workers]
+        for group in [list(self._workers)] if self.settings.device == "cpu" else alone:
+            for worker in group:
+                worker.post("prepare", phases=self.settings.phases)
+            for worker in group:
+                self._received(worker)
+
+    def _process_of(self, side: Side, stack: ExitStack) -> Process | None:
+        """The process that the side shares with others of this sitting; None for one of its own."""
+        if not shares_a_process(side, self.settings.device):
+            return None
+        if self._shared is None:
+            self._shared = stack.enter_context(Process(self.settings.device))
+        return self._shared
 
     def _warm_up(self, worker: Worker) -> None:
         """Compiles, answers for the comparison, and takes the turns that do not count."""

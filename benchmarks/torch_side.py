@@ -105,13 +105,16 @@ class TorchRunner:
         return []
 
     @torch.inference_mode()
-    def forced_logits(self, tokens: np.ndarray) -> np.ndarray:
-        """As `JaxRunner.forced_logits`."""
+    def follow(self, steps: int, tokens: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """As `JaxRunner.follow`."""
         logits, state = self.prefill(self.embeddings)
-        found = [logits.cpu()]
-        for column in torch.tensor(tokens, device=self.device).T:
-            found.append(self.step(column, state).cpu())
-        return torch.stack(found, dim=1).numpy()
+        found, followed = [logits.cpu()], []
+        for number in range(steps):
+            column = logits.argmax(dim=-1) if tokens is None else torch.tensor(tokens[:, number], device=self.device)
+            logits = self.step(column, state)
+            followed.append(column.cpu())
+            found.append(logits.cpu())
+        return torch.stack(followed, dim=1).numpy(), torch.stack(found, dim=1).numpy()
 
     @torch.inference_mode()
     def facts(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""One side in a process of its own: reads requests as JSON lines on stdin, answers them on stdout.
+"""A side in a process, mostly one of its own: reads requests as JSON lines on stdin, answers them on stdout.
 
-Whatever libraries print goes to stderr. A request is {"do": name, ...arguments}; an answer is {"ok": ...} or
-{"error": ...}.
+Whatever libraries print goes to stderr. A request is {"of": side, "do": name, ...arguments}; an answer is {"ok": ...}
+or {"error": ...}.
 """
 
 from __future__ import annotations
@@ -39,11 +39,10 @@ class WorkerError(RuntimeError):
     """A side that failed; its process is gone or of no more use."""
 
 
-class Worker:
-    """The parent's end. The process starts at once; use it as a context, which waits until it is ready and ends it."""
+class Process:
+    """The parent's end of a process in which sides live. It starts at once."""
 
-    def __init__(self, cell: Cell, side: Side, room: int, device: str) -> None:
-        self.side = side
+    def __init__(self, device: str) -> None:
         self._compiler_files = TemporaryDirectory(prefix="bench-")
         root = Path(__file__).parent.parent
         self._process = subprocess.Popen(
@@ -53,26 +52,20 @@ class Worker:
             text=True,
             env=_environment(device, self._compiler_files.name, root),
         )
-        self.post("begin", cell=asdict(cell), side=asdict(side), room=room, device=device)
 
-    def ask(self, what: str, **arguments: Any) -> Any:
-        """Has the worker do something, and waits.
-
-        Raises:
-          WorkerError: it failed, or is gone.
-        """
-        self.post(what, **arguments)
-        return self.receive()
-
-    def post(self, what: str, **arguments: Any) -> None:
-        """Has the worker do something; `receive` waits for it."""
+    def post(self, request: Mapping[str, Any]) -> None:
+        """Sends a request; `receive` waits for its answer."""
         assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # it is gone, as `receive` will find
-            self._process.stdin.write(json.dumps({"do": what, **arguments}) + "\n")
+            self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
 
     def receive(self) -> Any:
-        """The answer to what was posted. Raises as `ask` does."""
+        """The answer to the first request that has none yet.
+
+        Raises:
+          WorkerError: it failed, or the process is gone.
+        """
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -95,6 +88,53 @@ class Worker:
         self._process.stdout.close()
         self._compiler_files.cleanup()
 
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if exception[0] is not None:
+            self._process.kill()  # whatever it is doing, nobody waits for it
+        self.close()
+
+
+class Worker:
+    """The parent's end of a side. Use it as a context, which waits until the side is ready, and ends it.
+
+    Args:
+      process: where it lives, beside others; by default in one of its own.
+    """
+
+    def __init__(self, cell: Cell, side: Side, room: int, device: str, process: Process | None = None) -> None:
+        self.side = side
+        self._alone = process is None
+        self._process = Process(device) if process is None else process
+        self.post("begin", cell=asdict(cell), side=asdict(side), room=room, device=device, alone=self._alone)
+
+    def ask(self, what: str, **arguments: Any) -> Any:
+        """Has the worker do something, and waits.
+
+        Raises:
+          WorkerError: it failed, or is gone.
+        """
+        self.post(what, **arguments)
+        return self.receive()
+
+    def post(self, what: str, **arguments: Any) -> None:
+        """Has the worker do something; `receive` waits for it."""
+        self._process.post({"of": self.side.name, "do": what, **arguments})
+
+    def receive(self) -> Any:
+        """The answer to what was posted. Raises as `ask` does."""
+        return self._process.receive()
+
+    def close(self) -> None:
+        """Ends the side, and its process where that is its own."""
+        if self._alone:
+            self._process.close()
+        else:
+            with suppress(WorkerError):
+                self.ask("end")
+
     def __enter__(self) -> Worker:
         try:
             self.receive()
@@ -104,16 +144,17 @@ class Worker:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if exception[0] is not None:
-            self._process.kill()  # whatever it is doing, nobody waits for it
-        self.close()
+        if self._alone:
+            self._process.__exit__(*exception)
+        elif exception[0] is None:
+            self.close()
 
 
 class Service:
     """The worker's end: one runner, and what can be asked of it."""
 
-    def __init__(self, cell: Mapping[str, Any], side: Mapping[str, Any], room: int, device: str) -> None:
-        self.cell, self.side, self.device = Cell(**cell), Side(**side), device
+    def __init__(self, cell: Mapping[str, Any], side: Mapping[str, Any], room: int, device: str, alone: bool) -> None:
+        self.cell, self.side, self.device, self.alone = Cell(**cell), Side(**side), device, alone
         self.settled = 0  # resident bytes before what is timed
         if self.side.engine == "jax":
             from benchmarks.jax_side import JaxRunner
@@ -148,11 +189,11 @@ class Service:
         tokens, _ = self.runner.generate((new_tokens,))
         return {"tokens": tokens.tolist(), "selections": self.runner.selections()}
 
-    def forced_logits(self, tokens: list[list[int]], file: str) -> None:
-        np.save(file, self.runner.forced_logits(np.asarray(tokens)))
-
-    def selections(self) -> list[list[list[int]]]:
-        return self.runner.selections()
+    def follow(self, steps: int, file: str, tokens: list[list[int]] | None = None) -> dict[str, Any]:
+        """Decodes along given tokens, or greedily: the tokens by row and the selections; logits go to the file."""
+        followed, logits = self.runner.follow(steps, None if tokens is None else np.asarray(tokens))
+        np.save(file, logits)
+        return {"tokens": followed.tolist(), "selections": self.runner.selections()}
 
     def preprocess(self) -> float:
         """Seconds that the photograph takes to become one prompt's pixels, by CLIP's processor on Pillow."""
@@ -171,7 +212,8 @@ class Service:
     def report(self) -> dict[str, Any]:
         """What is known after the turns: memory, peaks of the device, versions."""
         peak = peak_resident_bytes()
-        memory = {"resident_peak": peak, "rise": peak - self.settled, "device_peak": self.runner.device_peak_bytes()}
+        device_peak = self.runner.device_peak_bytes() if self.alone else None  # the process's: of all its sides
+        memory = {"resident_peak": peak, "rise": peak - self.settled, "device_peak": device_peak}
         return {
             "memory": memory,
             "peaks": self.runner.calibrate(*CALIBRATION[self.device]),
@@ -193,15 +235,17 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted, and ends this process
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    service: Any = None
+    services: dict[str, Any] = {}
     for line in _requests():
         request = json.loads(line)
-        what = request.pop("do")
+        side, what, found = request.pop("of"), request.pop("do"), None
         try:
             if what == "begin":
-                service, found = Service(**request), None
+                services[side] = Service(**request)
+            elif what == "end":
+                services.pop(side, None)
             else:
-                found = getattr(service, what)(**request)
+                found = getattr(services[side], what)(**request)
             answer = {"ok": found}
         except UserError as error:
             answer = {"error": str(error)}

@@ -34,6 +34,7 @@ from sparsevlm_jax.options import (
     require_readable,
     spread_options,
 )
+from sparsevlm_jax.pictures import silence_pillow
 from sparsevlm_jax.schedule import Plan, Sparsity, make_plan
 from sparsevlm_jax.units import in_bytes, in_si
 from sparsevlm_jax.walkthrough import walk_through

@@ -32,6 +32,15 @@ def _dot_general(lhs: Array, rhs: Array, dims: Any, precision: Any = None, **opt
     return jax.lax.dot_general(lhs, rhs, dims, precision=exact(lhs.dtype), **options)
 
 
+def apart(x: Array, uses: int) -> list[Array]:
+    """The same array several times over, as values that XLA does not know to be equal.
+
+    Products of one value with several matrices are otherwise merged on GPUs by joining the matrices first, at every
+    call: 1.4 ms of LLaVA-1.5-7B's prefill on an H100. What computes the value is not repeated for each use, either.
+    """
+    return jax.lax.optimization_barrier([x] * uses)
+
+
 def linear(features: int, use_bias: bool) -> nn.Dense:
     """A dense layer in the dtype of its input; float32 is computed as float32 on every backend."""
     return nn.Dense(features, use_bias=use_bias, dot_general=_dot_general)
@@ -65,18 +74,19 @@ class Attention(nn.Module):
     def __call__(
         self, x: Float[Array, "b l d"], positions: Int[Array, "b l"], attend: Attend
     ) -> tuple[Float[Array, "b l d"], Any]:
-        query, key = self.queries_and_keys(x, positions)
-        attended, extra = attend(query, key, self.v_proj(x).reshape(*x.shape[:2], -1, self.config.head_dim))
+        for_query, for_key, for_value = apart(x, 3)
+        query, key = self.queries_and_keys(for_query, for_key, positions)
+        attended, extra = attend(query, key, self.v_proj(for_value).reshape(*x.shape[:2], -1, self.config.head_dim))
         return self.o_proj(attended.reshape(*x.shape[:2], -1)), extra
 
     def queries_and_keys(
-        self, x: Float[Array, "b l d"], positions: Int[Array, "b l"]
+        self, for_query: Float[Array, "b l d"], for_key: Float[Array, "b l d"], positions: Int[Array, "b l"]
     ) -> tuple[Float[Array, "b l n h"], Float[Array, "b l k h"]]:
-        """Rotated, by head."""
+        """Rotated, by head. Both get one input, `apart`."""
         c = self.config
-        heads = (*x.shape[:2], -1, c.head_dim)
-        query = apply_rope(self.q_proj(x).reshape(heads), positions, c.rope_theta)
-        return query, apply_rope(self.k_proj(x).reshape(heads), positions, c.rope_theta)
+        heads = (*for_query.shape[:2], -1, c.head_dim)
+        query = apply_rope(self.q_proj(for_query).reshape(heads), positions, c.rope_theta)
+        return query, apply_rope(self.k_proj(for_key).reshape(heads), positions, c.rope_theta)
 
 
 class MLP(nn.Module):
@@ -91,7 +101,8 @@ class MLP(nn.Module):
         self.down_proj = linear(c.hidden_size, c.mlp_bias)
 
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-        return self.down_proj(ACTIVATIONS[self.config.hidden_act](self.gate_proj(x)) * self.up_proj(x))
+        for_gate, for_up = apart(x, 2)
+        return self.down_proj(ACTIVATIONS[self.config.hidden_act](self.gate_proj(for_gate)) * self.up_proj(for_up))
 
 
 class DecoderLayer(nn.Module):
@@ -116,7 +127,8 @@ class DecoderLayer(nn.Module):
         self, x: Float[Array, "b l d"], positions: Int[Array, "b l"]
     ) -> tuple[Float[Array, "b l n h"], Float[Array, "b l k h"]]:
         """What this layer would ask and answer to on an input, without running it."""
-        return self.self_attn.queries_and_keys(self.input_layernorm(x), positions)
+        for_query, for_key = apart(self.input_layernorm(x), 2)
+        return self.self_attn.queries_and_keys(for_query, for_key, positions)
 
 
 class Llama(nn.Module):

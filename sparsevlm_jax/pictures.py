@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import re
 import struct
 import warnings
@@ -124,7 +125,7 @@ def _opened(source: Any, name: str) -> Iterator[Image.Image]:
         raise UserError(f"{type(source).__name__} is none: give the name of a file, a Pillow picture or an array")
 
 
-def identify(stream: BinaryIO, file: Path) -> Image.Image:
+def identify(stream: BinaryIO | io.BytesIO, file: Path) -> Image.Image:
     """A picture file of one of FORMATS, whose size is known and nothing else. As Pillow's own `open`, but for its check
     of the size: that one warns, and a warning can only be caught by changing the filters of the whole process."""
     Image.init()

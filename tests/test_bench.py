@@ -15,13 +15,13 @@ import pytest
 import torch
 from flax import traverse_util
 
-from benchmarks import agreement, break_even, jax_programs, matrix, metrics, report, timing, weights
+from benchmarks import agreement, break_even, jax_programs, matrix, metrics, report, sitting, timing, weights
 from benchmarks.files import put_between, write_json
 from benchmarks.jax_side import JaxRunner
 from benchmarks.machine import seat
 from benchmarks.profile import OTHER, phase_of, phases_of
 from benchmarks.shapes import SHAPES, Cell, Side, default_sides
-from benchmarks.sitting import Settings
+from benchmarks.sitting import Settings, Sitting
 from benchmarks.torch_side import runner
 from benchmarks.torch_weights import fill, load
 from benchmarks.worker import Worker, WorkerError
@@ -155,7 +155,10 @@ def test_jax_and_pytorch_agree_from_pixels_to_tokens() -> None:
     np.testing.assert_array_equal(tokens, others)
     assert ours.selections() == theirs.selections()
     assert len(seconds) == 2 and seconds[0] < seconds[1]
-    np.testing.assert_allclose(ours.forced_logits(tokens), theirs.forced_logits(tokens), atol=1e-3)
+    followed, logits = ours.follow(tokens.shape[1])
+    np.testing.assert_array_equal(followed, tokens)
+    for side in (ours, theirs):
+        np.testing.assert_allclose(side.follow(tokens.shape[1], tokens)[1], logits, atol=1e-3)
 
 
 def test_a_side_that_disagrees_is_told_by_its_first_difference() -> None:
@@ -305,6 +308,39 @@ def test_sittings_hold_as_many_as_are_allowed_and_always_the_first() -> None:
     assert all(sitting[0] == DENSE for sitting in sittings)
 
 
+def test_jax_sides_take_one_seat_on_a_gpu() -> None:
+    pruned, torch_sides = [Side("jax", "v1.5", n) for n in (8, 6, 4)], [Side("sdpa", "dense"), Side("eager", "dense")]
+    sittings = seat(CELL, [DENSE, *torch_sides, *pruned], "gpu", at_once=2)
+    assert sittings == [[DENSE, torch_sides[0]], [DENSE, torch_sides[1], *pruned]]
+
+
+def test_sides_that_share_a_process_answer_as_those_that_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for together in (False, True):
+        monkeypatch.setattr(sitting, "shares_a_process", lambda side, device, together=together: together)
+        run = Sitting(CELL, Settings("cpu", (1, 4), warm_ups=0, rounds=1, phases=("generate",)), lambda message: None)
+        run.run([DENSE, PRUNED])
+        found.append(run)
+    assert found[0].answers == found[1].answers and set(found[1].answers) == {DENSE, PRUNED}
+    assert [list(run.samples) for run in found] == [[DENSE.name, PRUNED.name]] * 2
+
+
+def test_in_16_bit_only_sides_with_a_counterpart_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def answer(gate: matrix.Gate, side: Side) -> dict[str, Any]:
+        asked.append(side.name)
+        return {"answer": {"tokens": [[1]], "selections": []}, "drift": None}
+
+    monkeypatch.setattr(matrix, "Sitting", _Sitting)
+    monkeypatch.setattr(matrix.Gate, "_answer", answer)
+    sides = [DENSE, PRUNED, Side("sdpa", "dense")]
+    found = matrix.run_cell(replace(CELL, dtype="bfloat16"), sides, Settings("cpu"), tmp_path, lambda message: None)
+    assert asked == [DENSE.name, "sdpa:dense"]
+    statuses = {name: side["verdict"]["status"] for name, side in found["sides"].items()}
+    assert statuses == {DENSE.name: "agrees", PRUNED.name: "alone", "sdpa:dense": "agrees"}
+
+
 def test_no_more_tokens_are_compared_than_caches_have_room_for() -> None:
     assert Settings("cpu", (1, 8)).gate_tokens == 8
     assert Settings("cpu", (1, 16, 128)).gate_tokens == 16
@@ -330,7 +366,8 @@ def test_a_worker_ends_in_the_middle_of_its_work_when_its_parent_is_gone() -> No
     with subprocess.Popen(
         [sys.executable, "-m", "benchmarks.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as worker:
-        begin = {"do": "begin", "cell": asdict(CELL), "side": asdict(DENSE), "room": 4, "device": "cpu"}
+        what = {"cell": asdict(CELL), "side": asdict(DENSE), "room": 4, "device": "cpu", "alone": True}
+        begin = {"of": DENSE.name, "do": "begin", **what}
         answers, _ = worker.communicate(json.dumps(begin) + "\n", timeout=60)
     assert worker.returncode == 0 and not answers
 

@@ -154,9 +154,8 @@ def test_a_method_that_draws_takes_its_seed_traced() -> None:
     plan = make_plan(sparsity("random", keep_at=((0, 9),), seed=4), FRESH, 16, 12)
     unseeded = replace(plan, sparsity=replace(plan.sparsity, seed=None))
     batch, weights = models.prompt([(3, 16, 5)], text=12, visual=16), models.params(FRESH)
-    traced: Any = jax.jit(
-        partial(prefill, config=FRESH, plan=unseeded, max_new_tokens=0), compiler_options=models.QUICK
-    )
+    run = partial(prefill, config=FRESH, plan=unseeded, max_new_tokens=0)
+    traced: Any = jax.jit(run, compiler_options=models.QUICK)
     of_plan = models.compiled_prefill(FRESH, plan, 0)(weights, batch)[0]
     np.testing.assert_array_equal(traced(weights, batch, seed=jnp.uint32(4))[0], of_plan)
     assert np.any(np.asarray(traced(weights, batch, seed=jnp.uint32(5))[0]) != np.asarray(of_plan))
