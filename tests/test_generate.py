@@ -154,7 +154,7 @@ def test_one_picture_goes_with_every_question_and_through_the_tower_once(
         ([{"role": "assistant", "content": "no"}], "messages by assistant: expected user and assistant in turn"),
         ([{"content": "no"}], "messages by None: expected user"),
         ([{"role": "system", "content": "no"}], "messages by nobody: expected user"),
-        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:x"}}]}], "URL: not a picture"),
+        ([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:x"}}]}], "in a data: URL: "),
     ],
 )
 def test_what_is_no_question_is_one_clear_error(model: Model, prompts: Any, message: str) -> None:
