@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.options import note
 
 QUICK_SIDES = ("jax:dense", "jax:v1.5@192", "sdpa:dense", "faithful:v1.5@192")
 DEFAULT_SHAPES = ("small",)
@@ -191,4 +191,4 @@ def _require_packages(names: Sequence[str]) -> None:
 
 
 def _log(message: str) -> None:
-    print(f"sparsevlm: {message}", file=sys.stderr, flush=True)
+    note(message)

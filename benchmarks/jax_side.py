@@ -189,13 +189,15 @@ class JaxRunner:
         prefill = jax.jit(sv.prefill, static_argnames=("config", "plan", "max_new_tokens"))
         keys = jax.random.split(jax.random.key(0), self.cell.batch)
         question = (self.params, self.ids, self.lengths, self.pixels, keys, self.sampler)
-        decoding = static | {"decoding": Decoding(room, True, ())}
-        state = jax.eval_shape(partial(start, **decoding), *question)
+        decoding = Decoding(room, True, ())
+        starting = static | {"decoding": decoding}
+        going_on = {"config": config, "stops": plan.stops, "decoding": decoding}
+        state = jax.eval_shape(partial(start, **starting), *question)
         return {
             "tower": Program(encode, (self.params, self.pixels), static),
             "prefill": Program(prefill, (self.params, self.prompt), static | {"max_new_tokens": room}),
-            "start": Program(start, question, decoding),
-            "decode": Program(decode, (self.params, state, jnp.int32(1), self.sampler), decoding),
+            "start": Program(start, question, starting),
+            "decode": Program(decode, (self.params, state, jnp.int32(1), self.sampler), going_on),
         }
 
     def _survivors(self) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.options import note
 
 _HELP = "SRC DST, with --to-hf CKPT OUT, with --check CKPT"
 
@@ -43,20 +43,20 @@ def convert(
 
         with _progress("checking") as watch:
             count = run_check(Path(paths[0]), watch)
-        _note(f"{paths[0]}: {count} tensors and all files are as they were written")
+        note(f"{paths[0]}: {count} tensors and all files are as they were written")
     elif to_hf:
         from convert.reverse import to_hf as run_to_hf
 
         with _progress("writing") as watch:
             files = run_to_hf(Path(paths[0]), Path(paths[1]), watch)
-        _note(f"{paths[1]}: complete, {files} weight file{'s' if files > 1 else ''}")
+        note(f"{paths[1]}: complete, {files} weight file{'s' if files > 1 else ''}")
     else:
         from convert.run import convert as run_convert
 
         with _progress("converting") as watch:
             result = run_convert(*paths, dtype=dtype, revision=revision, vision_tower=vision_tower, watch=watch)
         resumed = f", {result.resumed} of them already there" if result.resumed else ""
-        _note(f"{paths[1]}: complete, {result.nbytes / 1e9:.2f} GB in {result.groups} groups{resumed}")
+        note(f"{paths[1]}: complete, {result.nbytes / 1e9:.2f} GB in {result.groups} groups{resumed}")
         if verify:
             from convert.verify import verify as run_verify
 
@@ -121,7 +121,3 @@ def _progress(verb: str) -> Iterator[Any]:
     finally:
         if tasks:
             progress.stop()
-
-
-def _note(message: str) -> None:
-    print(f"sparsevlm: {message}", file=sys.stderr)

@@ -18,6 +18,8 @@ from sparsevlm_jax.llava import (
 from sparsevlm_jax.methods import METHODS, sparsity
 from sparsevlm_jax.schedule import Plan, Sparsity, StagePlan, make_plan
 
+__version__ = "0.1.0"
+
 __all__ = [
     "METHODS",
     "PRESETS",

@@ -2,6 +2,10 @@
 
 Both are exact: "again" answers as a fresh run of the whole conversation does, "first" as if the first question's prompt
 had been decoded on, token by token. The vision tower runs once in either case.
+
+The conversation is rendered and tokenized as a whole for every question. Tokenized again, an answer may come out in
+other tokens than the model chose: "again" then reads those of the text, as a fresh run does; "first" keeps in its cache
+what the model chose, and adds what stands behind the answer in the whole conversation.
 """
 
 from __future__ import annotations
@@ -18,11 +22,20 @@ from jaxtyping import Array, Float, Int
 from sparsevlm_jax.checkpoint import Model
 from sparsevlm_jax.config import LlavaConfig
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.generate import Generation, Run, require_processor
+from sparsevlm_jax.generate import (
+    Generation,
+    Run,
+    as_sparsity,
+    pictures_by_prompt,
+    require_finite,
+    require_limit,
+    require_processor,
+)
 from sparsevlm_jax.llava import Cache, Params, Pictures, decode_step, encode_images
+from sparsevlm_jax.messages import Conversation
 from sparsevlm_jax.packing import TEXT_BUCKETS, bucket
 from sparsevlm_jax.processing import ImageLike
-from sparsevlm_jax.schedule import SHRINKING, Plan, Sparsity, make_plan
+from sparsevlm_jax.schedule import SHRINKING, Sparsity, make_plan
 
 SELECTIONS = ("again", "first")
 
@@ -32,14 +45,15 @@ class Chat:
 
     Attributes:
       ids: the conversation so far, int32, answers included.
+      turns: its questions and answers.
     """
 
     def __init__(
         self,
         model: Model,
-        images: Sequence[ImageLike],
+        images: ImageLike | Sequence[ImageLike] | None,
         *,
-        sparsity: Sparsity | None = None,
+        sparsity: Sparsity | str | None = None,
         selection: str = "again",
         max_new_tokens: int = 128,
         room: int = 1024,
@@ -49,8 +63,8 @@ class Chat:
 
         Args:
           model: from `load`, with its processor.
-          images: all pictures of the conversation.
-          sparsity: what to prune; by default v1.5 with a third of the visual tokens.
+          images: all pictures of the conversation; None or an empty list for none.
+          sparsity: what to prune, or a method's name; by default v1.5 with a third of the visual tokens.
           selection: "again" prunes for every question anew, guided by all text after the pictures; what an earlier
             question dropped can come back, and every question costs a prefill. "first" keeps what the first question
             selected and only decodes on: cheaper, and blind to what that question did not ask about.
@@ -59,19 +73,22 @@ class Chat:
           aspect: "pad", "crop", or None for what the checkpoint's processor says.
 
         Raises:
-          UserError: a model without processor, or another selection.
+          UserError: a model without processor, another selection, or a limit that is no number of tokens.
         """
         if selection not in SELECTIONS:
             raise UserError(f'selection is "{selection}": expected {" or ".join(SELECTIONS)}')
+        require_limit("max_new_tokens", max_new_tokens)
+        require_limit("room", room)
         self.model = model
         self.processor = require_processor(model)
-        self.images = list(images)
-        self.sparsity = sparsity or Sparsity.v15()
+        (self.images,) = pictures_by_prompt(images, 1)
+        self.sparsity = as_sparsity(sparsity)
         self.selection = selection
         self.max_new_tokens = max_new_tokens
         self.room = room if selection == "first" else max_new_tokens
         self.aspect = aspect
         self.ids = np.zeros(0, np.int32)
+        self.turns: list[tuple[str, str]] = []
         self._pictures: Pictures | None = None
         self._run: Run | None = None
         self._cache: Cache | None = None
@@ -82,18 +99,31 @@ class Chat:
         """Answers the next question.
 
         Raises:
-          UserError: a picture that cannot be read, or more conversation than the model or the cache has room for. The
-            conversation is then as it was before the question.
+          UserError: a picture that cannot be read, more conversation than the model or the cache has room for, or
+            logits that are not finite. The conversation is then as it was before the question; after logits that were
+            not finite, "first" selects anew.
         """
-        if len(self.ids):
-            ids = np.concatenate([self.ids, self.processor.next_turn(question)])
+        if self.turns:
+            ids = self._next_ids(question)
         else:
             inputs = self.processor([self.images], [question], self.aspect)
             ids = inputs.ids[0]
             self._pictures = self._encode(inputs.pixel_values) if len(inputs.pixel_values) else None
         answer = self._prefill(ids) if self._cache is None else self._go_on(ids)
+        if not all(answer.finite):
+            self._cache = None
+        require_finite(answer, self.model.params)
         self.ids = np.concatenate([ids, np.asarray(answer.tokens[0], np.int32)])
-        return self.processor.decode(answer.tokens[0])
+        self.turns.append((question, self.processor.decode(answer.tokens[0])))
+        return self.turns[-1][1]
+
+    def _next_ids(self, question: str) -> np.ndarray:
+        """The conversation with another question."""
+        talk = Conversation(question, tuple(self.turns))
+        whole, behind = self.processor.next_turn(talk, len(self.images))
+        if self.selection == "again" or np.array_equal(whole[: len(self.ids)], self.ids):
+            return whole
+        return np.concatenate([self.ids, behind])
 
     def _prefill(self, ids: np.ndarray) -> Generation:
         """The whole conversation, pruned for its last question."""
@@ -110,7 +140,7 @@ class Chat:
         state = run.decode(run.prefill(), self.max_new_tokens)
         if self.selection == "first":
             self._run, self._cache, self._prompt_length = run, state.cache, len(ids)
-            self._in_cache = len(ids) + int(state.steps) - 1
+            self._in_cache = len(ids) + int(jax.device_get(state.steps)) - 1
         return run.result(state)
 
     def _go_on(self, ids: np.ndarray) -> Generation:
@@ -130,23 +160,34 @@ class Chat:
         new = np.zeros(bucket(first, TEXT_BUCKETS, "the question"), np.int32)
         new[:first] = ids[self._in_cache :]
         logits, cache = feed(
-            self.model.params, jnp.asarray(new), jnp.int32(first), cache, config=self.model.config, plan=run.plan
+            self.model.params,
+            jax.device_put(new),
+            jax.device_put(np.int32(first)),
+            cache,
+            config=self.model.config,
+            stops=run.plan.stops,
         )
         state = run.decode(run.resume(logits, cache), self.max_new_tokens)
         self._cache = state.cache
-        self._in_cache = len(ids) + int(state.steps) - 1
+        self._in_cache = len(ids) + int(jax.device_get(state.steps)) - 1
         return run.result(state)
 
     def _encode(self, pixel_values: np.ndarray) -> Pictures:
         config = self.model.config
         visual = len(pixel_values) * config.tokens_per_image
         plan = make_plan(self.sparsity, config, visual) if self.sparsity.method in SHRINKING else None
-        return _encode(self.model.params, jnp.asarray(pixel_values), config=config, plan=plan)
+        return _encode(self.model.params, jax.device_put(pixel_values), config=config, plan=plan)
 
 
-@partial(jax.jit, static_argnames=("config", "plan"), donate_argnames=("cache",))
+@partial(jax.jit, static_argnames=("config", "stops"), donate_argnames=("cache",))
 def feed(
-    params: Params, ids: Int[Array, "t"], count: Int[Array, ""], cache: Cache, *, config: LlavaConfig, plan: Plan
+    params: Params,
+    ids: Int[Array, "t"],
+    count: Int[Array, ""],
+    cache: Cache,
+    *,
+    config: LlavaConfig,
+    stops: tuple[int, ...],
 ) -> tuple[Float[Array, "1 vocab"], Cache]:
     """Runs the first `count` of some given ids through the decoder, one by one, as if they had been generated.
 
@@ -155,7 +196,7 @@ def feed(
     """
 
     def step(index: Array, carry: tuple[Array, Cache]) -> tuple[Array, Cache]:
-        return decode_step(params, ids[index][None], carry[1], config, plan)
+        return decode_step(params, ids[index][None], carry[1], config, stops)
 
     empty = jnp.zeros((1, config.text.vocab_size), jnp.float32)
     return jax.lax.fori_loop(0, count, step, (empty, cache))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import jax
@@ -15,11 +15,13 @@ import typer
 
 from benchmarks.command import bench
 from convert import commands
+from sparsevlm_jax import __version__
 from sparsevlm_jax.checkpoint import Model
 from sparsevlm_jax.config import PRESETS, LlavaConfig
 from sparsevlm_jax.cost import Cost, cost, tower_xla_flops
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.explain.command import explain
+from sparsevlm_jax.files import user_path
 from sparsevlm_jax.generate import Generation, pieces, require_processor, settings_for, stream_ids
 from sparsevlm_jax.options import (
     Aspect,
@@ -42,9 +44,30 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+# What `plan` counts: far beyond any model's context, and well within what XLA can count.
+MOST_IMAGES, MOST_TEXT_TOKENS = 100, 100_000
+_LOST = (errno.EPIPE, errno.ENOSPC, errno.EBADF, errno.EIO)
+
 Json = Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")]
+
+
+def _print_version(wanted: bool) -> bool:
+    if wanted:
+        print(f"sparsevlm {__version__}")
+        raise typer.Exit()
+    return wanted
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -80,7 +103,7 @@ def ask(
     require_readable(image or [], question)
     loaded = source.load()
     processor = require_processor(loaded)
-    inputs = processor([image or []] * len(question), question, aspect)
+    inputs = processor([image or []], question, aspect)
     instalments = stream_ids(
         loaded.params,
         loaded.config,
@@ -90,7 +113,7 @@ def ask(
         **settings_for(loaded, sparsity, max_new_tokens, temperature, top_p, seed),
     )
     result = None
-    for piece, instalment in pieces(instalments, processor):
+    for piece, instalment in pieces(instalments, processor, loaded.params):
         result = instalment
         if stream:
             print(piece, end="", flush=True)
@@ -110,15 +133,17 @@ def plan(
     *,
     model: Annotated[str, typer.Option(metavar="NAME_OR_DIR", help=f"{', '.join(PRESETS)}, or a folder.")],
     pruning: PruningOptions,
-    images: Annotated[int, typer.Option(metavar="N", min=1, help="Pictures in the prompt.")] = 1,
-    text_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="All tokens that are not visual.")] = 118,
+    images: Annotated[int, typer.Option(metavar="N", min=1, max=MOST_IMAGES, help="Pictures in the prompt.")] = 1,
+    text_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, max=MOST_TEXT_TOKENS, help="All tokens that are not visual.")
+    ] = 118,
     as_json: Json = False,
 ) -> None:
     """Shows what a schedule keeps and what it costs, against dense. Needs no weights."""
     sparsity = pruning.sparsity()
-    if model not in PRESETS and not Path(model).exists():
+    if model not in PRESETS and not user_path(model).exists():
         raise UserError(f"--model {model}: neither a folder nor one of {', '.join(PRESETS)}")
-    config = PRESETS[model]() if model in PRESETS else LlavaConfig.from_file(model)
+    config = PRESETS[model]() if model in PRESETS else LlavaConfig.from_file(user_path(model))
     visual = images * config.tokens_per_image
     dense, pruned = (make_plan(s, config, visual, text_tokens) for s in (Sparsity.dense(), sparsity))
     dense_cost, pruned_cost = (cost(config, p, text_tokens) for p in (dense, pruned))
@@ -149,22 +174,66 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it misses torch, and finds long prompts too long
     _keep_compiled_programs()
     silence_pillow()
+    sys.exit(_run())
+
+
+def _run() -> int:
+    """The command's exit code."""
     try:
+        if sys.stdout is None:
+            raise UserError("stdout is closed: there is nowhere to print to")
         code = typer.main.get_command(app).main(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
         sys.stdout.flush()
+        return code
     except UserError as error:
-        code = _fail(str(error))
-    except BrokenPipeError:
-        # Who reads stdout has seen enough. Python would flush what is left at exit, and complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
+        return _fail(str(error))
     except Exception as error:
-        # Typer's usage errors know how to say what is wrong; what else arrives here is a bug and keeps its traceback.
-        say = getattr(error, "format_message", None)
-        if say is None:
-            raise
-        code = _fail(f"{say().rstrip('.')} (--help lists the options)")
-    sys.exit(code)
+        return _explained(error)
+
+
+def _explained(error: Exception) -> int:
+    """What else goes wrong outside of this program in one line; a bug keeps its traceback."""
+    lost = _lost_stdout(error)
+    if isinstance(lost, BrokenPipeError):
+        return 1  # who reads it has seen enough
+    if lost is not None:
+        return _fail(f"stdout cannot be written: {lost.strerror or lost}")
+    # Typer's usage errors know how to say what is wrong.
+    say = getattr(error, "format_message", None)
+    if say is not None:
+        return _fail(f"{say().rstrip('.')} (--help lists the options)")
+    reason = _missing_backend()
+    if reason is not None:
+        return _fail(reason)
+    raise error
+
+
+def _lost_stdout(error: Exception) -> OSError | None:
+    """Why stdout takes no more; Python would try again at exit, and complain, so it leads nowhere from here on."""
+    # Files that cannot be written are UserErrors: what fails in writing and names no file is stdout.
+    lost = error if isinstance(error, OSError) and error.filename is None and error.errno in _LOST else None
+    try:
+        sys.stdout.flush()
+    except OSError as late:
+        lost = late
+    if lost is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return lost
+
+
+def _missing_backend() -> str | None:
+    """What is wrong where jax finds no device to run on; None if it does."""
+    try:
+        jax.devices()
+    except Exception as error:  # which ones depends on the backend
+        wanted = os.environ.get("JAX_PLATFORMS")
+        if not wanted:
+            return f"jax finds no device: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        return (
+            f"JAX_PLATFORMS={wanted}: jax has no such backend here; install it (on NVIDIA "
+            'pip install "sparsevlm_jax[cuda12]") or unset the variable'
+        )
+    return None
 
 
 def _fail(message: str) -> int:
@@ -173,10 +242,12 @@ def _fail(message: str) -> int:
 
 
 def _keep_compiled_programs() -> None:
-    """Keeps compiled programs between calls of the command, unless the user has chosen where."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sparsevlm_jax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+    """Keeps compiled programs between calls of the command, unless the user has chosen where or has no home."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if os.path.isabs(folder):  # without HOME and an entry in passwd it stays "~/.cache"
+        jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "sparsevlm_jax", "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 

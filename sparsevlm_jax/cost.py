@@ -43,6 +43,7 @@ def cost(config: LlavaConfig, plan: Plan, text_tokens: int) -> Cost:
 def xla_flops(config: LlavaConfig, plan: Plan, text_tokens: int) -> float:
     """XLA's cost analysis of the lowered decoder."""
     config = replace(config, attention="xla")  # a library's kernel would be opaque
+    plan = replace(plan, text_tokens=None)  # it may have been made for a padded prompt
     length = text_tokens + plan.visual_tokens
     prompt = jax.eval_shape(
         lambda: Prompt(

@@ -43,6 +43,7 @@ class State(NamedTuple):
     tokens: Int[Array, "b g"]
     counts: Int[Array, "b"]  # tokens chosen in each row, its end token included
     done: Bool[Array, "b"]
+    finite: Bool[Array, "b"]  # whether all logits were numbers that a token of the row was chosen by
     steps: Int[Array, ""]  # tokens chosen in the rows that are not done
     keys: Array  # a PRNG key per row
 
@@ -55,18 +56,19 @@ def start(
     pictures: Float[Array, "m 3 height width"] | Pictures | None,
     keys: Array,
     sampler: Sampler,
+    seed: Array | None = None,
     *,
     config: LlavaConfig,
     plan: Plan,
     decoding: Decoding,
 ) -> State:
-    """Prefill and the first token."""
+    """Prefill and the first token. `seed` is of methods that draw random numbers."""
     prompt = embed(params, input_ids, lengths, pictures, config, plan)
-    logits, cache, _ = prefill(params, prompt, config, plan, max_new_tokens=decoding.room)
+    logits, cache, _ = prefill(params, prompt, config, plan, max_new_tokens=decoding.room, seed=seed)
     return first_token(logits, cache, keys, sampler, decoding=decoding)
 
 
-@partial(jax.jit, static_argnames=("config", "plan", "decoding"), donate_argnames=("state",))
+@partial(jax.jit, static_argnames=("config", "stops", "decoding"), donate_argnames=("state",))
 def decode(
     params: Params,
     state: State,
@@ -74,17 +76,20 @@ def decode(
     sampler: Sampler,
     *,
     config: LlavaConfig,
-    plan: Plan,
+    stops: tuple[int, ...],
     decoding: Decoding,
 ) -> State:
-    """Decodes until every row has ended or `limit` tokens are chosen; `limit` is traced, at most `decoding.room`."""
+    """Decodes until every row has ended or `limit` tokens are chosen; `limit` is traced, at most `decoding.room`.
+
+    Of the plan it takes the `stops` alone: another budget with equal cache lengths is the same program.
+    """
 
     def go_on(state: State) -> Array:
         return (state.steps < limit) & ~jnp.all(state.done)
 
     def step(state: State) -> State:
         token = jax.lax.dynamic_index_in_dim(state.tokens, state.steps - 1, axis=1, keepdims=False)
-        logits, cache = decode_step(params, token, state.cache, config, plan)
+        logits, cache = decode_step(params, token, state.cache, config, stops)
         return _choose(state._replace(cache=cache), logits, sampler, decoding)
 
     return jax.lax.while_loop(go_on, step, state)
@@ -109,6 +114,7 @@ def first_token(logits: Array, cache: Cache, keys: Array, sampler: Sampler, *, d
         tokens=jnp.zeros((batch, decoding.room), jnp.int32),
         counts=jnp.zeros(batch, jnp.int32),
         done=jnp.zeros(batch, bool),
+        finite=jnp.ones(batch, bool),
         steps=jnp.int32(0),
         keys=keys,
     )
@@ -128,6 +134,7 @@ def _choose(state: State, logits: Float[Array, "b vocab"], sampler: Sampler, dec
     return state._replace(
         tokens=jax.lax.dynamic_update_index_in_dim(state.tokens, token, state.steps, axis=1),
         counts=state.counts + (~state.done).astype(jnp.int32),
+        finite=state.finite & (state.done | jnp.all(jnp.isfinite(logits), axis=-1)),
         done=state.done | ends,
         steps=state.steps + 1,
     )

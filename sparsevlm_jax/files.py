@@ -173,8 +173,9 @@ def require_writable(path: Path) -> None:
     """Finds out before a long computation that its file could not be written.
 
     Raises:
-      UserError: its folder is not there or closed, or the name is a folder's.
+      UserError: its folder is not there or closed, or the name is a folder's or none at all.
     """
+    path = user_path(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder, give the name of a file")
     if not path.parent.is_dir():

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, Unpack
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -21,6 +21,9 @@ from sparsevlm_jax.decoding import Decoding, Sampler, State, decode, first_token
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.ladder import prefill_by_rungs
 from sparsevlm_jax.llava import Cache, Params, Pictures, embed
+from sparsevlm_jax.messages import Asked, read_prompts
+from sparsevlm_jax.methods import METHODS
+from sparsevlm_jax.methods import sparsity as sparsity_named
 from sparsevlm_jax.packing import NEW_TOKEN_BUCKETS, Packed, bucket, pack, shrink_markers
 from sparsevlm_jax.schedule import Plan, Sparsity, make_plan
 
@@ -28,12 +31,14 @@ if TYPE_CHECKING:  # the checkpoint module imports transformers where it is used
     from sparsevlm_jax.checkpoint import Model
     from sparsevlm_jax.processing import ImageLike, Processor
 
+    Images = ImageLike | Sequence[ImageLike | None] | Sequence[Sequence[ImageLike]] | None
+
 
 class Settings(TypedDict):
     """How to answer.
 
     Attributes:
-      sparsity: what to prune.
+      sparsity: what to prune, or the name of a method.
       max_new_tokens: the longest answer.
       end_tokens: ids that end a row.
       temperature: 0, the default, is greedy.
@@ -41,7 +46,7 @@ class Settings(TypedDict):
       key: PRNG key of sampling; each row draws from its own split of it.
     """
 
-    sparsity: Sparsity
+    sparsity: Sparsity | str
     max_new_tokens: int
     end_tokens: tuple[int, ...]
     temperature: NotRequired[float]
@@ -55,6 +60,7 @@ class Generation:
 
     tokens: list[list[int]]  # per row, end token left out
     visual_tokens: list[list[int]]  # per row: those that entered each stage of the plan
+    finite: list[bool]  # per row: whether all logits were; if not, its tokens are no answer
     plan: Plan
     packed: Packed
     compile_seconds: float
@@ -75,8 +81,12 @@ def generate_ids(
     Args:
       params, config: the model.
       rows: ids of each prompt, int32 [l_i], every picture as `config.tokens_per_image` image markers.
-      pictures: those of all rows in order: pixels, float32 [m, 3, height, width], or what `encode_images` made of them.
+      pictures: those of all rows in order, or those of one row, which every row then shows: pixels, float32
+        [m, 3, height, width], or what `encode_images` made of them.
       settings: see `Settings`.
+
+    Returns:
+      The answers. Logits that are not finite do not raise here: see `Generation.finite`.
 
     Raises:
       UserError: prompts longer than the model's context, pictures that do not match the markers, or bad settings.
@@ -95,15 +105,16 @@ def stream_ids(
     **settings: Unpack[Settings],
 ) -> Iterator[Generation]:
     """`generate_ids` in instalments of `every` tokens: the same compiled loop, the same tokens."""
+    require_limit("every", every)
     yield from Run(params, config, rows, pictures, **settings).instalments(every)
 
 
 def generate(
     model: Model,
-    images: ImageLike | Sequence[ImageLike] | Sequence[Sequence[ImageLike]],
-    prompts: str | Sequence[str],
+    images: Images,
+    prompts: str | Sequence[Any],
     *,
-    sparsity: Sparsity | None = None,
+    sparsity: Sparsity | str | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -114,9 +125,11 @@ def generate(
 
     Args:
       model: from `load`, with its processor.
-      images: for one prompt its picture or pictures; for a list of prompts a list of pictures for each, or one picture.
-      prompts: a question, or a batch of them. They may contain `<image>` markers; by default pictures come first.
-      sparsity: what to prune; by default v1.5 with a third of the visual tokens.
+      images: for one prompt its picture or pictures; for a list of prompts a list of pictures for each, or one picture,
+        or pictures that go with all of them. None or an empty list for text alone.
+      prompts: a question, or a batch of them. They may contain `<image>` markers; by default pictures come first. A
+        question may also be a list of messages, as chat interfaces take them; those may hold the pictures themselves.
+      sparsity: what to prune, or a method's name; by default v1.5 with a third of the visual tokens.
       max_new_tokens, temperature, top_p: see `generate_ids`; `seed` makes the PRNG key.
       aspect: "pad", "crop", or None for what the checkpoint's processor says.
 
@@ -124,21 +137,22 @@ def generate(
       The answer, or a list of answers.
 
     Raises:
-      UserError: bad pictures, prompts or settings.
+      UserError: bad pictures, prompts or settings, or logits that are not finite.
     """
-    batch = _in_ids(model, images, prompts, aspect)
+    asked, alone = read_prompts(prompts)
+    batch = _in_ids(model, images, asked, aspect)
     settings = settings_for(model, sparsity, max_new_tokens, temperature, top_p, seed)
-    generation = generate_ids(*batch, **settings)
+    generation = require_finite(generate_ids(*batch, **settings), model.params)
     answers = [require_processor(model).decode(tokens) for tokens in generation.tokens]
-    return answers[0] if isinstance(prompts, str) else answers
+    return answers[0] if alone else answers
 
 
 def stream(
     model: Model,
-    images: ImageLike | Sequence[ImageLike],
-    prompt: str,
+    images: Images,
+    prompt: str | Sequence[Any],
     *,
-    sparsity: Sparsity | None = None,
+    sparsity: Sparsity | str | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -147,19 +161,27 @@ def stream(
     every: int = 1,
 ) -> Iterator[str]:
     """Answers one question piece by piece; the pieces joined are what `generate` returns."""
-    batch = _in_ids(model, images, prompt, aspect)
+    asked, alone = read_prompts(prompt)
+    if not alone:
+        raise UserError("stream answers one question: give a text or one list of messages")
+    batch = _in_ids(model, images, asked, aspect)
     settings = settings_for(model, sparsity, max_new_tokens, temperature, top_p, seed)
-    for piece, _ in pieces(stream_ids(*batch, every=every, **settings), require_processor(model)):
+    instalments = stream_ids(*batch, every=every, **settings)
+    for piece, _ in pieces(instalments, require_processor(model), model.params):
         yield piece
 
 
-def pieces(instalments: Iterator[Generation], processor: Processor) -> Iterator[tuple[str, Generation]]:
+def pieces(instalments: Iterator[Generation], processor: Processor, params: Params) -> Iterator[tuple[str, Generation]]:
     """The text that each instalment adds to the first row's answer, with the instalment.
 
     Text whose end may still change (a character made of several tokens) waits for the next piece.
+
+    Raises:
+      UserError: logits that are not finite.
     """
     said, generation = "", None
     for generation in instalments:
+        require_finite(generation, params)
         text = processor.decode(generation.tokens[0])
         complete = text.startswith(said) and not text.endswith("\ufffd")
         yield (text[len(said) :] if complete else ""), generation
@@ -168,49 +190,99 @@ def pieces(instalments: Iterator[Generation], processor: Processor) -> Iterator[
         yield processor.decode(generation.tokens[0])[len(said) :], generation
 
 
+def require_finite(generation: Generation, params: Params) -> Generation:
+    """The generation, if it is one.
+
+    Raises:
+      UserError: logits that are NaN or infinite chose some of its tokens.
+    """
+    if all(generation.finite):
+        return generation
+    dtype = jax.tree.leaves(params)[0].dtype.name
+    wider = {"float16": "bfloat16 or float32", "bfloat16": "float32"}.get(dtype)
+    raise UserError(
+        f"the logits are not finite, so there is no answer: in {dtype} something in this model overflows"
+        + (f"; load it with --dtype {wider}" if wider else ", or its weights are spoilt")
+    )
+
+
 def _in_ids(
-    model: Model,
-    images: ImageLike | Sequence[ImageLike] | Sequence[Sequence[ImageLike]],
-    prompts: str | Sequence[str],
-    aspect: str | None,
+    model: Model, images: Images, asked: Sequence[Asked], aspect: str | None
 ) -> tuple[Params, LlavaConfig, list[np.ndarray], np.ndarray | None]:
     """What `generate_ids` takes, from pictures and questions."""
-    questions = [prompts] if isinstance(prompts, str) else list(prompts)
-    inputs = require_processor(model)(pictures_by_prompt(images, prompts), questions, aspect)
+    rows: list[list[ImageLike]] = [one.pictures for one in asked]
+    if not any(rows):
+        rows = pictures_by_prompt(images, len(asked))
+    elif any(pictures_by_prompt(images, 1)[0]):
+        raise UserError("pictures in the messages and beside them: give them in one place")
+    inputs = require_processor(model)(rows, [one.conversation for one in asked], aspect)
     return model.params, model.config, inputs.ids, inputs.pixel_values
 
 
 def settings_for(
     model: Model,
-    sparsity: Sparsity | None,
+    sparsity: Sparsity | str | None,
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
 ) -> Settings:
-    """What `generate` takes as the settings of `generate_ids`, with the model's own end tokens."""
+    """What `generate` takes as the settings of `generate_ids`, with the model's own end tokens.
+
+    Raises:
+      UserError: a seed that is none.
+    """
+    if not isinstance(seed, Integral) or not 0 <= seed < 2**32:
+        raise UserError(f"seed is {seed!r}: a whole number from 0 to 2**32 - 1 is expected")
     return {
-        "sparsity": sparsity or Sparsity.v15(),
+        "sparsity": as_sparsity(sparsity),
         "max_new_tokens": max_new_tokens,
         "end_tokens": model.generation.eos_token_ids,
         "temperature": temperature,
         "top_p": top_p,
-        "key": jax.random.key(seed),
+        "key": _key(int(seed)),
     }
 
 
-def pictures_by_prompt(
-    images: ImageLike | Sequence[ImageLike] | Sequence[Sequence[ImageLike]], prompts: str | Sequence[str]
-) -> list[list[ImageLike]]:
-    """A list of pictures for every prompt, from the shorter forms that `generate` takes."""
+def as_sparsity(given: Sparsity | str | None) -> Sparsity:
+    """Settings from themselves, the name of a method, or None for the default.
+
+    Raises:
+      UserError: anything else.
+    """
+    if given is None:
+        return Sparsity.v15()
+    if isinstance(given, str):
+        return sparsity_named(given)
+    if isinstance(given, Sparsity):
+        return given
+    raise UserError(f"sparsity is of type {type(given).__name__}: give Sparsity settings or the name of a method")
+
+
+def pictures_by_prompt(images: Images, prompts: int) -> list[list[ImageLike]]:
+    """A list of pictures for every prompt, or one that goes with each of them, from what `generate` takes.
+
+    Raises:
+      UserError: neither.
+    """
     # A path must not be taken for a list of letters, nor an array for a list of rows.
     several: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
-    rows: list[list[Any]] = [list(row) if isinstance(row, (list, tuple)) else [row] for row in several]
-    if isinstance(prompts, str):
+    rows = [_row(row) for row in several]
+    if prompts == 1:
         return [[picture for row in rows for picture in row]]
-    if len(rows) != len(prompts):
-        raise UserError(f"{len(prompts)} prompts but pictures for {len(rows)}: give a list of pictures per prompt")
+    if len(rows) in (0, 1):
+        return rows or [[]]
+    if len(rows) != prompts:
+        raise UserError(
+            f"{prompts} prompts but pictures for {len(rows)}: give a list of pictures per prompt, or one for all"
+        )
     return rows
+
+
+def _row(pictures: Any) -> list[Any]:
+    if pictures is None:
+        return []
+    return list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
 
 
 def require_processor(model: Model) -> Processor:
@@ -240,7 +312,7 @@ class Run:
         rows: Sequence[np.ndarray],
         pictures: np.ndarray | Pictures | None,
         *,
-        sparsity: Sparsity,
+        sparsity: Sparsity | str,
         max_new_tokens: int,
         end_tokens: tuple[int, ...],
         temperature: float = 0.0,
@@ -249,20 +321,22 @@ class Run:
         room: int | None = None,
     ) -> None:
         _check_settings(config, rows, pictures, max_new_tokens, temperature, top_p)
-        self.params = params
-        self.image_token_id = config.image_token_id
+        self.params, self.config = params, config
         self.max_new_tokens = max_new_tokens
         self.packed = pack(rows, config.image_token_id)
-        self.plan = make_plan(sparsity, config, self.packed.visual, self.packed.text)
+        sparsity = as_sparsity(sparsity)
+        self.seed = _seed(sparsity)
+        # The seed is traced: in the plan it would make another program.
+        self.plan = make_plan(replace(sparsity, seed=None), config, self.packed.visual, self.packed.text)
         if self.plan.grid is not None:
             shrunk = [shrink_markers(row, config, self.plan.grid**2) for row in rows]
             self.packed = pack(shrunk, config.image_token_id)
         self.room = bucket(room or max_new_tokens, NEW_TOKEN_BUCKETS, "max_new_tokens")
-        decoding = Decoding(self.room, temperature == 0, tuple(end_tokens))
-        self.static = {"config": config, "plan": self.plan, "decoding": decoding}
-        self.sampler = Sampler(jnp.float32(temperature or 1.0), jnp.float32(top_p))
-        self.keys = jax.random.split(jax.random.key(0) if key is None else key, len(rows))
-        self.pictures = jax.tree.map(jnp.asarray, pictures) if self.packed.visual else None
+        self.decoding = Decoding(self.room, temperature == 0, tuple(end_tokens))
+        # Everything from the host is put on the device by name: servers forbid what happens on the side.
+        self.sampler = Sampler(*jax.device_put((np.float32(temperature or 1.0), np.float32(top_p))))
+        self.keys = _split(_key(0) if key is None else key, len(rows))
+        self.pictures = jax.device_put(pictures) if self.packed.visual else None
         self.visual_tokens: list[list[int]] = []  # known after the prefill
         self.compile_seconds = self.prefill_seconds = self.decode_seconds = 0.0
 
@@ -271,46 +345,45 @@ class Run:
         state = self.prefill()
         yield self.result(state)
         for limit in range(1 + every, self.max_new_tokens + every, every):
-            if bool(np.all(state.done)):
+            if np.all(jax.device_get(state.done)):
                 return
             state = self.decode(state, min(limit, self.max_new_tokens))
             yield self.result(state)
 
     def prefill(self) -> State:
-        ids, lengths = jnp.asarray(self.packed.input_ids), jnp.asarray(self.packed.lengths)
+        ids, lengths = jax.device_put((self.packed.input_ids, self.packed.lengths))
         if self.plan.sparsity.ladder:
             state = self._prefill_by_rungs(ids, lengths)
         else:
-            args = (self.params, ids, lengths, self.pictures, self.keys, self.sampler)
-            state, self.prefill_seconds = self._timed(start, *args, **self.static)
-        text = np.sum((self.packed.input_ids != self.image_token_id) & self.packed.valid, axis=1)
-        self.visual_tokens = (np.asarray(state.cache.lengths) - text[None, :]).T.tolist()
+            args = (self.params, ids, lengths, self.pictures, self.keys, self.sampler, self.seed)
+            static = {"config": self.config, "plan": self.plan, "decoding": self.decoding}
+            state, self.prefill_seconds = self._timed(start, *args, **static)
+        text = np.sum((self.packed.input_ids != self.config.image_token_id) & self.packed.valid, axis=1)
+        self.visual_tokens = (jax.device_get(state.cache.lengths) - text[None, :]).T.tolist()
         return state
 
     def resume(self, logits: Float[Array, "b vocab"], cache: Cache) -> State:
         """A fresh answer on a cache that is already there."""
-        return first_token(logits, cache, self.keys, self.sampler, decoding=self.static["decoding"])
+        return first_token(logits, cache, self.keys, self.sampler, decoding=self.decoding)
 
     def decode(self, state: State, limit: int) -> State:
-        args = (self.params, state, jnp.int32(limit), self.sampler)
-        state, seconds = self._timed(decode, *args, **self.static)
+        args = (self.params, state, jax.device_put(np.int32(limit)), self.sampler)
+        static = {"config": self.config, "stops": self.plan.stops, "decoding": self.decoding}
+        state, seconds = self._timed(decode, *args, **static)
         self.decode_seconds += seconds
         return state
 
     def _prefill_by_rungs(self, ids: Array, lengths: Array) -> State:
-        config, decoding = self.static["config"], self.static["decoding"]
-
         def call(program: Callable, *args: Any, **static: Any) -> Any:
             out, seconds = self._timed(program, *args, **static)
             self.prefill_seconds += seconds
             return out
 
-        prompt = call(_embed, self.params, ids, lengths, self.pictures, config=config, plan=self.plan)
+        prompt = call(_embed, self.params, ids, lengths, self.pictures, config=self.config, plan=self.plan)
         logits, cache, self.plan = prefill_by_rungs(
-            self.params, prompt, config, self.plan, max_new_tokens=decoding.room, call=call
+            self.params, prompt, self.config, self.plan, max_new_tokens=self.room, call=call
         )
-        self.static["plan"] = self.plan
-        return call(first_token, logits, cache, self.keys, self.sampler, decoding=decoding)
+        return call(first_token, logits, cache, self.keys, self.sampler, decoding=self.decoding)
 
     def _timed(self, program: Any, *args: Any, **static: Any) -> tuple[Any, float]:
         """Runs a jitted program and returns its seconds; compiling comes before, on a clock of its own.
@@ -325,24 +398,51 @@ class Run:
         return out, time.perf_counter() - compiled
 
     def result(self, state: State) -> Generation:
-        ends = self.static["decoding"].end_tokens
+        said, counts, finite, steps = jax.device_get((state.tokens, state.counts, state.finite, state.steps))
+        ends = self.decoding.end_tokens
         tokens = []
-        for row, count in zip(np.asarray(state.tokens), np.asarray(state.counts), strict=True):
+        for row, count in zip(said, counts, strict=True):
             chosen = row[:count].tolist()
             tokens.append(chosen[:-1] if chosen and chosen[-1] in ends else chosen)
         return Generation(
             tokens,
             self.visual_tokens,
+            finite.tolist(),
             self.plan,
             self.packed,
             self.compile_seconds,
             self.prefill_seconds,
             self.decode_seconds,
-            int(state.steps) - 1,
+            int(steps) - 1,
         )
 
 
 _embed = jax.jit(embed, static_argnames=("config", "plan"))
+_split = jax.jit(jax.random.split, static_argnums=1)
+
+
+def _key(seed: int) -> Array:
+    return jax.random.key(jax.device_put(np.uint32(seed)))
+
+
+def _seed(sparsity: Sparsity) -> Array | None:
+    """The seed of a method that draws random numbers."""
+    method = METHODS.get(sparsity.method)
+    if method is None or not method.draws or sparsity.seed is None:
+        return None
+    return jax.device_put(np.uint32(sparsity.seed))
+
+
+def require_limit(name: str, value: object) -> None:
+    """Refuses what is no number of tokens.
+
+    Raises:
+      UserError: not an int, or below 1.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise UserError(f"{name} is {value!r}: a whole number is expected")
+    if value < 1:
+        raise UserError(f"{name} {value}: at least 1")
 
 
 def _check_settings(
@@ -353,8 +453,10 @@ def _check_settings(
     temperature: float,
     top_p: float,
 ) -> None:
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens {max_new_tokens}: at least 1")
+    require_limit("max_new_tokens", max_new_tokens)
+    for name, value in (("temperature", temperature), ("top_p", top_p)):
+        if not isinstance(value, Real):
+            raise UserError(f"{name} is {value!r}: a number is expected")
     if not 0 <= temperature < float("inf") or not 0 < top_p <= 1:  # nan is neither
         raise UserError(f"temperature {temperature} must be 0 or more and top_p {top_p} must be in (0, 1]")
     context = config.text.max_position_embeddings
@@ -366,11 +468,11 @@ def _check_settings(
             f"the prompt has {longest} tokens and the answer may take {max_new_tokens}: "
             f"more than the model's context of {context}; shorten the question or use fewer pictures"
         )
-    markers = sum(int(np.sum(row == config.image_token_id)) for row in rows)
+    markers = [int(np.sum(row == config.image_token_id)) for row in rows]
     images = pictures.tokens if isinstance(pictures, Pictures) else pictures
     visual = 0 if images is None else len(images) * config.tokens_per_image
-    if markers != visual:
+    if sum(markers) != visual and any(count != visual for count in markers):
         raise UserError(
-            f"the ids hold {markers} image markers, but the pictures given become {visual} visual tokens: "
+            f"the ids hold {sum(markers)} image markers, but the pictures given become {visual} visual tokens: "
             f"write {config.tokens_per_image} markers per picture"
         )

@@ -7,15 +7,16 @@ leaving off the end of the arrays. The tokens are those of the one program with 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from sparsevlm_jax import llava
+from sparsevlm_jax import fits, llava
 from sparsevlm_jax.config import LlavaConfig
 from sparsevlm_jax.llava import Cache, Params, Prompt
 from sparsevlm_jax.schedule import Plan, Sparsity, StagePlan, stage_by_rank
@@ -42,9 +43,15 @@ def prefill_by_rungs(
 
     Returns:
       Logits of the next token, the cache, and the plan as it was run, which `decode_step` takes.
+
+    Raises:
+      ValueError: as `llava.prefill` does, and where it would make the logits of a row NaN.
     """
+    fits.require_prompt(params, prompt, config, plan, max_new_tokens)
     text = prompt.visual.shape[1] - plan.visual_tokens
-    tokens = call(_start, params, prompt, config=config, plan=plan)
+    tokens, fitting = call(_start, params, prompt, config=config, plan=plan)
+    if not jax.device_get(fitting).all():
+        raise ValueError(f"a row has more visual tokens than the plan's {plan.visual_tokens}, or too many others")
     stages, keys, values, lengths, positions = [], [], [], [], []
     visual = plan.visual_tokens
     for planned in plan.stages:
@@ -60,10 +67,10 @@ def prefill_by_rungs(
         )
         keys += [key for key, _ in cached]
         values += [value for _, value in cached]
-        visual = rung(int(np.max(np.sum(tokens.visual, axis=1))), stage.standing)
+        visual = rung(int(np.max(np.sum(jax.device_get(tokens.visual), axis=1))), stage.standing)
         tokens = _cut(tokens, text + visual)
     cache = Cache(tuple(keys), tuple(values), jnp.stack(lengths), jnp.stack(positions))
-    return call(_finish, params, tokens, config=config), cache, Plan(plan.sparsity, tuple(stages))
+    return call(_finish, params, tokens, config=config), cache, replace(plan, stages=tuple(stages))
 
 
 def rung(needed: int, most: int) -> int:
@@ -77,8 +84,8 @@ def _cut(tokens: Tokens, length: int) -> Tokens:
 
 
 @partial(jax.jit, static_argnames=("config", "plan"))
-def _start(params: Params, prompt: Prompt, *, config: LlavaConfig, plan: Plan) -> Tokens:
-    return llava.apply(config, params, "start", prompt, plan)
+def _start(params: Params, prompt: Prompt, *, config: LlavaConfig, plan: Plan) -> tuple[Tokens, Bool[Array, "b"]]:
+    return llava.apply(config, params, "start", prompt, plan), fits.holds(prompt, plan)
 
 
 @partial(jax.jit, static_argnames=("config", "sparsity", "stage", "room"))

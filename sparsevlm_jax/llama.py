@@ -74,13 +74,19 @@ class Attention(nn.Module):
     def __call__(
         self, x: Float[Array, "b l d"], positions: Int[Array, "b l"], attend: Attend
     ) -> tuple[Float[Array, "b l d"], Any]:
-        c = self.config
-        heads = (*x.shape[:2], -1, c.head_dim)
         for_query, for_key, for_value = apart(x, 3)
-        query = apply_rope(self.q_proj(for_query).reshape(heads), positions, c.rope_theta)
-        key = apply_rope(self.k_proj(for_key).reshape(heads), positions, c.rope_theta)
-        attended, extra = attend(query, key, self.v_proj(for_value).reshape(heads))
+        query, key = self.queries_and_keys(for_query, for_key, positions)
+        attended, extra = attend(query, key, self.v_proj(for_value).reshape(*x.shape[:2], -1, self.config.head_dim))
         return self.o_proj(attended.reshape(*x.shape[:2], -1)), extra
+
+    def queries_and_keys(
+        self, for_query: Float[Array, "b l d"], for_key: Float[Array, "b l d"], positions: Int[Array, "b l"]
+    ) -> tuple[Float[Array, "b l n h"], Float[Array, "b l k h"]]:
+        """Rotated, by head. Both get one input, `apart`."""
+        c = self.config
+        heads = (*for_query.shape[:2], -1, c.head_dim)
+        query = apply_rope(self.q_proj(for_query).reshape(heads), positions, c.rope_theta)
+        return query, apply_rope(self.k_proj(for_key).reshape(heads), positions, c.rope_theta)
 
 
 class MLP(nn.Module):
@@ -117,6 +123,13 @@ class DecoderLayer(nn.Module):
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), extra
 
+    def queries_and_keys(
+        self, x: Float[Array, "b l d"], positions: Int[Array, "b l"]
+    ) -> tuple[Float[Array, "b l n h"], Float[Array, "b l k h"]]:
+        """What this layer would ask and answer to on an input, without running it."""
+        for_query, for_key = apart(self.input_layernorm(x), 2)
+        return self.self_attn.queries_and_keys(for_query, for_key, positions)
+
 
 class Llama(nn.Module):
     """Embedding table, decoder layers, final norm and head: the parts, which `llava` runs stage by stage."""
@@ -130,6 +143,12 @@ class Llama(nn.Module):
         self.norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_word_embeddings:
             self.lm_head = linear(c.vocab_size, use_bias=False)
+
+    def queries_and_keys(
+        self, layer: int, x: Float[Array, "b l d"], positions: Int[Array, "b l"]
+    ) -> tuple[Float[Array, "b l n h"], Float[Array, "b l k h"]]:
+        """Of a layer that has not run yet."""
+        return self.layers[layer].queries_and_keys(x, positions)
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b vocab"]:
         """Final norm and head, in float32."""

@@ -10,6 +10,7 @@ k key-value heads, h head dim, d width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -17,9 +18,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
-from sparsevlm_jax import sparsify
+from sparsevlm_jax import fits, sparsify
 from sparsevlm_jax.attention import attend
 from sparsevlm_jax.config import LlavaConfig
 from sparsevlm_jax.llama import Llama
@@ -92,7 +93,8 @@ class Llava(nn.Module):
 
     def __call__(self, pixel_values: Array, input_ids: Array, lengths: Array) -> Array:
         """Touches every parameter once, for initialisation."""
-        prompt = self.embed(input_ids, lengths, self.encode_images(pixel_values))
+        self.encode_images(pixel_values)
+        prompt = self.embed(input_ids, lengths, None)
         plan = make_plan(Sparsity.dense(), self.config, visual_tokens=0)
         return self.prefill(prompt, plan, max_new_tokens=0)[0]
 
@@ -116,10 +118,16 @@ class Llava(nn.Module):
         # The marker may lie outside the table (-200 in original LLaVA checkpoints).
         words = self.language_model.embed_tokens(jnp.clip(input_ids, 0, self.config.text.vocab_size - 1))
         if pictures is None:
+            # A marker without its picture has no embedding.
+            words = fits.or_nan(words, ~jnp.any(visual, axis=1))
             return Prompt(words, jnp.zeros_like(visual), lengths)
         tokens = pictures.tokens.reshape(-1, words.shape[-1]).astype(words.dtype)
-        index = jnp.clip(jnp.cumsum(visual.reshape(-1)) - 1, 0, tokens.shape[0] - 1).reshape(visual.shape)
+        given, marked = tokens.shape[0], jnp.sum(visual, axis=1)
+        # A row's own pictures for each row, or one row's pictures for all: the same index either way.
+        index = jnp.maximum(jnp.cumsum(visual.reshape(-1)) - 1, 0).reshape(visual.shape) % given
         embeddings = jnp.where(visual[:, :, None], tokens[index], words)
+        matching = (jnp.sum(marked) == given) | jnp.all(marked == given)
+        embeddings = fits.or_nan(embeddings, jnp.broadcast_to(matching, lengths.shape))
         return Prompt(embeddings, visual, lengths, jnp.where(visual, pictures.saliency.reshape(-1)[index], 0.0))
 
     def start(self, prompt: Prompt, plan: Plan, trace: bool = False) -> Tokens:
@@ -131,10 +139,10 @@ class Llava(nn.Module):
                 raters = sparsify.choose_raters(prompt.embeddings, prompt.visual, prompt.lengths, plan.visual_tokens)
         return Tokens(
             hidden=prompt.embeddings,
-            positions=jnp.broadcast_to(jnp.arange(shape[1])[None, :], shape),
+            positions=jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32)[None, :], shape),
             visual=prompt.visual,
             raters=raters,
-            lengths=prompt.lengths,
+            lengths=prompt.lengths.astype(jnp.int32),
             saliency=prompt.saliency if METHODS[plan.sparsity.method].needs_saliency else None,
             origins=sparsify.identity_origins(prompt.visual, plan.visual_tokens) if trace else None,
         )
@@ -147,6 +155,7 @@ class Llava(nn.Module):
         max_new_tokens: int,
         jitter: Array | None = None,
         trace: bool = False,
+        seed: Array | int | None = None,
     ) -> tuple[Tokens, list[tuple[Array, Array]], Event | None, list[Array]]:
         """Runs a stage's layers and prunes after the last.
 
@@ -169,7 +178,9 @@ class Llava(nn.Module):
         tokens = tokens._replace(hidden=hidden)
         event = None
         if stage.keep is not None:
-            view = Layer(query, key, tokens, stage, self.config.text.rope_theta)
+            if METHODS[sparsity.method].looks_ahead and stage.stop < self.config.text.num_hidden_layers:
+                query, key = self.language_model.queries_and_keys(stage.stop, hidden, tokens.positions)
+            view = Layer(query, key, tokens, stage, self.config.text.rope_theta, seed)
             tokens, event = prune(view, sparsity, jitter)
             if last_hidden:
                 last_hidden[-1] = _last(tokens.hidden, tokens.lengths)
@@ -182,32 +193,36 @@ class Llava(nn.Module):
         max_new_tokens: int,
         jitter: Sequence[Array] | None = None,
         trace: bool = False,
+        seed: Array | int | None = None,
     ) -> tuple[Array, Cache, Trace | None]:
         """See the function `prefill`."""
         first = tokens = self.start(prompt, plan, trace)
+        seed = plan.sparsity.seed if seed is None else seed
         keys, values, lengths, positions, events, last_hidden = [], [], [], [], [], []
         for index, stage in enumerate(plan.stages):
             lengths.append(tokens.lengths)
             positions.append(next_positions(tokens, prompt, plan.sparsity))
             noise = jitter[index] if jitter is not None and index < len(jitter) else None
-            tokens, cached, event, lasts = self.run_stage(tokens, stage, plan.sparsity, max_new_tokens, noise, trace)
+            tokens, cached, event, lasts = self.run_stage(
+                tokens, stage, plan.sparsity, max_new_tokens, noise, trace, seed
+            )
             keys += [key for key, _ in cached]
             values += [value for _, value in cached]
             events += [event] if event is not None else []
             last_hidden += lasts
-        logits = self.last_logits(tokens)
+        logits = fits.or_nan(self.last_logits(tokens), fits.holds(prompt, plan))
         cache = Cache(tuple(keys), tuple(values), jnp.stack(lengths), jnp.stack(positions))
         if not trace:
             return logits, cache, None
         return logits, cache, Trace(first, tuple(events), jnp.stack(last_hidden), tokens.hidden)
 
-    def decode_step(self, token: Int[Array, "b"], cache: Cache, plan: Plan) -> tuple[Array, Cache]:
+    def decode_step(self, token: Int[Array, "b"], cache: Cache, stops: Sequence[int]) -> tuple[Array, Cache]:
         """See the function `decode_step`."""
         hidden = self.language_model.embed_tokens(token)[:, None, :]
         keys, values = list(cache.keys), list(cache.values)
-        for index, stage in enumerate(plan.stages):
+        for index, (first, stop) in enumerate(zip((0, *stops), stops, strict=False)):
             lengths, positions = cache.lengths[index], cache.positions[index]
-            for number in range(stage.start, stage.stop):
+            for number in range(first, stop):
 
                 def attend_cache(
                     query: Array, key: Array, value: Array, number: int = number, lengths: Array = lengths
@@ -217,7 +232,7 @@ class Llava(nn.Module):
 
                 layer = self.language_model.layers[number]
                 hidden, (keys[number], values[number]) = layer(hidden, positions[:, None], attend_cache)
-        logits = self.language_model.logits(hidden[:, 0])
+        logits = fits.or_nan(self.language_model.logits(hidden[:, 0]), fits.has_space(cache, stops))
         return logits, Cache(tuple(keys), tuple(values), cache.lengths + 1, cache.positions + 1)
 
     def last_logits(self, tokens: Tokens) -> Float[Array, "b vocab"]:
@@ -249,11 +264,20 @@ def embed(
     Args:
       input_ids: packed rows; every visual token stands as one `config.image_token_id`.
       lengths: valid ids of each row.
-      pictures: those of all rows, in order: pixels, or what `encode_images` made of them; None for text only.
-      plan: only a plan that shrinks pictures is looked at.
+      pictures: those of all rows, in order, or those of one row, which then go with every row: pixels, or what
+        `encode_images` made of them; None for text only.
+      plan: that of the prefill. It has to be given where it shrinks pictures.
+
+    Returns:
+      The prompt. Its embeddings are NaN where the markers are not as many as the visual tokens of the pictures.
+
+    Raises:
+      ValueError: pictures of another model or plan.
     """
     if pictures is not None and not isinstance(pictures, Pictures):
         pictures = encode_images(params, pictures, config, plan) if pictures.shape[0] else None
+    if pictures is not None:
+        fits.require_pictures(pictures, input_ids.shape[0], config, plan)
     return apply(config, params, "embed", input_ids, lengths, pictures)
 
 
@@ -264,8 +288,9 @@ def prefill(
     plan: Plan,
     trace: bool = False,
     *,
-    max_new_tokens: int = 128,
+    max_new_tokens: int,
     jitter: Sequence[Array] | None = None,
+    seed: Integer[Array, ""] | int | None = None,
 ) -> tuple[Float[Array, "b vocab"], Cache, Trace | None]:
     """Runs the prompt through the decoder, pruning visual tokens as the plan says.
 
@@ -282,15 +307,22 @@ def prefill(
       max_new_tokens: room in the cache for that many calls of `decode_step`.
       jitter: an array [b, length of the stage] per pruning layer: noise of each token, which times `sparsity.jitter`
         is added to its clustering density (it replays recorded runs; the default is none).
+      seed: of a method that draws random numbers, instead of the one that its plan holds: traced, so that another seed
+        compiles nothing.
 
     Returns:
-      Logits of the next token (float32), the cache, and the trace or None.
+      Logits of the next token (float32), the cache, and the trace or None. Logits are NaN in a row that holds more
+      visual tokens than the plan, or more others than l minus that.
+
+    Raises:
+      ValueError: parameters, prompt, config and plan that do not belong together.
     """
-    return apply(config, params, "prefill", prompt, plan, max_new_tokens, jitter, trace)
+    fits.require_prompt(params, prompt, config, plan, max_new_tokens)
+    return apply(config, params, "prefill", prompt, plan, max_new_tokens, jitter, trace, seed)
 
 
 def decode_step(
-    params: Params, token: Int[Array, "b"], cache: Cache, config: LlavaConfig, plan: Plan
+    params: Params, token: Int[Array, "b"], cache: Cache, config: LlavaConfig, plan: Plan | tuple[int, ...]
 ) -> tuple[Float[Array, "b vocab"], Cache]:
     """Runs one new token per row through the decoder.
 
@@ -299,18 +331,24 @@ def decode_step(
 
     Args:
       token: ids, always looked up in the embedding table, the image marker's id included.
-      cache: from `prefill` or the last `decode_step`; donate it. It must have room left: what is written past its end
-        is lost without a word.
+      cache: from `prefill` or the last `decode_step`; donate it.
+      plan: that of the prefill, or just its `stops`, which are all that is looked at: as a static argument they let
+        plans with equal cache lengths share a program.
 
     Returns:
-      Logits of the next token (float32) and the cache, one longer.
+      Logits of the next token (float32), NaN in a row whose cache had no room left, and the cache, one longer.
+
+    Raises:
+      ValueError: parameters, cache, config and plan that do not belong together.
     """
-    return apply(config, params, "decode_step", token, cache, plan)
+    stops = plan.stops if isinstance(plan, Plan) else plan
+    fits.require_cache(params, token, cache, config, stops)
+    return apply(config, params, "decode_step", token, cache, stops)
 
 
 def next_positions(tokens: Tokens, prompt: Prompt, sparsity: Sparsity) -> Int[Array, "b"]:
     """Rotary position of the first new token in a stage: behind its own tokens, or behind the prompt as it was."""
-    return tokens.lengths if sparsity.positions == "renumber" else prompt.lengths
+    return tokens.lengths if sparsity.positions == "renumber" else prompt.lengths.astype(jnp.int32)
 
 
 def prune(layer: Layer, sparsity: Sparsity, jitter: Array | None) -> tuple[Tokens, Event]:
@@ -351,6 +389,7 @@ def prune(layer: Layer, sparsity: Sparsity, jitter: Array | None) -> tuple[Token
 
 def init_params(config: LlavaConfig, key: Array, dtype: DTypeLike) -> Params:
     """Random parameters, for tests and benchmarks."""
+    config = replace(config, attention="xla")  # values and shapes do not depend on it, and it runs everywhere
     shape = (1, config.vision.num_channels, config.vision.image_size, config.vision.image_size)
     ids, lengths = jnp.zeros((1, 2), jnp.int32), jnp.full((1,), 2, jnp.int32)
     params = Llava(config).init(key, jnp.zeros(shape, jnp.float32), ids, lengths)["params"]

@@ -113,8 +113,14 @@ def spread_options(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def note(message: str) -> None:
-    """A line about the run, on stderr."""
-    print(f"sparsevlm: {message}", file=sys.stderr)
+    """A line about the run, on stderr; what a terminal would obey rather than print is written out."""
+    if sys.stderr is not None:  # closed: print would take stdout instead
+        print(f"sparsevlm: {printable(message)}", file=sys.stderr)
+
+
+def printable(text: str) -> str:
+    """The text with all that is no printable character as its escape sequence."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def require_readable(images: Sequence[Path], questions: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import re
 import struct
 import warnings
@@ -117,14 +118,14 @@ def _opened(source: Any, name: str) -> Iterator[Image.Image]:
         if _URL.match(name) and not Path(name).exists():
             raise UserError("a URL, and only files are read: download it first")
         with open_regular(Path(source)) as stream:
-            yield _identify(stream, Path(source))
+            yield identify(stream, Path(source))
     elif isinstance(source, OtherArray):
         yield _from_array(np.asarray(source))
     else:
         raise UserError(f"{type(source).__name__} is none: give the name of a file, a Pillow picture or an array")
 
 
-def _identify(stream: BinaryIO, file: Path) -> Image.Image:
+def identify(stream: BinaryIO | io.BytesIO, file: Path) -> Image.Image:
     """A picture file of one of FORMATS, whose size is known and nothing else. As Pillow's own `open`, but for its check
     of the size: that one warns, and a warning can only be caught by changing the filters of the whole process."""
     Image.init()

@@ -18,6 +18,7 @@ import numpy as np
 from sparsevlm_jax import bounds, templates
 from sparsevlm_jax.config import LlavaConfig
 from sparsevlm_jax.errors import UserError, first_line
+from sparsevlm_jax.messages import Conversation, as_texts
 from sparsevlm_jax.pictures import ImageLike, open_image, pad_to_square, picture_name
 from sparsevlm_jax.side_files import (
     PROCESSOR_FILES,
@@ -100,37 +101,62 @@ class Processor:
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
 
-    def prompt(self, question: str, num_images: int) -> str:
-        """The text that is tokenized: the checkpoint's chat template, else the Vicuna prompt, around the question.
+    def prompt(self, question: str | Conversation, num_images: int) -> str:
+        """The text that is tokenized: the checkpoint's chat template, else the Vicuna prompt, around what was said.
 
-        Markers in the question stay where they are. Without any, one per picture goes in front of it. A template
+        Markers in the first question stay where they are. Without any, one per picture goes in front of it. A template
         of LLaVA's kind places those itself.
 
         Raises:
-          UserError: the question holds markers, but not one per picture.
+          UserError: the first question holds markers, but not one per picture; a later one holds any; or some of it is
+            no text.
         """
-        found = question.count(MARKER)
+        talk = question if isinstance(question, Conversation) else Conversation(question)
+        _require_text(talk)
+        first, *later = [*(asked for asked, _ in talk.earlier), talk.question]
+        answers = [answer.replace(MARKER, "") for _, answer in talk.earlier]  # a model may write it, but shows nothing
+        if any(MARKER in text for text in later):
+            raise UserError(f"{MARKER} in a later question: all pictures come with the first one")
+        found = first.count(MARKER)
         if found and found != num_images:
             raise UserError(
                 f"the question holds {_count(found, f'{MARKER} marker')}, but {_count(num_images, 'picture')} "
                 "came with it: write one marker per picture, or none"
             )
-        front = "" if found else f"{MARKER}\n" * num_images
+        unmarked = 0 if found else num_images
         if self.chat_template is None:
-            return f"{PROMPT_START}{front}{question}{PROMPT_END}"
+            return self._vicuna(talk.system, [f"{MARKER}\n" * unmarked + first, *later], answers)
+        parts = self._content_in_parts
+        messages = [] if talk.system is None else [("system", self._content(talk.system))]
+        messages.append(("user", self._content(first, unmarked) if parts else f"{MARKER}\n" * unmarked + first))
+        for answer, asked in zip(answers, later, strict=True):
+            messages += [("assistant", self._content(answer)), ("user", self._content(asked))]
+        return self._render_messages([{"role": role, "content": content} for role, content in messages])
+
+    def _vicuna(self, system: str | None, questions: Sequence[str], answers: Sequence[str]) -> str:
+        start = PROMPT_START if system is None else f"{system} USER: "
+        turns = zip(answers, questions[1:], strict=True)
+        said = "".join(f" {answer}{self.tokenizer.eos_token}USER: {asked}{PROMPT_END}" for answer, asked in turns)
+        return f"{start}{questions[0]}{PROMPT_END}{said}"
+
+    def _content(self, text: str, pictures: int = 0) -> str | list[dict[str, str]]:
+        """A message's content as the chat template takes it."""
         if not self._content_in_parts:
-            return self._render(front + question)
-        pictures = [] if found else [{"type": "image"}] * num_images
-        return self._render([*pictures, {"type": "text", "text": question}])
+            return text
+        return [*[{"type": "image"}] * pictures, {"type": "text", "text": text}]
 
     def __call__(
-        self, images: Sequence[Sequence[ImageLike]], questions: Sequence[str], aspect: str | None = None
+        self,
+        images: Sequence[Sequence[ImageLike]],
+        questions: Sequence[str | Conversation],
+        aspect: str | None = None,
     ) -> Inputs:
         """Tokenizes the questions and prepares their pictures.
 
         Args:
-          images: the pictures of each question, in the order of its markers; an empty list for text alone.
-          questions: as many.
+          images: the pictures of each question, in the order of its markers; an empty list for text alone. One list
+            for several questions goes with each of them: its pictures are prepared, and stand in the result, once.
+          questions: as many, each by itself or with what was said before it.
           aspect: "crop" scales the shorter side to S and cuts out the middle, "pad" fills up to a square with the
             processor's mean colour and scales that (as the authors of LLaVA do), None is the checkpoint's own choice.
 
@@ -138,38 +164,45 @@ class Processor:
           UserError: a picture that cannot be read or does not become [3, S, S], a count that does not match, or
             another aspect.
         """
-        if len(images) != len(questions):
+        if len(images) not in (1, len(questions)):
             raise UserError(f"{len(images)} lists of pictures for {len(questions)} questions: give one per question")
         if aspect is not None and aspect not in ASPECTS:
             raise UserError(f'aspect is "{aspect}": expected {" or ".join(ASPECTS)}')
-        ids = [self._ids(question, len(pictures)) for question, pictures in zip(questions, images, strict=True)]
+        by_question = list(images) * len(questions) if len(images) == 1 else images
+        ids = [self._ids(question, len(own)) for question, own in zip(questions, by_question, strict=True)]
         pixels = [self._pixels(picture, aspect) for pictures in images for picture in pictures]
         side = self.config.vision.image_size
         return Inputs(ids, np.stack(pixels) if pixels else np.zeros((0, 3, side, side), np.float32))
 
-    def next_turn(self, question: str) -> np.ndarray:
-        """Token ids, int32 [l], of what follows an answer (its end token left out) when the conversation goes on.
+    def next_turn(self, talk: Conversation, num_images: int) -> tuple[np.ndarray, np.ndarray]:
+        """Token ids, int32 [l], of a whole conversation, and those of them that stand behind its last answer.
+
+        The text is tokenized as a whole: what a tokenizer puts in front of a text must not come before every turn.
 
         Raises:
-          UserError: the question holds markers: all pictures come with the first one.
+          UserError: a later question holds markers, or the template cannot be gone on with.
         """
-        if MARKER in question:
-            raise UserError(f"{MARKER} in a later question: all pictures come with the first one")
-        if self.chat_template is None:
-            text = f"{self.tokenizer.eos_token}USER: {question}{PROMPT_END}"
-        else:
-            answer = "[the answer]"
-            turns = [("user", "before"), ("assistant", answer), ("user", question)]
-            text = self._render_turns(turns).split(answer, 1)[-1]
-        return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+        last, mark = talk.earlier[-1], "\ue000"
+        marked = talk._replace(earlier=(*talk.earlier[:-1], (last[0], mark)))
+        text, tail = self.prompt(talk, num_images), self.prompt(marked, num_images).rpartition(mark)[2]
+        if not text.endswith(tail):
+            raise UserError("the chat template writes what follows an answer differently from answer to answer")
+        whole, head = self._tokenized(text, num_images), self._tokenized(text.removesuffix(tail), num_images)
+        if np.array_equal(whole[: len(head)], head):
+            return whole, whole[len(head) :]
+        # A token spans the end of the answer: the tail is tokenized alone then.
+        return whole, np.asarray(self.tokenizer(tail, add_special_tokens=False)["input_ids"], np.int32)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of token ids, without special tokens and surrounding space."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True).strip()
 
-    def _ids(self, question: str, num_images: int) -> np.ndarray:
-        """Token ids of the prompt, int32 [l], markers expanded."""
-        ids = self.tokenizer(self.prompt(question, num_images))["input_ids"]
+    def _ids(self, question: str | Conversation, num_images: int) -> np.ndarray:
+        return self._tokenized(self.prompt(question, num_images), num_images)
+
+    def _tokenized(self, text: str, num_images: int) -> np.ndarray:
+        """Token ids of a prompt, int32 [l], markers expanded."""
+        ids = self.tokenizer(text)["input_ids"]
         if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
             ids = ids[1:]  # written by the chat template, and again by the tokenizer
         row = np.asarray(ids, np.int32)
@@ -228,12 +261,6 @@ class Processor:
             raise UserError("the chat template leaves out the question: it cannot be used")
         return False
 
-    def _render_turns(self, turns: Sequence[tuple[str, str]]) -> str:
-        contents = [[{"type": "text", "text": text}] if self._content_in_parts else text for _, text in turns]
-        return self._render_messages(
-            [{"role": role, "content": content} for (role, _), content in zip(turns, contents, strict=True)]
-        )
-
     def _render(self, content: str | list[dict[str, str]]) -> str:
         return self._render_messages([{"role": "user", "content": content}])
 
@@ -259,6 +286,14 @@ def _texts(tokens: dict[str, Any]) -> dict[str, Any]:
 def _edge(image_processor: Any) -> int:
     """The longest side that an image processor scales a picture's shorter one to, 0 where it states none."""
     return max(dict(getattr(image_processor, "size", None) or {}).values(), default=0)
+
+
+def _require_text(talk: Conversation) -> None:
+    for text in as_texts(talk):
+        try:
+            text.encode()
+        except (UnicodeEncodeError, AttributeError):
+            raise UserError(f"the question is no text: {ascii(text)[:80]} cannot be encoded in UTF-8") from None
 
 
 def _count(number: int, noun: str) -> str:

@@ -8,9 +8,10 @@ next stage runs on the shorter sequence. Dense is the schedule of one stage.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from math import isqrt
+from numbers import Integral
 
 from sparsevlm_jax.config import LlavaConfig, TextConfig
 from sparsevlm_jax.errors import UserError
@@ -51,7 +52,7 @@ class Sparsity:
       recycle_ratio, recycle_group: int(ratio * dropped) + 1 tokens are merged into int(that / group) + 1.
       positions: rotary positions after pruning, "renumber" (v1, v1.5) or "keep" (v2.0).
       jitter: amplitude of the density noise that replays recorded traces (the array is an argument of `prefill`).
-      seed: of methods that draw random numbers.
+      seed: of methods that draw random numbers; None for those that draw none. `prefill` also takes it traced.
       ladder: run v1's stages as programs of their own, each as long as the rows need, rather than as one program
         with masks. `generate` does; the pure `prefill` has one program in any case.
     """
@@ -73,7 +74,7 @@ class Sparsity:
     recycle_group: int = 10
     positions: str = "renumber"
     jitter: float = 1e-6
-    seed: int = 0
+    seed: int | None = None
     ladder: bool = False
 
     def __post_init__(self) -> None:
@@ -186,11 +187,13 @@ class Plan:
       sparsity: the settings it was made from.
       stages: in order.
       grid: visual tokens per side of a picture, where the picture itself is shrunk ("pool", "downsample").
+      text_tokens: room for the other tokens of a prompt, where the plan was made for one length of text.
     """
 
     sparsity: Sparsity
     stages: tuple[StagePlan, ...]
     grid: int | None = None
+    text_tokens: int | None = None
 
     @property
     def visual_tokens(self) -> int:
@@ -200,6 +203,11 @@ class Plan:
     @property
     def num_layers(self) -> int:
         return self.stages[-1].stop
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """Where each stage ends: all of a plan that decoding depends on."""
+        return tuple(stage.stop for stage in self.stages)
 
     def entering(self, visual: Sequence[int] | None = None) -> list[int]:
         """Visual tokens that enter each layer: what compute costs.
@@ -237,11 +245,32 @@ def make_plan(
       sparsity: the settings.
       config: the model; its depth and sizes are used.
       visual_tokens: in the prompt, all pictures together.
-      text_tokens: the others, at most; a bound for v1's rank. None bounds it by the visual tokens alone.
+      text_tokens: columns of the prompt for the others, the same for all rows: a bound for v1's rank. The plan then
+        fits no other length. None bounds v1's rank by the visual tokens alone.
 
     Raises:
       UserError: a target that no counts reach, or layers or heads that the decoder does not have.
+      ValueError: something else than settings, or a number of tokens that is none.
     """
+    if not isinstance(sparsity, Sparsity):
+        raise ValueError(f"make_plan takes the settings themselves, as Sparsity.v15() or sparsity(NAME): {sparsity!r}")
+    require_count("visual_tokens", visual_tokens)
+    if text_tokens is not None:
+        require_count("text_tokens", text_tokens)
+    return replace(_plan(sparsity, config, visual_tokens, text_tokens), text_tokens=text_tokens)
+
+
+def require_count(name: str, value: object) -> None:
+    """Refuses what is no number of things.
+
+    Raises:
+      ValueError: not an int, or below 0.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{name} is {value!r}: a whole number from 0 is expected")
+
+
+def _plan(sparsity: Sparsity, config: LlavaConfig | TextConfig, visual_tokens: int, text_tokens: int | None) -> Plan:
     text = config.text if isinstance(config, LlavaConfig) else config
     depth = text.num_hidden_layers
     if sparsity.method == "dense" or not visual_tokens or sparsity.keep == visual_tokens:
@@ -373,7 +402,12 @@ def _shrink(sparsity: Sparsity, config: LlavaConfig, visual_tokens: int) -> Plan
         raise UserError(f'{sparsity.method}: needs vision_feature_select_strategy "default" (a square of patches)')
     if sparsity.keep_at or sparsity.flops_share or sparsity.cache_bytes:
         raise UserError(f"{sparsity.method}: takes --keep only, it shrinks pictures before the decoder")
-    pictures = visual_tokens // config.tokens_per_image
+    pictures, rest = divmod(visual_tokens, config.tokens_per_image)
+    if rest:
+        raise UserError(
+            f"{sparsity.method}: shrinks whole pictures of {config.tokens_per_image} visual tokens, which "
+            f"{visual_tokens} are not"
+        )
     keep = sparsity.keep or max(1, visual_tokens // 3)
     grid = isqrt(keep // pictures)
     if not 1 <= grid <= config.vision.grid:

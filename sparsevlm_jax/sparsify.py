@@ -249,7 +249,7 @@ def rebuild(tokens: Tokens, selection: Selection, recycled: Recycled | None, *, 
 
     in_row = jnp.arange(length)[None, :] < lengths[:, None]
     if renumber:
-        positions = jnp.broadcast_to(jnp.arange(length)[None, :], in_row.shape)
+        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None, :], in_row.shape)
     else:
         positions = gather(tokens.positions, of_center)
     return Tokens(
@@ -281,7 +281,9 @@ def _sources(
         slots = jnp.broadcast_to(jnp.arange(recycled.centers.shape[1])[None, :], recycled.centers.shape)
         real = slots < selection.cluster_count[:, None]
         order = jnp.concatenate([order, jnp.where(real, 2 * anchor + 1, gone)], axis=1)
-    return jnp.argsort(order, axis=1)[:, :length], jnp.sum(survives, axis=1) + selection.cluster_count
+    # int32, as everywhere: in 64-bit mode jax would count in int64 from here on.
+    lengths = (jnp.sum(survives, axis=1) + selection.cluster_count).astype(jnp.int32)
+    return jnp.argsort(order, axis=1)[:, :length], lengths
 
 
 def _mean_where(values: Array, where: Array, axis: int) -> Array:

@@ -13,7 +13,7 @@ from PIL import Image
 from sparsevlm_jax import demo, files
 from sparsevlm_jax.checkpoint import Model
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.generate import Run, require_processor, settings_for
+from sparsevlm_jax.generate import Run, require_finite, require_processor, settings_for
 from sparsevlm_jax.options import ModelOptions, PruningOptions, spread_options
 from sparsevlm_jax.schedule import Sparsity
 
@@ -84,7 +84,7 @@ def reply(model: Model, picture: Path, question: str, sparsity: Sparsity) -> Rep
     for _ in range(PREFILLS):
         state = run.prefill()
         seconds.append(run.prefill_seconds)
-    result = run.result(run.decode(state, MAX_NEW_TOKENS))
+    result = require_finite(run.result(run.decode(state, MAX_NEW_TOKENS)), model.params)
     visual = result.visual_tokens[0]
     answer = processor.decode(result.tokens[0])
     return Reply(answer, visual, result.plan.entering_tokens(visual), statistics.median(seconds), compile_seconds)

@@ -244,21 +244,25 @@ def with_count(method: str, *layers: int) -> Sparsity:
     return replace(METHODS[method].settings, keep_at=tuple((layer, PER_EVENT) for layer in layers))
 
 
-def test_pyramiddrop_scores_as_fastv_does() -> None:
-    assert METHODS["pyramiddrop"].score is METHODS["fastv"].score
+def attention_of_last_token(model: LlavaConfig, layer: int, tokens: Any, i: int, places: np.ndarray) -> np.ndarray:
+    """In a layer that gets a row of `tokens`, to some places of it; mean over heads."""
+    length = tokens.lengths[i]
+    empty = np.zeros((model.text.num_key_value_heads, 0, model.text.head_dim))
+    hidden, positions = tokens.hidden[i, :length].astype(float), tokens.positions[i, :length]
+    _, rows, _ = oracle.run_layer(decoder(model), layer, hidden, positions, (empty, empty))
+    return rows.mean(0)[-1, places]
 
 
-def test_fastv_keeps_what_the_last_token_attends_to() -> None:
-    model, trace = traced(with_count("fastv", 0, 1))
+@pytest.mark.parametrize("method", ["fastv", "pyramiddrop"])
+def test_what_the_last_token_attends_to_is_kept(method: str) -> None:
+    """FastV asks the layer that has just run, PyramidDrop the next one, on this one's output."""
+    model, trace = traced(with_count(method, 0, 1))
     before = trace.tokens
     for number, event in enumerate(trace.events):
+        layer, tokens = (number + 1, event.before) if method == "pyramiddrop" else (number, before)
 
-        def attention(i: int, places: np.ndarray, before: Any = before, number: int = number) -> np.ndarray:
-            length = before.lengths[i]
-            empty = np.zeros((model.text.num_key_value_heads, 0, model.text.head_dim))
-            hidden, positions = before.hidden[i, :length].astype(float), before.positions[i, :length]
-            _, rows, _ = oracle.run_layer(decoder(model), number, hidden, positions, (empty, empty))
-            return rows.mean(0)[-1, places]
+        def attention(i: int, places: np.ndarray, layer: int = layer, tokens: Any = tokens) -> np.ndarray:
+            return attention_of_last_token(model, layer, tokens, i, places)
 
         check_kept(event, attention)
         for i, row in enumerate(BATCH):
@@ -266,6 +270,13 @@ def test_fastv_keeps_what_the_last_token_attends_to() -> None:
                 places = np.flatnonzero(event.before.visual[i])
                 near(event.scores.values[i, places], attention(i, places), SCORES)
         before = event.after
+
+
+def test_pyramiddrop_renumbers_positions_after_every_cut() -> None:
+    _, trace = traced(with_count("pyramiddrop", 0, 1))
+    for event in trace.events:
+        assert event.recycled is None
+        np.testing.assert_array_equal(event.after.positions, [np.arange(event.after.visual.shape[1])] * len(BATCH))
 
 
 def test_vision_keeps_what_the_tower_attends_to_before_the_first_layer() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -12,12 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from tokenizers import normalizers
 
 from sparsevlm_jax import Chat, Model, Sparsity, UserError, embed, load, make_plan, sparsity
 from sparsevlm_jax import chat as chat_module
 from sparsevlm_jax.checkpoint import GenerationDefaults
-from sparsevlm_jax.generate import generate_ids
-from sparsevlm_jax.processing import Processor
+from sparsevlm_jax.generate import Generation, generate_ids
+from sparsevlm_jax.messages import Conversation
+from sparsevlm_jax.packing import pack
+from sparsevlm_jax.processing import PROMPT_START, Processor
 from tests import hf, models
 
 KEEP_AT = ((0, 5),)
@@ -31,11 +33,19 @@ embedded = jax.jit(embed, static_argnames=("config", "plan"), compiler_options=m
 
 
 class Turn(NamedTuple):
-    """A question as it was asked, and where its answer stands in the conversation."""
+    """A question as it was asked, the whole conversation up to its answer, and the answer, in ids."""
 
     question: str
-    start: int
-    stop: int
+    prompt: list[int]
+    answer: list[int]
+
+    @property
+    def start(self) -> int:
+        return len(self.prompt)
+
+    @property
+    def stop(self) -> int:
+        return len(self.prompt) + len(self.answer)
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +76,12 @@ def start_chat(
 def converse(chat: Chat, questions: Sequence[str] = QUESTIONS) -> list[Turn]:
     turns = []
     for question in questions:
-        if turns:
-            start = len(chat.ids) + len(chat.processor.next_turn(question))
-        else:
-            start = len(chat.processor([chat.images], [question]).ids[0])
+        prompt = chat._next_ids(question) if turns else chat.processor([chat.images], [question]).ids[0]
         answer = chat.ask(question)
-        assert answer == chat.processor.decode(chat.ids[start:])
-        turns.append(Turn(question, start, len(chat.ids)))
+        assert chat.ids[: len(prompt)].tolist() == prompt.tolist()
+        turns.append(Turn(question, prompt.tolist(), chat.ids[len(prompt) :].tolist()))
+        assert answer == chat.processor.decode(turns[-1].answer)
+        assert chat.turns[-1] == (question, answer)
     return turns
 
 
@@ -119,7 +128,7 @@ def test_again_answers_as_a_fresh_run_of_the_conversation_from_pixels(
 ) -> None:
     chat = start_chat(model, [picture], "again", pruning)
     for turn in converse(chat):
-        assert chat.ids[turn.start : turn.stop].tolist() == fresh_answer(chat, chat.ids[: turn.start])
+        assert turn.answer == fresh_answer(chat, np.asarray(turn.prompt, np.int32))
 
 
 @pytest.mark.parametrize("pruning", [V15, V20], ids=lambda s: s.method)
@@ -139,7 +148,7 @@ def test_policies_agree_on_the_first_question(model: Model, picture: Image.Image
 def test_first_goes_on_behind_an_answer_that_ended_early(model: Model, picture: Image.Image) -> None:
     chat = start_chat(model, [picture], "first")
     (turn,) = converse(chat, QUESTIONS[:1])
-    end = int(chat.ids[turn.start + 1])
+    end = turn.answer[1]
     ending = replace(model, generation=GenerationDefaults((end,), 0))
     chat = start_chat(ending, [picture], "first")
     turns = converse(chat)
@@ -147,13 +156,11 @@ def test_first_goes_on_behind_an_answer_that_ended_early(model: Model, picture: 
     check_answers(chat, turns)
 
 
-def test_without_pictures_both_policies_answer_as_a_fresh_run(model: Model) -> None:
+def test_without_pictures_both_policies_are_exact(model: Model) -> None:
     again, first = (start_chat(model, [], selection) for selection in ("again", "first"))
-    turns = converse(again)
-    assert converse(first) == turns
-    assert first.ids.tolist() == again.ids.tolist()
-    for turn in turns:
-        assert again.ids[turn.start : turn.stop].tolist() == fresh_answer(again, again.ids[: turn.start])
+    for turn in converse(again):
+        assert turn.answer == fresh_answer(again, np.asarray(turn.prompt, np.int32))
+    check_answers(first, converse(first))
 
 
 @pytest.mark.parametrize("selection", ["again", "first"])
@@ -179,28 +186,104 @@ def test_the_tower_runs_once(
     assert len(seen) == (2 if selection == "again" else 1)
 
 
-def test_the_template_frames_every_turn(model: Model, picture: Image.Image) -> None:
+def answer_with(monkeypatch: pytest.MonkeyPatch, ids: list[int]) -> list[np.ndarray]:
+    """Makes every answer these ids; returns what will be asked."""
+    asked: list[np.ndarray] = []
+
+    def answer(self: Chat, prompt: np.ndarray) -> Generation:
+        asked.append(prompt)
+        plan = make_plan(Sparsity.dense(), self.model.config, 0)
+        return Generation(
+            [ids], [[0]], [True], plan, pack([prompt], self.model.config.image_token_id), 0.0, 0.0, 0.0, 0
+        )
+
+    monkeypatch.setattr(Chat, "_prefill", answer)
+    return asked
+
+
+def llama_2(model: Model) -> Model:
+    """With the normalizer of Llama-2's own tokenizer: it puts a space in front of whatever text it gets."""
+    old = model.processor
+    tokenizer = hf.llama_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend(hf.SPACE), normalizers.Replace(" ", hf.SPACE)]
+    )
+    tokenizer.backend_tokenizer.pre_tokenizer = None
+    return replace(model, processor=Processor(tokenizer, old.image_processor, old.chat_template, model.config))
+
+
+@pytest.mark.parametrize("kind", ["template", "vicuna"])
+@pytest.mark.parametrize("selection", ["again", "first"])
+def test_a_later_question_is_asked_in_the_ids_of_the_whole_conversation(
+    model: Model, vicuna: Model, picture: Image.Image, selection: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = start_chat(llama_2(model if kind == "template" else vicuna), [picture], selection)
+    tokenizer = chat.processor.tokenizer
+    said = tokenizer(" the cat", add_special_tokens=False)["input_ids"][1:]  # what a model says: no second space
+    assert tokenizer.decode(said).strip() == "the cat"
+    asked = answer_with(monkeypatch, said)
+    for question in ("what is it", "why", "who else"):
+        chat.ask(question)
+    if kind == "template":
+        text = "USER: <image>\nwhat is it ASSISTANT: the cat USER: why ASSISTANT: the cat USER: who else ASSISTANT:"
+    else:
+        text = (
+            f"{PROMPT_START}<image>\nwhat is it ASSISTANT: the cat</s>USER: why ASSISTANT: the cat</s>"
+            "USER: who else ASSISTANT:"
+        )
+    whole = np.asarray(tokenizer(text)["input_ids"])
+    whole = np.repeat(whole, np.where(whole == model.config.image_token_id, model.config.tokens_per_image, 1))
+    assert asked[-1].tolist() == whole.tolist()
+
+
+def test_an_answer_that_would_be_tokenized_otherwise_stays_in_the_cache_as_it_was_said(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = start_chat(model, [], "first")
+    letters = [chat.processor.tokenizer.convert_tokens_to_ids(letter) for letter in "the"]  # one token of the tokenizer
+    asked = answer_with(monkeypatch, letters)
+    chat.ask("what")
+    first = asked[0].tolist()
+    chat.ask("why")
+    whole, behind = chat.processor.next_turn(Conversation("why", (("what", "the"),)), 0)
+    assert asked[1].tolist() == first + letters + behind.tolist()
+    assert whole.tolist()[-len(behind) :] == behind.tolist()
+    written = (chat.processor.decode(ids).replace(" ", "") for ids in (asked[1], whole))
+    assert len(set(written)) == 1
+
+
+def test_the_template_frames_every_turn(model: Model, picture: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
     chat = start_chat(model, [picture], "again")
-    first, second = converse(chat)
-    assert chat.processor.decode(chat.ids[: first.start]) == f"USER: \n{QUESTIONS[0]} ASSISTANT:"
-    assert chat.processor.decode(chat.ids[first.stop : second.start]) == f"USER: {QUESTIONS[1]} ASSISTANT:"
-    assert (chat.ids == chat.model.config.image_token_id).sum() == chat.model.config.tokens_per_image
+    asked = answer_with(monkeypatch, chat.processor.tokenizer("a", add_special_tokens=False)["input_ids"])
+    for question in QUESTIONS:
+        chat.ask(question)
+    assert chat.processor.decode(asked[0]) == f"USER: \n{QUESTIONS[0]} ASSISTANT:"
+    assert chat.processor.decode(asked[1]) == (f"USER: \n{QUESTIONS[0]} ASSISTANT: a USER: {QUESTIONS[1]} ASSISTANT:")
+    assert (asked[1] == chat.model.config.image_token_id).sum() == chat.model.config.tokens_per_image
 
 
 def test_vicuna_turns_are_parted_by_the_end_token(vicuna: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-
-    def answer(self: Chat, ids: np.ndarray) -> SimpleNamespace:
-        asked.append(ids)
-        return SimpleNamespace(tokens=[[70, 71]])
-
-    monkeypatch.setattr(Chat, "_prefill", answer)
     chat = start_chat(vicuna, [], "again")
-    converse(chat)
     tokenizer = chat.processor.tokenizer
-    between = asked[1][len(asked[0]) + 2 :]
-    assert between[0] == tokenizer.eos_token_id
-    assert tokenizer.decode(between[1:]).strip() == f"USER: {QUESTIONS[1]} ASSISTANT:"
+    asked = answer_with(monkeypatch, tokenizer("a", add_special_tokens=False)["input_ids"])
+    for question in QUESTIONS:
+        chat.ask(question)
+    ends = np.flatnonzero(asked[1] == tokenizer.eos_token_id)
+    assert len(ends) == 1
+    assert tokenizer.decode(asked[1][: ends[0]]).endswith("ASSISTANT: a")
+    assert tokenizer.decode(asked[1][ends[0] + 1 :]).strip() == f"USER: {QUESTIONS[1]} ASSISTANT:"
+
+
+def test_a_chat_that_overflows_says_so_and_can_go_on(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = start_chat(model, [], "first")
+    converse(chat, QUESTIONS[:1])
+    before = chat.ids.tolist()
+    go_on = Chat._go_on
+    monkeypatch.setattr(Chat, "_go_on", lambda self, ids: replace(go_on(self, ids), finite=[False]))
+    refused(chat, "why", "the logits are not finite")
+    monkeypatch.undo()
+    assert chat.ask("why")
+    assert chat.ids[: len(before)].tolist() == before
 
 
 @pytest.mark.parametrize("selection", ["again", "first"])

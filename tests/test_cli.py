@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import pwd
 import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
+import sparsevlm_jax
 from sparsevlm_jax import cli, demo, options
 from sparsevlm_jax.methods import METHODS
 from tests.hf import tiny_llava
@@ -226,12 +229,14 @@ def test_plain_answers_of_a_batch_come_in_the_order_of_the_questions(ask):
         (["--image", "no-such.png"], "no-such.png: no such file"),
         (["--image", __file__], "test_cli.py: not a picture"),
         (["--revision", "main"], 'a revision ("main") can be chosen of a hub id only'),
+        (["--model", "a" * 300], ": cannot be looked up: File name too long"),
+        (["--model", "~nosuchuser/x"], "~nosuchuser/x': cannot be the name of a file"),
         (["--model", "/no/such/folder"], "/no/such/folder: no such folder"),
         (["--model", "nobody/nothing"], "nobody/nothing: not a folder, not complete in the hub's cache"),
         (["--bogus"], "--bogus"),
         (["extra"], "extra"),
     ],
-    ids=lambda value: " ".join(map(repr, value)) if isinstance(value, list) else "",
+    ids=lambda value: " ".join(map(repr, value))[:60] if isinstance(value, list) else "",
 )
 def test_bad_option_is_one_line_and_exit_code_2(ask, options, message):
     assert message in error_of(ask(*options))
@@ -354,8 +359,12 @@ def test_plan_says_that_v1_counts_are_upper_bounds(run, model):
         (["--model", "tiny", "--keep", 577], "--keep 577: the prompt has only 16 visual tokens"),
         (["--model", "llava-1.5-7b", "--keep", 35], "--keep 35: not possible with pruning after layers 2, 6, 15 of 32"),
         (["--model", __file__], "cannot be read as JSON"),
+        (["--model", "tiny", "--text-tokens", 10**9], "--text-tokens"),
+        (["--model", "tiny", "--images", "9" * 30], "--images"),
+        (["--model", "a" * 5000], "File name too long"),
+        (["--model", "~nosuchuser/x"], "cannot be the name of a file"),
     ],
-    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+    ids=lambda value: " ".join(map(str, value))[:60] if isinstance(value, list) else "",
 )
 def test_bad_option_of_plan_is_one_line_and_exit_code_2(run, options, message):
     assert message in error_of(run("plan", *options))
@@ -364,11 +373,22 @@ def test_bad_option_of_plan_is_one_line_and_exit_code_2(run, options, message):
 # The command as a whole
 
 
-@pytest.mark.parametrize("arguments", [[], ["--help"]], ids=["nothing", "--help"])
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]], ids=["nothing", "--help", "-h"])
 def test_help_lists_the_commands(run, arguments):
     result = run(*arguments)
     assert result.code == 0 and result.err == ""
     assert re.search(r"^  ask .*\n  plan ", result.out, re.MULTILINE)
+
+
+def test_short_help_belongs_to_every_command(run):
+    assert run("ask", "-h") == run("ask", "--help")
+    assert run("plan", "-h").code == 0
+
+
+def test_version_is_the_packages(run):
+    assert run("--version") == (0, f"sparsevlm {sparsevlm_jax.__version__}\n", "")
+    assert re.fullmatch(r"\d+\.\d+\.\d+", sparsevlm_jax.__version__)
+    assert metadata.version("sparsevlm_jax") == sparsevlm_jax.__version__
 
 
 def test_help_of_ask_names_every_method(run):
@@ -391,6 +411,66 @@ def test_users_own_compilation_cache_is_left_alone(run, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/somewhere")
     run("--help")
     assert not settings
+
+
+def test_without_a_home_nothing_is_cached(run, monkeypatch):
+    """As in a container whose user has no entry in passwd."""
+
+    def no_entry(*_):
+        raise KeyError("no such user")
+
+    settings = {}
+    monkeypatch.setattr(jax.config, "update", settings.__setitem__)
+    for name in ("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", no_entry)
+    assert run("--help").code == 0
+    assert not settings
+
+
+@pytest.mark.parametrize(
+    ("platforms", "message"),
+    [
+        ("cuda", "JAX_PLATFORMS=cuda: jax has no such backend here; install it"),
+        (None, "jax finds no device: Unable to initialize backend"),
+    ],
+)
+def test_a_backend_that_is_not_there_is_one_line(ask, monkeypatch, platforms, message):
+    def unable(*_, **__):
+        raise RuntimeError("Unable to initialize backend\nand more of it")
+
+    monkeypatch.setattr(jax, "devices", unable)
+    monkeypatch.setattr(options, "load", unable)
+    if platforms is None:
+        monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    else:
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    assert message in error_of(ask())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["ask", "--question", "hi", "--model", "\x1b[31mred"],
+        ["ask", "--question", "hi", "--image", "\x1b]0;title\x07.png"],
+        ["plan", "--model", "tiny", "--keep-at", "\x1b[2J"],
+        ["plan", "--\x9b31m"],
+        ["\u202edlrow"],
+    ],
+)
+def test_terminal_escapes_are_written_out(run, arguments):
+    error = error_of(run(*arguments))
+    assert error.isprintable()
+    assert re.search(r"\\(x1b|x9b|u202e)", error)
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]])
+def test_an_answer_that_overflows_is_an_error_and_not_printed(ask, broken, stream):
+    weights = load_file(broken / "model.safetensors")
+    weights["language_model.model.layers.0.mlp.down_proj.weight"][:] = 6e4
+    save_file(weights, broken / "model.safetensors")
+    error = error_of(ask("--model", broken, "--dtype", "float16", *stream))
+    assert "the logits are not finite" in error and "--dtype bfloat16 or float32" in error
 
 
 def test_interrupting_leaves_no_traceback(ask, monkeypatch):
@@ -424,6 +504,25 @@ def test_prompt_above_the_largest_bucket_is_one_line_from_all_libraries_together
     process = spawn("ask", "--model", broken, "--question", "dog " * 1200)
     out, err = process.communicate(timeout=120)
     assert "the largest bucket 4096" in error_of(Result(process.returncode, out, err))
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+def test_a_full_disk_behind_stdout_is_one_line(buffered):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, *([] if buffered else ["-u"]), "-m", "sparsevlm_jax", "--help"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    error = error_of(Result(done.returncode, "", done.stderr))
+    assert error.endswith("stdout cannot be written: No space left on device")
+
+
+def test_a_closed_stdout_is_one_line(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert "stdout is closed" in error_of(run("--help"))
+
+
+def test_a_closed_stderr_leaves_stdout_to_the_answer(run, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert run("plan", "--model", "no-such-model") == (2, "", "")
 
 
 @pytest.mark.parametrize("command", ["plan", "ask"])

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsevlm_jax import Plan, Prompt, abstract_params, make_plan, prefill, sparsity
+from sparsevlm_jax import Plan, Prompt, Sparsity, abstract_params, make_plan, prefill, sparsity
 from sparsevlm_jax.decoding import Decoding, Sampler, decode, start
 from sparsevlm_jax.generate import generate_ids
 from tests import models
@@ -44,7 +44,8 @@ def shapes(dtype: str = "float32", batch: int = 1) -> tuple[Any, Prompt]:
 def programs(method: str) -> dict[str, Any]:
     """The two programs of an answer, lowered from ids and pixels."""
     plan = make_plan(sparsity(method, **SETTINGS[method]), MODEL, 16, 32)
-    static = {"config": MODEL, "plan": plan, "decoding": Decoding(room=16, greedy=False, end_tokens=(2,))}
+    common = {"config": MODEL, "decoding": Decoding(room=16, greedy=False, end_tokens=(2,))}
+    static = common | {"plan": plan}
     args = jax.eval_shape(
         lambda: (
             jnp.zeros((1, 48), jnp.int32),
@@ -59,7 +60,7 @@ def programs(method: str) -> dict[str, Any]:
     limit = jax.ShapeDtypeStruct((), jnp.int32)
     return {
         "start": start.lower(weights, *args, **static),
-        "decode": decode.lower(weights, state, limit, args[-1], **static),
+        "decode": decode.lower(weights, state, limit, args[-1], **common, stops=plan.stops),
     }
 
 
@@ -118,6 +119,59 @@ def test_a_layout_is_compiled_once_and_another_question_in_its_bucket_compiles_n
     assert np.all(sizes() - known == 1)
     ask(5, 40, tokens=6, seed=2)  # the next bucket
     assert np.all(sizes() - known == 2)
+
+
+def ask_pruned(settings: Sparsity, **options: Any) -> None:
+    """One question about one picture, under any settings."""
+    random = np.random.default_rng(0)
+    image = np.full(FRESH.tokens_per_image, FRESH.image_token_id)
+    generate_ids(
+        models.params(FRESH),
+        FRESH,
+        [np.concatenate([random.integers(0, 180, 5), image, random.integers(0, 180, 9)]).astype(np.int32)],
+        random.normal(0, 1, (1, 3, 28, 28)).astype(np.float32),
+        **({"sparsity": settings, "max_new_tokens": 3, "end_tokens": (5,)} | options),
+    )
+
+
+@pytest.mark.parametrize("method", ["v1.5", "random"])
+def test_another_seed_compiles_nothing(method: str) -> None:
+    settings = [replace(sparsity(method, keep_at=((0, 2),)), seed=seed) for seed in (3, 4)]
+    ask_pruned(settings[0], temperature=1.0, key=jax.random.key(3))
+    known, key = sizes(), jax.random.key(4)
+    with events() as seen:
+        ask_pruned(settings[1], temperature=0.5, key=key)
+    assert seen == []
+    assert np.all(sizes() == known)
+
+
+def test_methods_that_draw_nothing_have_no_seed_in_their_settings() -> None:
+    assert sparsity("v1.5", seed=1) == sparsity("v1.5")
+    assert sparsity("random", seed=1) != sparsity("random")
+
+
+def test_a_method_that_draws_takes_its_seed_traced() -> None:
+    plan = make_plan(sparsity("random", keep_at=((0, 9),), seed=4), FRESH, 16, 12)
+    unseeded = replace(plan, sparsity=replace(plan.sparsity, seed=None))
+    batch, weights = models.prompt([(3, 16, 5)], text=12, visual=16), models.params(FRESH)
+    run = partial(prefill, config=FRESH, plan=unseeded, max_new_tokens=0)
+    traced: Any = jax.jit(run, compiler_options=models.QUICK)
+    of_plan = models.compiled_prefill(FRESH, plan, 0)(weights, batch)[0]
+    np.testing.assert_array_equal(traced(weights, batch, seed=jnp.uint32(4))[0], of_plan)
+    assert np.any(np.asarray(traced(weights, batch, seed=jnp.uint32(5))[0]) != np.asarray(of_plan))
+    assert traced._cache_size() == 1
+    with pytest.raises(ValueError, match="give prefill a seed"):
+        jax.eval_shape(run, weights, batch)
+
+
+def test_another_budget_with_equal_cache_lengths_decodes_in_the_same_program() -> None:
+    """What fewer kept and more merged tokens leave is as long: only the prefill is another program."""
+    fewer = Sparsity.v15(keep_at=[(0, 1)])  # one stays, one is merged
+    more = replace(fewer, keep_at=((0, 2),), recycle=False)
+    ask_pruned(fewer)
+    known = sizes()
+    ask_pruned(more)
+    assert (sizes() - known).tolist() == [1, 0]
 
 
 def custom_calls(lowered: Any) -> set[str]:

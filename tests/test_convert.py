@@ -63,7 +63,7 @@ def logits(model: Model, case: str = "c0") -> np.ndarray:
     pixels = jnp.asarray(RECORDED[f"{case}_pixel_values"])
     plan = make_plan(Sparsity.dense(), model.config, model.config.tokens_per_image)
     prompt = embed(model.params, jnp.asarray(ids), jnp.asarray([ids.shape[1]]), pixels, model.config)
-    return np.asarray(prefill(model.params, prompt, model.config, plan)[0][0])
+    return np.asarray(prefill(model.params, prompt, model.config, plan, max_new_tokens=0)[0][0])
 
 
 @pytest.fixture(scope="module", params=LAYOUTS, ids=lambda build: build.__name__)

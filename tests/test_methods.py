@@ -87,7 +87,7 @@ def prompt() -> Prompt:
 
 def run(settings: Sparsity, batch: Prompt) -> tuple[np.ndarray, Any]:
     """Logits and trace."""
-    plan = make_plan(settings, MODEL, VISUAL, TEXT)
+    plan = make_plan(settings, MODEL, VISUAL, batch.visual.shape[1] - VISUAL)
     logits, _, trace = models.compiled_prefill(MODEL, plan, NEW, trace=True)(models.params(MODEL), batch)
     return np.asarray(logits), jax.tree.map(np.asarray, trace)
 

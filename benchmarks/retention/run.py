@@ -75,7 +75,8 @@ class Study:
         return kept
 
     def _answer(self, sparsity: Sparsity, ids: np.ndarray, lengths: np.ndarray, saliency: np.ndarray | None) -> Outcome:
-        plan = sv.make_plan(sparsity, self.config, self.config.tokens_per_image, ids.shape[1])
+        visual = self.config.tokens_per_image
+        plan = sv.make_plan(sparsity, self.config, visual, ids.shape[1] - visual)
         pictures = self.dense_pictures
         if plan.grid is not None:
             pictures = self._encode(plan)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-from importlib import metadata
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ import jinja2
 import numpy as np
 from PIL import Image
 
+from sparsevlm_jax import __version__
 from sparsevlm_jax.explain import account
 from sparsevlm_jax.explain.drawing import CIVIDIS, TINTS, draw_scores, draw_stage, enlarge, png, score_range
 from sparsevlm_jax.explain.record import Explanation, Pruning, Stage
@@ -49,7 +49,7 @@ def render(explanation: Explanation) -> str:
         costs=account.stage_costs(explanation),
         tints=[_css(colour) for colour in TINTS[:3]],
         color_map=", ".join(map(_css, CIVIDIS)),
-        version=metadata.version("sparsevlm_jax"),
+        version=__version__,
         device=jax.devices()[0].device_kind,
     )
 

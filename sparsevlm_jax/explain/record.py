@@ -20,7 +20,7 @@ from sparsevlm_jax.config import LlavaConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.explain.provenance import chosen, fates, scores
 from sparsevlm_jax.explain.words import Words, read_words
-from sparsevlm_jax.generate import Generation, Run, generate_ids, require_processor
+from sparsevlm_jax.generate import Generation, Run, generate_ids, require_finite, require_processor
 from sparsevlm_jax.llava import Cache, Event, Params, Trace, embed, prefill
 from sparsevlm_jax.pictures import ImageLike
 from sparsevlm_jax.schedule import Plan, Sparsity, StagePlan
@@ -89,6 +89,8 @@ def explain(
     run = Run(model.params, config, inputs.ids, inputs.pixel_values, sparsity=sparsity, **settings)
     pruned, trace = _run_traced(run, max_new_tokens)
     dense = generate_ids(model.params, config, inputs.ids, inputs.pixel_values, sparsity=Sparsity.dense(), **settings)
+    for generation in (pruned, dense):
+        require_finite(generation, model.params)
     packed = pruned.packed
     length = int(packed.lengths[0])
     return Explanation(
@@ -122,19 +124,26 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
 
 @partial(jax.jit, static_argnames=("config", "plan", "room"))
 def _prefill_traced(
-    params: Params, ids: Array, lengths: Array, pixels: Array, *, config: LlavaConfig, plan: Plan, room: int
+    params: Params,
+    ids: Array,
+    lengths: Array,
+    pixels: Array,
+    seed: Array | None,
+    *,
+    config: LlavaConfig,
+    plan: Plan,
+    room: int,
 ) -> tuple[Array, Cache, Trace]:
     prompt = embed(params, ids, lengths, pixels, config, plan)
-    logits, cache, trace = prefill(params, prompt, config, plan, trace=True, max_new_tokens=room)
+    logits, cache, trace = prefill(params, prompt, config, plan, trace=True, max_new_tokens=room, seed=seed)
     assert trace is not None
     return logits, cache, trace
 
 
 def _run_traced(run: Run, max_new_tokens: int) -> tuple[Generation, Trace]:
     """Answers on the very cache of the prefill that is recorded."""
-    arrays = jnp.asarray(run.packed.input_ids), jnp.asarray(run.packed.lengths), run.pictures
-    config, plan = run.static["config"], run.plan
-    logits, cache, trace = _prefill_traced(run.params, *arrays, config=config, plan=plan, room=run.room)
+    arrays = jnp.asarray(run.packed.input_ids), jnp.asarray(run.packed.lengths), run.pictures, run.seed
+    logits, cache, trace = _prefill_traced(run.params, *arrays, config=run.config, plan=run.plan, room=run.room)
     return run.result(run.decode(run.resume(logits, cache), max_new_tokens)), trace
 
 

@@ -27,6 +27,8 @@ def sparsity(method: str, **settings: Any) -> Sparsity:
     if method not in METHODS:
         raise UserError(f'--method "{method}": expected one of {", ".join(METHODS)}')
     given = {name: value for name, value in settings.items() if value is not None}
+    if not METHODS[method].draws:
+        given.pop("seed", None)  # it would change nothing but the program's name
     for name, owner in (("scale", "v1"), ("bias", "v1"), ("ladder", "v1"), ("heads", "v2.0")):
         if name in given and method != owner:
             raise UserError(f"--{name} belongs to --method {owner}, not to {method}")

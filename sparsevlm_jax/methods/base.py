@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Integer
 
 from sparsevlm_jax.attention import attention_rows
 from sparsevlm_jax.errors import UserError
@@ -21,7 +21,8 @@ from sparsevlm_jax.sparsify import Tokens, positions_where, take
 class Layer(NamedTuple):
     """The decoder layer that has just run, as a scoring function sees it.
 
-    Before the first layer (pruning layer -1) there are no queries and keys.
+    Queries and keys are those that it ran on, or, where the method looks ahead, those of the next layer on its output.
+    Before the first layer (pruning layer -1) there are none but ahead.
     """
 
     query: Float[Array, "b l n h"] | None  # rotated
@@ -29,6 +30,7 @@ class Layer(NamedTuple):
     tokens: Tokens  # its output
     stage: StagePlan  # static: the stage that it ends
     rope_theta: float
+    seed: Integer[Array, ""] | int | None = None  # where the method draws random numbers
 
     @property
     def kept(self) -> Int[Array, "b"]:
@@ -69,17 +71,24 @@ class Method:
     """A way to have fewer visual tokens.
 
     Attributes:
-      settings: its own layers, positions and recycling, with no budget set.
+      settings: its own layers, positions and recycling, with no budget set; a seed if it draws random numbers.
       score: rates the visual tokens at a pruning layer; None where there is no pruning layer.
       source: where it comes from.
       needs_saliency: the score reads `Tokens.saliency`.
+      looks_ahead: the score's queries and keys are the next layer's, where there is one.
     """
 
     settings: Sparsity
     score: Callable[[Layer, Sparsity], Scores] | None
     source: str
     needs_saliency: bool = False
+    looks_ahead: bool = False
 
     @property
     def name(self) -> str:
         return self.settings.method
+
+    @property
+    def draws(self) -> bool:
+        """Whether it draws random numbers."""
+        return self.settings.seed is not None

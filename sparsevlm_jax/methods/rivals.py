@@ -14,8 +14,10 @@ from sparsevlm_jax.schedule import Sparsity
 
 def score_at_random(layer: Layer, sparsity: Sparsity) -> Scores:
     """Random numbers, the same for every row: from the seed, the pruning layer and the token's number in its row."""
-    key = jax.random.fold_in(jax.random.key(sparsity.seed), layer.stage.stop)
-    numbers = jax.random.uniform(key, (layer.stage.visual,))
+    if layer.seed is None:
+        raise ValueError("random draws random numbers: give prefill a seed, or its settings one")
+    key = jax.random.fold_in(jax.random.key(layer.seed), layer.stage.stop)
+    numbers = jax.random.uniform(key, (layer.stage.visual,), jnp.float32)
     return Scores(numbers[jnp.minimum(layer.ordinals(), layer.stage.visual - 1)])
 
 
@@ -28,7 +30,7 @@ def score_evenly(layer: Layer, sparsity: Sparsity) -> Scores:
 
 
 def score_by_last_token(layer: Layer, sparsity: Sparsity) -> Scores:
-    """The last text token's attention, mean over heads."""
+    """The last token's attention, mean over heads: in the layer that has just run (FastV) or the next (PyramidDrop)."""
     last = layer.tokens.lengths[:, None] - 1
     return Scores(jnp.mean(layer.attention(last), axis=(1, 2)))
 
@@ -39,11 +41,11 @@ def score_by_tower(layer: Layer, sparsity: Sparsity) -> Scores:
     return Scores(layer.tokens.saliency)
 
 
-def _settings(method: str, **settings) -> Sparsity:  # noqa: ANN003
-    return Sparsity(method=method, recycle=False, positions="keep", **settings)
+def _settings(method: str, *, positions: str = "keep", **settings) -> Sparsity:  # noqa: ANN003
+    return Sparsity(method=method, recycle=False, positions=positions, **settings)
 
 
-RANDOM = Method(_settings("random"), score_at_random, "baseline; at SparseVLM's layers")
+RANDOM = Method(_settings("random", seed=0), score_at_random, "baseline; at SparseVLM's layers")
 UNIFORM = Method(_settings("uniform"), score_evenly, "baseline; at SparseVLM's layers")
 FASTV = Method(
     _settings("fastv", layers=(1,), ratio=0.5),
@@ -51,9 +53,10 @@ FASTV = Method(
     "FastV (ECCV 2024): half of the tokens after the second layer",
 )
 PYRAMIDDROP = Method(
-    _settings("pyramiddrop", published_layers=(7, 15, 23), ratio=0.5),
+    _settings("pyramiddrop", published_layers=(7, 15, 23), ratio=0.5, positions="renumber"),
     score_by_last_token,
-    "PyramidDrop (CVPR 2025): half of what is left after each quarter of the layers",
+    "PyramidDrop (CVPR 2025): half of what is left after each quarter of the layers, ranked by what the next sees",
+    looks_ahead=True,
 )
 VISION = Method(
     _settings("vision", layers=(-1,)),
