@@ -1,0 +1,1 @@
+"""Host side: images and questions to arrays; NumPy only."""
