@@ -1,0 +1,1 @@
+"""What the accelerator computes, whatever the model: attention, rotary positions, layers."""
