@@ -2,7 +2,7 @@
 
 import sys
 
-from sparsevlm_jax.cli import main
+from sparsevlm_jax.cli.main import main
 
-sys.argv[1:1] = ["bench"]
-main()
+if __name__ == "__main__":
+    main(["bench", *sys.argv[1:]])

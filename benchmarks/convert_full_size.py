@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsevlm_jax.config import PRESETS, LlavaConfig
-from sparsevlm_jax.llava import abstract_params
-from sparsevlm_jax.weights import spec
+from sparsevlm_jax.checkpoints.names import spec
+from sparsevlm_jax.models.llava import LlavaConfig, abstract_params
+from sparsevlm_jax.models.presets import PRESETS
 
 RESULTS = Path(__file__).parent / "results"
 SHARDS = 3
@@ -98,10 +98,10 @@ def measure(what: str, arguments: list[str], nbytes: int) -> dict[str, float | b
 import json, sys
 import jax
 jax.config.update("jax_platforms", "cpu")
-from convert.memory import memory
-from convert.check import check
-from convert.reverse import to_hf
-from convert.run import convert
+from sparsevlm_jax.process import memory
+from sparsevlm_jax.checkpoints.check import check
+from sparsevlm_jax.checkpoints.export import to_hf
+from sparsevlm_jax.checkpoints.convert import convert
 anonymous = 0
 def watch(done, total):
     global anonymous

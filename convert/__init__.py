@@ -1,1 +1,1 @@
-"""Hugging Face PyTorch weights to orbax and back: streamed, verified, resumable."""
+"""`python -m convert`: conversion from a checkout. The code is `sparsevlm_jax.checkpoints`."""

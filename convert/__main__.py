@@ -2,7 +2,7 @@
 
 import sys
 
-from sparsevlm_jax.cli import main
+from sparsevlm_jax.cli.main import main
 
-sys.argv[1:1] = ["convert"]
-main()
+if __name__ == "__main__":
+    main(["convert", *sys.argv[1:]])

@@ -1,22 +1,17 @@
 """LLaVA in pure-functional Flax with SparseVLM: visual tokens are pruned inside one compiled program."""
 
-from sparsevlm_jax.chat import Chat
-from sparsevlm_jax.checkpoint import Model, load
-from sparsevlm_jax.config import PRESETS, LlavaConfig, TextConfig, VisionConfig, llava_15_7b, llava_15_13b, tiny
+from sparsevlm_jax.checkpoints.load import Model, load
+from sparsevlm_jax.config import TextConfig, VisionConfig
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.generate import generate, generate_ids, stream, stream_ids
-from sparsevlm_jax.llava import (
-    Cache,
-    Prompt,
-    abstract_params,
-    decode_step,
-    embed,
-    encode_images,
-    init_params,
-    prefill,
-)
-from sparsevlm_jax.methods import METHODS, sparsity
-from sparsevlm_jax.schedule import Plan, Sparsity, StagePlan, make_plan
+from sparsevlm_jax.generation.api import generate, generate_ids, stream, stream_ids
+from sparsevlm_jax.generation.chat import Chat
+from sparsevlm_jax.models.llava import LlavaConfig, abstract_params, embed, encode_images, init_params
+from sparsevlm_jax.models.presets import PRESETS, llava_15_7b, llava_15_13b, tiny
+from sparsevlm_jax.models.stages import Cache, Prompt, decode_step, prefill
+from sparsevlm_jax.pruning.budgets import make_plan
+from sparsevlm_jax.pruning.methods import METHODS, sparsity
+from sparsevlm_jax.pruning.plan import Plan, StagePlan
+from sparsevlm_jax.pruning.settings import Sparsity
 
 __version__ = "0.1.0"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sparsevlm_jax.cli import main
+from sparsevlm_jax.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
-"""What a checkpoint decides: frozen, hashable configurations of a LLaVA model.
+"""What a checkpoint decides: frozen, hashable configurations of decoders and towers, and how config.json is read.
 
-Every hyper-parameter is a field without default, filled by `LlavaConfig.from_hf` or by a preset.
+Every hyper-parameter is a field without default, filled from a config.json or by a preset.
 The dataclasses are hashable so that a configuration can be a static argument of `jax.jit`.
 """
 
@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from sparsevlm_jax import bounds
 from sparsevlm_jax.errors import UserError, shown
 from sparsevlm_jax.files import inside, read_json
 
+DTYPES = ("float32", "bfloat16", "float16")  # to compute in and to store weights in
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")
 # Entries of a config.json that are read beside its parts, and entries of a part beside the fields of its class.
 _TOP = (
@@ -49,7 +50,7 @@ class VisionConfig:
     layer_norm_eps: float
 
     def __post_init__(self) -> None:
-        _check_activation("vision_config.hidden_act", self.hidden_act)
+        check_activation("vision_config.hidden_act", self.hidden_act)
         _check_divides("vision_config.num_attention_heads", self.num_attention_heads, "hidden_size", self.hidden_size)
         _check_divides("vision_config.patch_size", self.patch_size, "image_size", self.image_size)
 
@@ -83,7 +84,7 @@ class TextConfig:
     tie_word_embeddings: bool
 
     def __post_init__(self) -> None:
-        _check_activation("text_config.hidden_act", self.hidden_act)
+        check_activation("text_config.hidden_act", self.hidden_act)
         _check_divides(
             "text_config.num_key_value_heads", self.num_key_value_heads, "num_attention_heads", self.num_attention_heads
         )
@@ -91,94 +92,30 @@ class TextConfig:
             raise UserError(f"text_config.head_dim is {self.head_dim}: rotary position embeddings need an even number")
 
 
-@dataclass(frozen=True)
-class LlavaConfig:
-    """CLIP tower, two-layer projector, Llama decoder.
-
-    `attention` names the implementation of the decoder's attention (see `attention.attend`); it is
-    the one field that a checkpoint does not decide.
-    """
-
-    vision: VisionConfig
-    text: TextConfig
-    image_token_id: int
-    vision_feature_layer: int | tuple[int, ...]
-    vision_feature_select_strategy: str
-    projector_hidden_act: str
-    projector_bias: bool
-    attention: str
-
-    def __post_init__(self) -> None:
-        _check_activation("projector_hidden_act", self.projector_hidden_act)
-        strategy = self.vision_feature_select_strategy
-        if strategy not in ("default", "full"):
-            raise UserError(f'vision_feature_select_strategy is {shown(strategy)}: expected "default" or "full"')
-        depth = self.vision.num_hidden_layers
-        for layer in self.feature_layers:
-            if not -depth - 1 <= layer <= depth:
-                raise UserError(f"vision_feature_layer {layer} is out of range for a tower of {depth} layers")
+@runtime_checkable
+class ModelConfig(Protocol):
+    """What planning, packing, the processor and the decoder ask of a model, whatever its family."""
 
     @property
-    def feature_layers(self) -> tuple[int, ...]:
-        """Hidden states of the tower that feed the projector, concatenated: 0 is its embedding, -1 its last layer."""
-        layers = self.vision_feature_layer
-        return layers if isinstance(layers, tuple) else (layers,)
+    def text(self) -> TextConfig: ...
+    @property
+    def vision(self) -> VisionConfig: ...
+    @property
+    def image_token_id(self) -> int: ...
+    @property
+    def attention(self) -> str:
+        """The implementation of the decoder's attention: see `ops.attention.attend`."""
+        ...
 
     @property
     def tokens_per_image(self) -> int:
-        """Visual tokens that one picture becomes: 576 for LLaVA-1.5 (its class token is dropped)."""
-        class_token = self.vision_feature_select_strategy == "full"
-        return self.vision.grid**2 + class_token
+        """Visual tokens that one picture becomes."""
+        ...
 
-    @classmethod
-    def from_hf(cls, config: dict[str, Any], source: str = "config.json") -> LlavaConfig:
-        """Reads a Hugging Face `config.json` of model type "llava".
-
-        Args:
-          config: the parsed file, as transformers 4.x or 5.x wrote it. Published files are sparse: what they leave
-            out comes from transformers' own configuration class of each `model_type`.
-          source: what to call the file in errors.
-
-        Raises:
-          UserError: another architecture, or a variant of it that this package does not compute.
-        """
-        model_type = config.get("model_type")
-        # Early checkpoints of the original layout call themselves "llava" too.
-        if model_type == "llava_llama" or "mm_vision_tower" in config:
-            raise UserError(f"{source}: the original LLaVA layout; convert it with `sparsevlm convert`")
-        if model_type != "llava":
-            raise UserError(
-                f'{source}: model_type is {shown(model_type)}, expected "llava" (LLaVA-1.5 in the Hugging Face layout)'
-            )
-        full = complete(config, source)
-        vision, text = full["vision_config"], full["text_config"]
-        made = cls(
-            vision=_pick(VisionConfig, vision, f"{source}: vision_config"),
-            text=_pick(TextConfig, {**text, "rope_theta": _rope_theta(text, source)}, f"{source}: text_config"),
-            image_token_id=token_id(full["image_token_index"], f"{source}: image_token_index"),
-            vision_feature_layer=_feature_layer(full["vision_feature_layer"], source),
-            vision_feature_select_strategy=full["vision_feature_select_strategy"],
-            projector_hidden_act=full["projector_hidden_act"],
-            projector_bias=_typed(full["multimodal_projector_bias"], "bool", f"{source}: multimodal_projector_bias"),
-            attention="auto",
-        )
-        if made.tokens_per_image > bounds.VISUAL_TOKENS:
-            raise UserError(
-                f"{source}: a picture becomes {made.tokens_per_image:,} visual tokens (image_size and patch_size of "
-                f"vision_config), expected at most {bounds.VISUAL_TOKENS:,}"
-            )
-        return made
-
-    @classmethod
-    def from_file(cls, path: str | Path) -> LlavaConfig:
-        """Reads `config.json`, or the `config.json` of a folder.
-
-        Raises:
-          UserError: no such file, not JSON, or not a LLaVA configuration.
-        """
-        path = Path(path)
-        file = path / "config.json" if path.is_dir() else path
-        return cls.from_hf(read_config(path) if path.is_dir() else read_json(path), str(file))
+    @property
+    def image_grid(self) -> int | None:
+        """Visual tokens per side of a picture; None where they are no square."""
+        ...
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -191,96 +128,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     if adapter.exists() and not any(any(folder.glob(pattern)) for pattern in _WHOLE_MODELS):
         raise UserError(f"{folder}: an adapter (LoRA, PEFT), not a model: merge it into its base first")
     return read_json(file)
-
-
-def llava_15_7b() -> LlavaConfig:
-    """LLaVA-1.5-7B: CLIP ViT-L/14-336 and Vicuna-7B v1.5, as in `llava-hf/llava-1.5-7b-hf`."""
-    return _llava_15(hidden=4096, ffn=11008, layers=32, heads=32)
-
-
-def llava_15_13b() -> LlavaConfig:
-    """LLaVA-1.5-13B: CLIP ViT-L/14-336 and Vicuna-13B v1.5, as in `llava-hf/llava-1.5-13b-hf`."""
-    return _llava_15(hidden=5120, ffn=13824, layers=40, heads=40)
-
-
-def tiny() -> LlavaConfig:
-    """A model for tests and examples: 16 visual tokens, 5 decoder layers of width 64."""
-    return LlavaConfig(
-        vision=VisionConfig(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            image_size=56,
-            patch_size=14,
-            num_channels=3,
-            hidden_act="quick_gelu",
-            layer_norm_eps=1e-5,
-        ),
-        text=TextConfig(
-            vocab_size=192,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=5,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            head_dim=16,
-            hidden_act="silu",
-            rms_norm_eps=1e-5,
-            rope_theta=10000.0,
-            max_position_embeddings=2048,
-            attention_bias=False,
-            mlp_bias=False,
-            tie_word_embeddings=False,
-        ),
-        image_token_id=190,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        projector_hidden_act="gelu",
-        projector_bias=True,
-        attention="auto",
-    )
-
-
-PRESETS = {"llava-1.5-7b": llava_15_7b, "llava-1.5-13b": llava_15_13b, "tiny": tiny}
-
-
-def _llava_15(hidden: int, ffn: int, layers: int, heads: int) -> LlavaConfig:
-    return LlavaConfig(
-        vision=VisionConfig(
-            hidden_size=1024,
-            intermediate_size=4096,
-            num_hidden_layers=24,
-            num_attention_heads=16,
-            image_size=336,
-            patch_size=14,
-            num_channels=3,
-            hidden_act="quick_gelu",
-            layer_norm_eps=1e-5,
-        ),
-        text=TextConfig(
-            vocab_size=32064,
-            hidden_size=hidden,
-            intermediate_size=ffn,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads,
-            head_dim=hidden // heads,
-            hidden_act="silu",
-            rms_norm_eps=1e-5,
-            rope_theta=10000.0,
-            max_position_embeddings=4096,
-            attention_bias=False,
-            mlp_bias=False,
-            tie_word_embeddings=False,
-        ),
-        image_token_id=32000,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        projector_hidden_act="gelu",
-        projector_bias=True,
-        attention="auto",
-    )
 
 
 def complete(config: dict[str, Any], source: str) -> dict[str, Any]:
@@ -337,7 +184,7 @@ def token_id(value: Any, name: str) -> int:
     return value
 
 
-def check_depth(config: LlavaConfig, tensors: int, source: str) -> None:
+def check_depth(config: ModelConfig, tensors: int, source: str) -> None:
     """Before shapes are computed layer by layer: so many layers need at least so many tensors.
 
     Raises:
@@ -370,17 +217,7 @@ def _size(value: Any, most: int, name: str) -> None:
         raise UserError(f"{name} is {shown(value)}, expected at most {most:,}")
 
 
-def _feature_layer(layer: Any, source: str) -> int | tuple[int, ...]:
-    """One layer of the tower or several, whose range `LlavaConfig` checks."""
-    layers, most = layer if isinstance(layer, list) else [layer], bounds.SIZES["num_hidden_layers"]
-    if not 0 < len(layers) <= most or not all(type(number) is int for number in layers):
-        raise UserError(
-            f"{source}: vision_feature_layer is {shown(layer)}, expected a layer of the tower or a list of layers"
-        )
-    return tuple(layers) if isinstance(layer, list) else layer
-
-
-def _rope_theta(text: dict[str, Any], source: str) -> float:
+def rope_theta_of(text: dict[str, Any], source: str) -> float:
     """The rotary base: inside `rope_parameters` (5.x) or at the top level (4.x)."""
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     if not isinstance(rope, dict):
@@ -390,16 +227,16 @@ def _rope_theta(text: dict[str, Any], source: str) -> float:
         raise UserError(
             f'{source}: rope type {shown(kind)} is not supported, only "default" (LLaVA-1.5 uses no scaling)'
         )
-    return _typed(rope.get("rope_theta", text.get("rope_theta")), "float", f"{source}: rope_theta of text_config")
+    return typed(rope.get("rope_theta", text.get("rope_theta")), "float", f"{source}: rope_theta of text_config")
 
 
-def _pick(cls: type, values: dict[str, Any], part: str) -> Any:
+def pick(cls: type, values: dict[str, Any], part: str) -> Any:
     """The fields of a configuration class out of a part of config.json."""
-    picked = {field.name: _typed(values[field.name], field.type, f"{part}.{field.name}") for field in fields(cls)}
+    picked = {field.name: typed(values[field.name], field.type, f"{part}.{field.name}") for field in fields(cls)}
     return cls(**picked)
 
 
-def _typed(value: Any, kind: Any, name: str) -> Any:
+def typed(value: Any, kind: Any, name: str) -> Any:
     """A value of a field, if it is of the field's type."""
     if kind == "int":
         _size(value, bounds.SIZES[name.rpartition(".")[2]], name)
@@ -412,7 +249,7 @@ def _typed(value: Any, kind: Any, name: str) -> Any:
     return value
 
 
-def _check_activation(field: str, name: str) -> None:
+def check_activation(field: str, name: str) -> None:
     if name not in ACTIVATIONS:
         raise UserError(f"{field} is {shown(name)}: supported activations are {', '.join(ACTIVATIONS)}")
 

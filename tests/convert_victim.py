@@ -10,8 +10,9 @@ from typing import Any
 
 from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
 
-from convert import run
-from sparsevlm_jax import store
+from sparsevlm_jax.checkpoints import convert as run
+from sparsevlm_jax.checkpoints import orbax
+from sparsevlm_jax.checkpoints.manifest import MANIFEST
 
 GROUPS = 9  # of the recorded model
 # Moment -> groups that are finished by then.
@@ -36,20 +37,20 @@ def victim(source: Path, target: Path, moment: str) -> None:
     """Runs until the moment; does not return."""
     number = {"first": 1, "fifth": 5, "last": GROUPS}.get(moment.split(" group")[0].rsplit(" ", 1)[-1], 0)
     if moment.endswith("group is read"):
-        _kill_in(store, "parallel", number)
+        _kill_in(orbax, "parallel", number)
     elif moment.endswith("group is written"):
         _kill_in(AtomicRenameTemporaryPath, "finalize", number)  # data are there, their name is not
     elif moment.endswith("group is noted"):
-        _kill_in(store, "write", number)
+        _kill_in(orbax, "write", number)
     elif moment.startswith("behind the") and number:
-        _kill_in(store, "save_group", number, after=True)
+        _kill_in(orbax, "save_group", number, after=True)
     elif moment == "before the files are copied":
         _kill_in(run, "copy_files")
     elif moment == "in the middle of the manifest":
         write = Path.write_text
 
         def write_half(file: Path, text: str) -> int:
-            if file.name == store.MANIFEST:
+            if file.name == MANIFEST:
                 write(file, text[: len(text) // 2])
                 _die()
             return write(file, text)

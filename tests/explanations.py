@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 
 import sparsevlm_jax as sv
-from sparsevlm_jax.checkpoint import GenerationDefaults
+from sparsevlm_jax.checkpoints.load import GenerationDefaults
 from sparsevlm_jax.explain.record import Explanation, explain
-from sparsevlm_jax.processing import Processor
+from sparsevlm_jax.inputs.processor import Processor
 from tests import models
 from tests.hf import CHAT_TEMPLATE, image_processor, llama_tokenizer
 

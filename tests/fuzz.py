@@ -180,7 +180,7 @@ def make_sound(folder: Path) -> None:
     import numpy as np
     from PIL import Image
 
-    from convert.run import convert
+    from sparsevlm_jax.checkpoints.convert import convert
     from tests.hf import CHAT_TEMPLATE, tiny_llava
 
     model = tiny_llava(folder / "hf", layers=2, hidden=32, ffn=48)
@@ -326,8 +326,8 @@ def load_orbax(folder: Path) -> None:
 
 
 def ask(folder: Path) -> None:
-    from sparsevlm_jax.config import LlavaConfig
-    from sparsevlm_jax.processing import Processor
+    from sparsevlm_jax.inputs.processor import Processor
+    from sparsevlm_jax.models.llava import LlavaConfig
 
     processor = Processor.from_pretrained(folder / "hf", LlavaConfig.from_file(folder / "hf"))
     if processor is not None:
@@ -335,7 +335,7 @@ def ask(folder: Path) -> None:
 
 
 def look(folder: Path) -> None:
-    from sparsevlm_jax.pictures import open_image
+    from sparsevlm_jax.inputs.images import open_image
 
     open_image(folder / "picture" if (folder / "picture").exists() else folder / "pictures" / "picture.png")
 

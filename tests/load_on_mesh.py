@@ -10,8 +10,8 @@ import numpy as np
 from jax._src import array as jax_array
 from jax.sharding import NamedSharding, PartitionSpec
 
-from convert.run import convert
 from sparsevlm_jax import load
+from sparsevlm_jax.checkpoints.convert import convert
 from tests.layouts import HF
 
 mesh = jax.make_mesh((8,), ("model",))

@@ -14,7 +14,7 @@ import numpy as np
 from flax import traverse_util
 
 from sparsevlm_jax import Cache, LlavaConfig, Plan, Prompt, abstract_params, decode_step, prefill, tiny
-from sparsevlm_jax.weights import spec
+from sparsevlm_jax.checkpoints.names import spec
 from tests import oracle
 
 LAYERS, WIDTH, VOCAB = 6, 64, 192

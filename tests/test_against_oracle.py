@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparsevlm_jax import LlavaConfig, Plan, Sparsity, decode_step, make_plan, prefill
-from sparsevlm_jax.methods import METHODS
+from sparsevlm_jax.pruning.methods import METHODS
 from tests import models, oracle
 
 LAYERS, TEXT, VISUAL, ROWS, NEW = 3, 10, 14, 6, 3

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 
-from sparsevlm_jax import attention
-from sparsevlm_jax.attention import apply_rope, attend, attention_rows, choose_implementation
+from sparsevlm_jax.ops import attention
+from sparsevlm_jax.ops.attention import attend, attention_rows, choose_implementation
+from sparsevlm_jax.ops.rope import apply_rope
 
 LENGTH, HEAD_DIM = 27, 8
 LENGTHS = np.array([27, 11, 1], np.int32)

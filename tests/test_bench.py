@@ -15,19 +15,29 @@ import pytest
 import torch
 from flax import traverse_util
 
-from benchmarks import agreement, break_even, jax_programs, matrix, metrics, report, sitting, timing, weights
-from benchmarks.files import put_between, write_json
-from benchmarks.jax_side import JaxRunner
-from benchmarks.machine import seat
-from benchmarks.profile import OTHER, phase_of, phases_of
-from benchmarks.shapes import SHAPES, Cell, Side, default_sides
-from benchmarks.sitting import Settings, Sitting
-from benchmarks.torch_side import runner
-from benchmarks.torch_weights import fill, load
-from benchmarks.worker import Worker, WorkerError
-from sparsevlm_jax.cli import main
+from sparsevlm_jax.bench import (
+    agreement,
+    break_even,
+    hash_weights,
+    jax_programs,
+    matrix,
+    metrics,
+    report,
+    sitting,
+    timing,
+)
+from sparsevlm_jax.bench.files import put_between, write_json
+from sparsevlm_jax.bench.jax_side import JaxRunner
+from sparsevlm_jax.bench.machine import seat
+from sparsevlm_jax.bench.profiling import OTHER, phase_of, phases_of
+from sparsevlm_jax.bench.shapes import SHAPES, Cell, Side, default_sides
+from sparsevlm_jax.bench.sitting import Settings, Sitting
+from sparsevlm_jax.bench.torch_side import runner
+from sparsevlm_jax.bench.torch_weights import fill, load
+from sparsevlm_jax.bench.worker import Worker, WorkerError
+from sparsevlm_jax.checkpoints.names import canonical, spec
+from sparsevlm_jax.cli.main import main
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.weights import canonical, spec
 
 CELL = Cell("tiny", 1, 48, 16, "float32")
 DENSE, PRUNED = Side("jax", "dense"), Side("jax", "v1.5", 8)
@@ -92,7 +102,7 @@ def test_tensors_of_other_names_are_drawn_apart() -> None:
 
 
 def test_prompts_hold_their_visual_tokens_in_one_piece() -> None:
-    ids = weights.input_ids(replace(CELL, batch=3))
+    ids = hash_weights.input_ids(replace(CELL, batch=3))
     visual = ids == CELL.config.image_token_id
     assert (visual.sum(axis=1) == CELL.visual_tokens).all()
     assert (np.diff(np.flatnonzero(visual[0])) == 1).all()
@@ -101,8 +111,8 @@ def test_prompts_hold_their_visual_tokens_in_one_piece() -> None:
 
 def test_a_batch_begins_with_the_rows_of_a_smaller_one() -> None:
     one, three = CELL, replace(CELL, batch=3)
-    np.testing.assert_array_equal(weights.input_ids(three)[:1], weights.input_ids(one))
-    np.testing.assert_array_equal(weights.pixels(three)[:1], weights.pixels(one))
+    np.testing.assert_array_equal(hash_weights.input_ids(three)[:1], hash_weights.input_ids(one))
+    np.testing.assert_array_equal(hash_weights.pixels(three)[:1], hash_weights.pixels(one))
 
 
 def test_small_is_the_shape_that_was_asked_for() -> None:
@@ -364,7 +374,7 @@ def test_a_worker_reports_its_errors_and_goes_on() -> None:
 def test_a_worker_ends_in_the_middle_of_its_work_when_its_parent_is_gone() -> None:
     """A killed parent closes the pipe, as this does."""
     with subprocess.Popen(
-        [sys.executable, "-m", "benchmarks.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "sparsevlm_jax.bench.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as worker:
         what = {"cell": asdict(CELL), "side": asdict(DENSE), "room": 4, "device": "cpu", "alone": True}
         begin = {"of": DENSE.name, "do": "begin", **what}

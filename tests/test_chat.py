@@ -14,12 +14,13 @@ from PIL import Image
 from tokenizers import normalizers
 
 from sparsevlm_jax import Chat, Model, Sparsity, UserError, embed, load, make_plan, sparsity
-from sparsevlm_jax import chat as chat_module
-from sparsevlm_jax.checkpoint import GenerationDefaults
-from sparsevlm_jax.generate import Generation, generate_ids
-from sparsevlm_jax.messages import Conversation
-from sparsevlm_jax.packing import pack
-from sparsevlm_jax.processing import PROMPT_START, Processor
+from sparsevlm_jax.checkpoints.load import GenerationDefaults
+from sparsevlm_jax.generation import chat as chat_module
+from sparsevlm_jax.generation.api import generate_ids
+from sparsevlm_jax.generation.request import Generation
+from sparsevlm_jax.inputs.messages import Conversation
+from sparsevlm_jax.inputs.packing import pack
+from sparsevlm_jax.inputs.processor import PROMPT_START, Processor
 from tests import hf, models
 
 KEEP_AT = ((0, 5),)

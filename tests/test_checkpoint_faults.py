@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 
-from convert.check import check
-from convert.inspect import describe, print_description
-from convert.reverse import to_hf
-from convert.run import convert
-from sparsevlm_jax import UserError, load, store
-from sparsevlm_jax.options import ModelOptions
+from sparsevlm_jax import UserError, load
+from sparsevlm_jax.checkpoints import orbax
+from sparsevlm_jax.checkpoints.check import check
+from sparsevlm_jax.checkpoints.convert import convert
+from sparsevlm_jax.checkpoints.describe import describe, print_description
+from sparsevlm_jax.checkpoints.export import to_hf
+from sparsevlm_jax.checkpoints.manifest import read_manifest
+from sparsevlm_jax.cli.options import ModelOptions
 from tests.layouts import HF
 
 QUERY = "state/language_model.layers_2.self_attn.q_proj.kernel"
@@ -41,7 +43,7 @@ def copy(whole: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def group(copy: Path) -> Path:
-    return store.group_folder(copy, GROUP)
+    return orbax.group_folder(copy, GROUP)
 
 
 def error_of(read: Callable[..., Any], *arguments: Any, **options: Any) -> str:
@@ -69,13 +71,13 @@ def test_load_notices_a_flipped_byte_anywhere_in_a_chunk(copy, group, place):
 
 
 def test_load_notices_a_flipped_byte_in_every_file_of_a_group(copy, group):
-    manifest = store.read_manifest(copy)
+    manifest = read_manifest(copy)
     for file in (item for item in group.rglob("*") if item.is_file()):
         for place in (0, file.stat().st_size // 2, -1) if file.stat().st_size else ():
             flip(file, place)
-            assert str(file.relative_to(group)) in error_of(store.require_whole, copy, GROUP, manifest)
+            assert str(file.relative_to(group)) in error_of(orbax.require_whole, copy, GROUP, manifest)
             flip(file, place)
-    store.require_whole(copy, GROUP, manifest)
+    orbax.require_whole(copy, GROUP, manifest)
 
 
 def lose(group: Path) -> None:

@@ -21,11 +21,12 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import sparsevlm_jax
-from sparsevlm_jax import cli, demo, options
-from sparsevlm_jax.methods import METHODS
+from sparsevlm_jax.cli import main, options
+from sparsevlm_jax.data import demo_model
+from sparsevlm_jax.pruning.methods import METHODS
 from tests.hf import tiny_llava
 
-PHOTO = str(demo.photo())
+PHOTO = str(demo_model.photo())
 VISUAL = 36  # visual tokens of a picture in the model below
 SUMMARY = re.compile(
     r"sparsevlm: v1\.5: 36 > 12 visual tokens \(\d+\.\d equivalent, \d+\.\d entering a layer on average\); "
@@ -72,7 +73,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         monkeypatch.setattr(sys, "argv", ["sparsevlm", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            main.main()
         assert isinstance(stop.value.code, int)
         printed = capsys.readouterr()
         return Result(stop.value.code, printed.out, printed.err)
@@ -159,7 +160,7 @@ def test_seed_decides_what_is_sampled(ask):
 
 
 def test_embedded_model_is_the_default(run):
-    sample = demo.samples()[0]
+    sample = demo_model.samples()[0]
     question, truth = sample.questions[0]
     result = run("ask", "--image", sample.picture, "--question", question)
     assert (result.code, result.out) == (0, f"{truth}\n")

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from sparsevlm_jax import Plan, Prompt, Sparsity, abstract_params, make_plan, prefill, sparsity
-from sparsevlm_jax.decoding import Decoding, Sampler, decode, start
-from sparsevlm_jax.generate import generate_ids
+from sparsevlm_jax.generation.api import generate_ids
+from sparsevlm_jax.generation.loop import Decoding, Sampler, decode, start
 from tests import models
 
 MODEL = models.config(layers=4)

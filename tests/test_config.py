@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from sparsevlm_jax import config
-from sparsevlm_jax.config import LlavaConfig
 from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.models import presets
+from sparsevlm_jax.models.llava import LlavaConfig
 
 # As sparse as the config.json of llava-hf/llava-1.5-7b-hf: no sizes, heads, depth or activation of the decoder.
 PUBLISHED_7B = {
@@ -60,16 +60,16 @@ def changed(path: str, value: Any, base: dict[str, Any] = PUBLISHED_7B) -> dict[
 
 
 def test_the_published_7b_config_is_the_preset():
-    assert LlavaConfig.from_hf(PUBLISHED_7B) == config.llava_15_7b()
+    assert LlavaConfig.from_hf(PUBLISHED_7B) == presets.llava_15_7b()
 
 
 def test_the_published_13b_config_is_the_preset():
     text = PUBLISHED_7B["text_config"] | SIZES_13B
-    assert LlavaConfig.from_hf(PUBLISHED_7B | {"text_config": text}) == config.llava_15_13b()
+    assert LlavaConfig.from_hf(PUBLISHED_7B | {"text_config": text}) == presets.llava_15_13b()
 
 
 def test_a_config_written_by_transformers_5_is_the_preset():
-    assert LlavaConfig.from_hf(TINY) == config.tiny()
+    assert LlavaConfig.from_hf(TINY) == presets.tiny()
 
 
 def test_missing_key_value_heads_mean_as_many_as_heads():
@@ -94,7 +94,7 @@ def test_several_feature_layers_become_a_tuple():
     assert LlavaConfig.from_hf(changed("vision_feature_layer", [-2, -5])).feature_layers == (-2, -5)
 
 
-@pytest.mark.parametrize("preset", config.PRESETS.values(), ids=config.PRESETS)
+@pytest.mark.parametrize("preset", presets.PRESETS.values(), ids=presets.PRESETS)
 def test_presets_are_hashable(preset):
     assert hash(preset()) == hash(preset())
 
@@ -178,10 +178,10 @@ def test_a_folder_without_config_is_refused(tmp_path):
 
 def test_a_byte_order_mark_is_read_over(tmp_path):
     (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(PUBLISHED_7B).encode())
-    assert LlavaConfig.from_file(tmp_path) == config.llava_15_7b()
+    assert LlavaConfig.from_file(tmp_path) == presets.llava_15_7b()
 
 
 def test_entries_that_are_not_used_do_not_reach_transformers():
     """There they would make tables as long as they say."""
     text = PUBLISHED_7B["text_config"] | {"num_labels": 10**12, "layer_types": ["odd"]}
-    assert LlavaConfig.from_hf(PUBLISHED_7B | {"text_config": text, "num_labels": 10**12}) == config.llava_15_7b()
+    assert LlavaConfig.from_hf(PUBLISHED_7B | {"text_config": text, "num_labels": 10**12}) == presets.llava_15_7b()

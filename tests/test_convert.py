@@ -19,17 +19,19 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
-from convert import reverse
-from convert.check import check
-from convert.inspect import describe
-from convert.reverse import to_hf
-from convert.run import convert, workplace
-from convert.source import open_source
-from convert.verify import verify
-from sparsevlm_jax import Sparsity, UserError, cli, embed, load, make_plan, prefill, store
-from sparsevlm_jax.checkpoint import Model
-from sparsevlm_jax.processing import Processor
-from sparsevlm_jax.shards import list_tensors
+from sparsevlm_jax import Sparsity, UserError, embed, load, make_plan, prefill
+from sparsevlm_jax.checkpoints import export, orbax
+from sparsevlm_jax.checkpoints.check import check
+from sparsevlm_jax.checkpoints.convert import convert, workplace
+from sparsevlm_jax.checkpoints.describe import describe
+from sparsevlm_jax.checkpoints.export import to_hf
+from sparsevlm_jax.checkpoints.load import Model
+from sparsevlm_jax.checkpoints.manifest import read_manifest
+from sparsevlm_jax.checkpoints.safetensors import list_tensors
+from sparsevlm_jax.checkpoints.source import open_source
+from sparsevlm_jax.checkpoints.verify import verify
+from sparsevlm_jax.cli import main
+from sparsevlm_jax.inputs.processor import Processor
 from tests.conftest import ROOT
 from tests.layouts import GOLDEN, HF, LAYOUTS, NAMES, ORIGINAL, contents, original, original_with_clip, weights
 
@@ -114,13 +116,13 @@ def test_tensors_of_several_dtypes_keep_theirs(tmp_path):
     mixed["model.norm.weight"] = mixed["model.norm.weight"].astype(np.float16)
     save_file(mixed, source / "model.safetensors")
     convert(source, tmp_path / "orbax")
-    stored = {record.name: record.stored_dtype for record in store.read_manifest(tmp_path / "orbax").records}
+    stored = {record.name: record.stored_dtype for record in read_manifest(tmp_path / "orbax").records}
     assert stored.pop("model.norm.weight") == "float16"
     assert set(stored.values()) == {"float32"}
 
 
 def test_a_large_model_comes_back_in_shards_that_transformers_loads(monkeypatch, tmp_path, converted):
-    monkeypatch.setattr(reverse, "SHARD_BYTES", 300_000)
+    monkeypatch.setattr(export, "SHARD_BYTES", 300_000)
     files = to_hf(converted, tmp_path / "back")
     assert files == len(list((tmp_path / "back").glob("model-*-of-*.safetensors"))) > 2
     assert all(file.stat().st_size < 330_000 for file in (tmp_path / "back").glob("*.safetensors"))
@@ -150,7 +152,7 @@ def their_logits(folder: Path, marker: int) -> np.ndarray:
 
 def test_no_group_is_larger_than_the_largest_part(converted):
     parts: dict[tuple[str, ...], int] = {}
-    manifest = store.read_manifest(converted)
+    manifest = read_manifest(converted)
     for record in manifest.records:
         part = tuple(record.path.split("/")[:2])
         parts[part] = parts.get(part, 0) + record.nbytes
@@ -159,10 +161,10 @@ def test_no_group_is_larger_than_the_largest_part(converted):
 
 
 def test_the_manifest_tells_where_everything_comes_from(converted):
-    manifest = store.read_manifest(converted)
+    manifest = read_manifest(converted)
     stored = list_tensors(HF)
     assert {record.name: (record.shape, record.dtype, record.digest) for record in manifest.records} == {
-        name: (tensor.shape, tensor.dtype, store.digest(tensor.read())) for name, tensor in stored.items()
+        name: (tensor.shape, tensor.dtype, orbax.digest(tensor.read())) for name, tensor in stored.items()
     }
     assert manifest.source["name"] == "tiny_llava_hf"
     assert manifest.source["config_digest"] == open_source(HF).config_digest
@@ -171,7 +173,7 @@ def test_the_manifest_tells_where_everything_comes_from(converted):
 
 def test_known_extras_are_named_in_the_manifest(tmp_path):
     convert(LAYOUTS[1](tmp_path / "source").folder, tmp_path / "orbax")
-    assert len(store.read_manifest(tmp_path / "orbax").source["ignored"]) == 2
+    assert len(read_manifest(tmp_path / "orbax").source["ignored"]) == 2
 
 
 def test_another_dtype_is_that_of_numpy_and_stated_in_the_configuration(tmp_path):
@@ -328,7 +330,7 @@ def test_load_names_a_group_that_is_missing(copy):
 
 
 def test_load_refuses_a_manifest_of_another_model(copy):
-    manifest = store.read_manifest(copy)
+    manifest = read_manifest(copy)
     groups = (manifest.groups[0][1:], *manifest.groups[1:])
     (copy / "manifest.json").write_text(manifest._replace(groups=groups).to_json())
     with pytest.raises(UserError, match="different parameters: language_model/embed_tokens/embedding"):
@@ -356,7 +358,7 @@ def test_verify_finds_a_wrong_parameter(monkeypatch, copy):
     model = load(copy)
     layer = model.params["language_model"]["layers_3"]["self_attn"]
     layer["q_proj"], layer["k_proj"] = layer["k_proj"], layer["q_proj"]
-    monkeypatch.setattr("convert.verify.load", lambda target: replace(model))
+    monkeypatch.setattr("sparsevlm_jax.checkpoints.verify.load", lambda target: replace(model))
     report = verify(HF, copy)
     assert not report.passed
     assert report.differences["decoder layer 1"] < 1e-4 < report.differences["decoder layer 3"]
@@ -380,7 +382,7 @@ def test_inspect_counts_the_bytes_of_extras(tmp_path):
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
     monkeypatch.setattr(sys, "argv", ["sparsevlm", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        main.main()
     assert stop.value.code == 0
 
 
@@ -404,7 +406,7 @@ def test_verify_ends_with_an_error_where_it_finds_a_difference(monkeypatch, caps
     monkeypatch.setattr("convert.verify.TOLERANCES", {"float32": 1e-9})
     monkeypatch.setattr(sys, "argv", ["sparsevlm", "convert", str(HF), str(copy), "--verify"])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        main.main()
     assert stop.value.code == 2
     assert "differs from its source by more than float32 explains" in capsys.readouterr().err
 

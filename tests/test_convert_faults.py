@@ -18,14 +18,16 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from convert import run
-from convert.check import check
-from convert.inspect import describe
-from convert.reverse import to_hf
-from convert.run import convert
-from convert.source import FILES
-from sparsevlm_jax import UserError, cli, load, store
-from sparsevlm_jax.shards import INDEX
+from sparsevlm_jax import UserError, load
+from sparsevlm_jax.checkpoints import convert as run
+from sparsevlm_jax.checkpoints.check import check
+from sparsevlm_jax.checkpoints.convert import convert
+from sparsevlm_jax.checkpoints.describe import describe
+from sparsevlm_jax.checkpoints.export import to_hf
+from sparsevlm_jax.checkpoints.manifest import read_manifest
+from sparsevlm_jax.checkpoints.safetensors import INDEX
+from sparsevlm_jax.checkpoints.source import FILES
+from sparsevlm_jax.cli import main
 from tests.conftest import ROOT
 from tests.layouts import HF, Weights, bin_shards, contents, save_bin, shard, transformers_4, weights
 from tests.test_load import write_raw
@@ -49,7 +51,7 @@ def fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *
     """The one line with which the command ends."""
     monkeypatch.setattr(sys, "argv", ["sparsevlm", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        main.main()
     *bars, error = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2, error
     assert error.startswith("sparsevlm: error: ")
@@ -215,12 +217,12 @@ def test_a_disk_that_is_too_small_is_known_before_anything_is_written(monkeypatc
 
 def test_a_disk_that_fills_up_on_the_way_is_an_error_and_the_same_command_goes_on(monkeypatch, capsys, tmp_path):
     usage, saved = shutil.disk_usage(tmp_path), []
-    save = run.store.save_group
+    save = run.orbax.save_group
     with monkeypatch.context() as patch:
         patch.setattr(
             shutil, "disk_usage", lambda folder: usage._replace(free=1_000 if len(saved) == 3 else usage.free)
         )
-        patch.setattr(run.store, "save_group", lambda *a: saved.append(a) or save(*a))
+        patch.setattr(run.orbax, "save_group", lambda *a: saved.append(a) or save(*a))
         assert "the disk has 1000.00 B left" in fails(patch, capsys, "convert", HF, tmp_path / "orbax")
     assert not (tmp_path / "orbax").exists()
     assert convert(HF, tmp_path / "orbax").resumed == 3
@@ -432,9 +434,7 @@ def test_weights_may_be_links(tmp_path, layout, whole):
         file.rename(tmp_path / file.name)
         file.symlink_to(tmp_path / file.name)
     convert(folder, tmp_path / "orbax")
-    digests = [
-        {record.path: record.digest for record in store.read_manifest(t).records} for t in (tmp_path / "orbax", whole)
-    ]
+    digests = [{record.path: record.digest for record in read_manifest(t).records} for t in (tmp_path / "orbax", whole)]
     assert digests[0] == digests[1]
 
 
@@ -463,9 +463,7 @@ def test_parameters_that_were_saved_as_they_are_trained_are_converted(tmp_path, 
     parameters = {name: torch.nn.Parameter(tensor) for name, tensor in as_tensors().items()}
     torch.save(parameters | {NORM: as_tensors()[NORM].requires_grad_()}, source / BIN)
     convert(source, tmp_path / "orbax")
-    digests = [
-        {record.path: record.digest for record in store.read_manifest(t).records} for t in (tmp_path / "orbax", whole)
-    ]
+    digests = [{record.path: record.digest for record in read_manifest(t).records} for t in (tmp_path / "orbax", whole)]
     assert digests[0] == digests[1]
 
 
@@ -505,7 +503,7 @@ def test_a_head_that_is_the_table_of_embeddings_over_again_is_left_out(tmp_path,
     assert "lm_head" not in load(source).params["language_model"]
     convert(source, tmp_path / "orbax")
     assert "lm_head" not in load(tmp_path / "orbax").params["language_model"]
-    assert store.read_manifest(tmp_path / "orbax").source["ignored"] == ["language_model.lm_head.weight"]
+    assert read_manifest(tmp_path / "orbax").source["ignored"] == ["language_model.lm_head.weight"]
 
 
 @pytest.mark.parametrize(

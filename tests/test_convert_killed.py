@@ -12,10 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from convert import run
-from convert.check import check
-from convert.run import convert
-from sparsevlm_jax import load, store
+from sparsevlm_jax import load
+from sparsevlm_jax.checkpoints import convert as run
+from sparsevlm_jax.checkpoints.check import check
+from sparsevlm_jax.checkpoints.convert import convert
+from sparsevlm_jax.checkpoints.manifest import read_manifest
 from tests.convert_victim import GROUPS, MOMENTS, victim
 from tests.layouts import HF
 
@@ -49,7 +50,7 @@ def assert_same(found: Path, wanted: Path) -> None:
     assert jax.tree.structure(trees[0]) == jax.tree.structure(trees[1])
     for a, b in zip(*map(jax.tree.leaves, trees), strict=True):
         assert (a.dtype, np.asarray(a).tobytes()) == (b.dtype, np.asarray(b).tobytes())
-    assert store.read_manifest(found) == store.read_manifest(wanted)
+    assert read_manifest(found) == read_manifest(wanted)
     assert check(found)
 
 
@@ -108,7 +109,7 @@ def test_another_job_starts_over(processes, tmp_path, undisturbed):
     kill(processes, target, "behind the fifth group")
     (tmp_path / ".orbax.partial" / "stray").write_text("of something else")
     assert convert(HF, target, dtype="float16").resumed == 0
-    assert {record.stored_dtype for record in store.read_manifest(target).records} == {"float16"}
+    assert {record.stored_dtype for record in read_manifest(target).records} == {"float16"}
     assert not (target / "stray").exists()
 
 

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from sparsevlm_jax import Plan, Sparsity, decode_step, embed, init_params, make_plan, prefill, sparsity, tiny
-from sparsevlm_jax.decoding import Sampler, sample
-from sparsevlm_jax.generate import generate_ids, stream_ids
-from sparsevlm_jax.llava import Trace
-from sparsevlm_jax.packing import pack
+from sparsevlm_jax.generation.api import generate_ids, stream_ids
+from sparsevlm_jax.generation.loop import Sampler, sample
+from sparsevlm_jax.inputs.packing import pack
+from sparsevlm_jax.models.stages import Trace
 from tests import models, oracle
 
 MODEL = models.config(layers=4)

@@ -14,15 +14,16 @@ import pytest
 from PIL import Image
 
 import sparsevlm_jax as sv
-from sparsevlm_jax import cli, options, sparsify
+from sparsevlm_jax.cli import main, options
 from sparsevlm_jax.explain import account, drawing, words
 from sparsevlm_jax.explain.page import render
 from sparsevlm_jax.explain.provenance import DROPPED, KEPT, chosen, fates, scores
 from sparsevlm_jax.explain.record import as_seen, first_difference
 from sparsevlm_jax.explain.sheet import draw_sheet
-from sparsevlm_jax.llava import Event
-from sparsevlm_jax.methods import Scores
-from sparsevlm_jax.sparsify import Tokens
+from sparsevlm_jax.pruning import sparsify
+from sparsevlm_jax.pruning.methods import Scores
+from sparsevlm_jax.pruning.prune import Event
+from sparsevlm_jax.pruning.sparsify import Tokens
 from tests.explanations import GRID, QUESTION, SIDE, explained, image_size, model, picture, processor
 
 # Provenance: six patches between one word before and one behind them
@@ -324,7 +325,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         command = ["sparsevlm", "explain", "--model", "small", "--question", question, "--max-new-tokens", "2"]
         monkeypatch.setattr(sys, "argv", [*command, *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            main.main()
         printed = capsys.readouterr()
         return int(stop.value.code or 0), printed.out, printed.err
 

@@ -25,7 +25,7 @@ from sparsevlm_jax import (
     prefill,
     sparsity,
 )
-from sparsevlm_jax.ladder import prefill_by_rungs
+from sparsevlm_jax.generation.ladder import prefill_by_rungs
 from tests import models
 
 MODEL = models.config(layers=2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,16 +17,16 @@ from PIL import Image
 
 import sparsevlm_jax as sv
 from sparsevlm_jax import Chat, Model, Sparsity, UserError, load, sparsity
-from sparsevlm_jax.checkpoint import GenerationDefaults
-from sparsevlm_jax.decoding import Decoding, Sampler, decode, start
-from sparsevlm_jax.generate import generate_ids, pictures_by_prompt
-from sparsevlm_jax.messages import Conversation, read_prompts
-from sparsevlm_jax.methods import METHODS
-from sparsevlm_jax.packing import pack
-from sparsevlm_jax.processing import Processor
+from sparsevlm_jax.checkpoints.load import GenerationDefaults
+from sparsevlm_jax.generation import api, request
+from sparsevlm_jax.generation.api import generate_ids, pictures_by_prompt
+from sparsevlm_jax.generation.loop import Decoding, Sampler, decode, start
+from sparsevlm_jax.inputs.messages import Conversation, read_prompts
+from sparsevlm_jax.inputs.packing import pack
+from sparsevlm_jax.inputs.processor import Processor
+from sparsevlm_jax.pruning.methods import METHODS
 from tests import hf, models
 
-generate_module = sys.modules["sparsevlm_jax.generate"]  # the package has the function under this name
 QUESTION = "what is it"
 V15 = Sparsity.v15(keep_at=((0, 5),))
 NEW = 3
@@ -61,7 +60,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         seen.append((rows, pixels, settings))
         raise RecordedError
 
-    monkeypatch.setattr(generate_module, "generate_ids", record)
+    monkeypatch.setattr(api, "generate_ids", record)
     return seen
 
 
@@ -121,16 +120,14 @@ def test_one_picture_goes_with_every_question_and_through_the_tower_once(
     model: Model, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     questions, seen = [QUESTION, "why"], []
-    run = generate_module.start
+    run = request.start
 
     class Start:
-        lower = run.lower
-
-        def __call__(self, *args: Any, **static: Any) -> Any:
+        def lower(self, *args: Any, **static: Any) -> Any:
             seen.append(args[3].shape[0])
-            return run(*args, **static)
+            return run.lower(*args, **static)
 
-    monkeypatch.setattr(generate_module, "start", Start())
+    monkeypatch.setattr(request, "start", Start())
     shared, own = (answer(model, images, questions) for images in (pictures[0], [pictures[0], pictures[0]]))
     assert shared == own
     assert seen == [1, 2]

@@ -11,8 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsevlm_jax import llava, schedule, sparsify
-from sparsevlm_jax.methods.sparsevlm import gravity, numerical_rank, select_heads
+from sparsevlm_jax import Sparsity, decode_step, embed, encode_images, make_plan, prefill
+from sparsevlm_jax.models.llava import Llava
+from sparsevlm_jax.pruning import sparsify
+from sparsevlm_jax.pruning.budgets import paper_flops
+from sparsevlm_jax.pruning.methods.sparsevlm import gravity, kept_by_rank, numerical_rank, select_heads
+from sparsevlm_jax.pruning.prune import Event
 from tests import traces
 
 SCORES, HEAD_SUMS, MERGED, HIDDEN = 1e-5, 1e-4, 5e-5, 5e-4
@@ -177,7 +181,7 @@ def test_counters_equal_those_of_the_reference(lm_trace: Path) -> None:
         return
     assert plan.equivalent_tokens() == pytest.approx(sizes["reference_equal_tokens"])
     words = sizes["L"] - sizes["v_num"]
-    flops = schedule.paper_flops(config.text, [words + visual for visual in plan.entering()])
+    flops = paper_flops(config.text, [words + visual for visual in plan.entering()])
     assert flops == sizes["reference_flops_counter"]
 
 
@@ -248,21 +252,21 @@ def test_llava_from_pixels_agrees_with_transformers(dense_llava: tuple[Path, str
     config, params = traces.tiny_llava(path.parent)
     ids, pixels = jnp.asarray(arrays[f"{prefix}input_ids"])[None], jnp.asarray(arrays[f"{prefix}pixel_values"])
     lengths = jnp.asarray([ids.shape[1]])
-    tower = llava.Llava(config).apply({"params": params}, pixels, method=lambda m, x: m.vision_tower(x))
+    tower = Llava(config).apply({"params": params}, pixels, method=lambda m, x: m.vision_tower(x))
     np.testing.assert_allclose(tower[0][0], arrays[f"{prefix}vision_hidden_m2"], atol=HIDDEN, rtol=0)
-    features = llava.encode_images(params, pixels, config)
+    features = encode_images(params, pixels, config)
     np.testing.assert_allclose(features.tokens[0], arrays[f"{prefix}image_features"], atol=HIDDEN, rtol=0)
-    prompt = llava.embed(params, ids, lengths, pixels, config)
+    prompt = embed(params, ids, lengths, pixels, config)
     np.testing.assert_allclose(prompt.embeddings[0], arrays[f"{prefix}inputs_embeds"], atol=HIDDEN, rtol=0)
-    plan = schedule.make_plan(schedule.Sparsity.dense(), config, config.tokens_per_image)
+    plan = make_plan(Sparsity.dense(), config, config.tokens_per_image)
     tokens = arrays[f"{prefix}tokens"]
-    logits, cache, trace = llava.prefill(params, prompt, config, plan, trace=True, max_new_tokens=len(tokens))
-    everywhere = llava.Llava(config).apply({"params": params}, trace.hidden, method="logits")
+    logits, cache, trace = prefill(params, prompt, config, plan, trace=True, max_new_tokens=len(tokens))
+    everywhere = Llava(config).apply({"params": params}, trace.hidden, method="logits")
     np.testing.assert_allclose(everywhere[0], arrays[f"{prefix}logits"], atol=HIDDEN, rtol=0)
     for step, token in enumerate(tokens):
         np.testing.assert_allclose(logits[0], arrays[f"{prefix}step_logits"][step], atol=HIDDEN, rtol=0)
         assert int(jnp.argmax(logits[0])) == token
-        logits, cache = llava.decode_step(params, jnp.asarray([token]), cache, config, plan)
+        logits, cache = decode_step(params, jnp.asarray([token]), cache, config, plan)
 
 
 def test_pruned_llava_starts_from_the_same_pixels(lm_trace: Path) -> None:
@@ -274,7 +278,7 @@ def test_pruned_llava_starts_from_the_same_pixels(lm_trace: Path) -> None:
     dense = traces.read(lm_trace.parent / "tiny_llava_dense.npz").arrays
     config, params = traces.tiny_llava(lm_trace.parent)
     ids = jnp.asarray(dense[f"{prefix}input_ids"])[None]
-    prompt = llava.embed(params, ids, jnp.asarray([ids.shape[1]]), jnp.asarray(dense[f"{prefix}pixel_values"]), config)
+    prompt = embed(params, ids, jnp.asarray([ids.shape[1]]), jnp.asarray(dense[f"{prefix}pixel_values"]), config)
     np.testing.assert_allclose(prompt.embeddings, case.arrays["inputs_embeds"], atol=SCORES, rtol=0)
 
 
@@ -284,11 +288,11 @@ def _kept_by_rank(attention: jnp.ndarray, case: dict, arrays: dict[str, np.ndarr
     rank, values = numerical_rank(jnp.mean(attention, axis=1), jnp.full(1, count), jnp.full(1, visual))
     assert int(rank[0]) == case["rank"]
     np.testing.assert_allclose(values[0], arrays[f"{tag}_singular_values"], atol=SCORES, rtol=0)
-    law = schedule.Sparsity.v1(scale=case["scale"], bias=case["bias"])
-    return visual if case["rank"] == visual else min(law.kept_by_rank(case["rank"]), visual - 1)
+    settings = Sparsity.v1(scale=case["scale"], bias=case["bias"])
+    return visual if case["rank"] == visual else min(kept_by_rank(settings, case["rank"]), visual - 1)
 
 
-def _event(path: Path, k: int) -> tuple[traces.Case, llava.Event, slice]:
+def _event(path: Path, k: int) -> tuple[traces.Case, Event, slice]:
     """The k-th pruning layer replayed, and where its visual tokens stand."""
     case, replay = traces.read(path), traces.replay(path)
     recorded = case.settings["events"][k]
@@ -296,7 +300,7 @@ def _event(path: Path, k: int) -> tuple[traces.Case, llava.Event, slice]:
     return case, replay.trace.events[k], slice(start, start + recorded["v_num_in"])
 
 
-def _pool(event: llava.Event) -> np.ndarray:
+def _pool(event: Event) -> np.ndarray:
     return np.asarray(event.selection.pool[0, : event.selection.pool_count[0]])
 
 

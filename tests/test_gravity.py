@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from sparsevlm_jax import Sparsity, StagePlan, UserError, llava_15_7b, make_plan, sparsity
-from sparsevlm_jax.methods import sparsevlm
-from sparsevlm_jax.methods.base import Layer
-from sparsevlm_jax.methods.sparsevlm import gravity, score_by_selected_heads
-from sparsevlm_jax.sparsify import Tokens
+from sparsevlm_jax.pruning.methods import sparsevlm
+from sparsevlm_jax.pruning.methods.base import Layer
+from sparsevlm_jax.pruning.methods.sparsevlm import gravity, score_by_selected_heads
+from sparsevlm_jax.pruning.sparsify import Tokens
 from tests import models
 
 HEADS, HEAD_DIM, VISUAL, WORDS, FAR = 4, 16, 12, 4, 41

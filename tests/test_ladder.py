@@ -7,8 +7,10 @@ from functools import cache
 import numpy as np
 import pytest
 
-from sparsevlm_jax import ladder, sparsity
-from sparsevlm_jax.generate import Generation, generate_ids
+from sparsevlm_jax import sparsity
+from sparsevlm_jax.generation import ladder
+from sparsevlm_jax.generation.api import generate_ids
+from sparsevlm_jax.generation.request import Generation
 from tests import models
 from tests.test_compilation import events
 

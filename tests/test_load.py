@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sparsevlm_jax import config
-from sparsevlm_jax.checkpoint import GenerationDefaults, load
+from sparsevlm_jax import tiny
+from sparsevlm_jax.checkpoints.load import GenerationDefaults, load
+from sparsevlm_jax.checkpoints.safetensors import INDEX, SINGLE, Tensor, list_tensors
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.llava import abstract_params
-from sparsevlm_jax.shards import INDEX, SINGLE, Tensor, list_tensors
+from sparsevlm_jax.models.llava import abstract_params
 
 GOLDEN = Path(__file__).parent / "golden"
 HF, ORIGINAL = GOLDEN / "tiny_llava_hf", GOLDEN / "tiny_llava_original"
@@ -86,7 +86,7 @@ def error_of(source: Path | str, **options: Any) -> str:
 
 def test_the_tree_is_that_of_the_model():
     params = load(HF).params
-    wanted = abstract_params(config.tiny(), np.dtype(np.float32))
+    wanted = abstract_params(tiny(), np.dtype(np.float32))
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype), wanted
     )
@@ -94,7 +94,7 @@ def test_the_tree_is_that_of_the_model():
 
 def test_config_and_name_are_those_of_the_folder():
     model = load(HF)
-    assert (model.config, model.name) == (config.tiny(), "tiny_llava_hf")
+    assert (model.config, model.name) == (tiny(), "tiny_llava_hf")
 
 
 @pytest.mark.parametrize("layout", [1, 2], ids=["transformers 4", "original"])
@@ -169,7 +169,7 @@ def test_parameters_take_one_sharding_or_one_each():
     script = """
 import jax, numpy as np, sys
 from jax.sharding import NamedSharding, PartitionSpec as P
-from sparsevlm_jax.checkpoint import load
+from sparsevlm_jax.checkpoints.load import load
 mesh = jax.make_mesh((8,), ("x",))
 everywhere = NamedSharding(mesh, P())
 def place(path, shape):

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 
 from sparsevlm_jax import METHODS, LlavaConfig, Prompt, Sparsity, encode_images, load, make_plan, sparsity
-from sparsevlm_jax.generate import Generation, generate_ids
-from sparsevlm_jax.vision import _interpolate_positions, pool_patches, shrink_pictures
+from sparsevlm_jax.generation.api import generate_ids
+from sparsevlm_jax.generation.request import Generation
+from sparsevlm_jax.models.towers.clip import _interpolate_positions
+from sparsevlm_jax.pruning.methods.baselines import pool_patches, shrink_pictures
 from tests import hf, models
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "own_method.py"

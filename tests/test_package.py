@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jaxtyping
 import pytest
 
-from sparsevlm_jax.attention import apply_rope
+from sparsevlm_jax.ops.rope import apply_rope
 
 
 @pytest.mark.parametrize("module", ["torch", "transformers"])

@@ -14,10 +14,10 @@ import torch
 from transformers import LlavaForConditionalGeneration
 
 from sparsevlm_jax import LlavaConfig, Sparsity, embed, load, make_plan, prefill
-from sparsevlm_jax.checkpoint import Model
-from sparsevlm_jax.generate import generate_ids
-from sparsevlm_jax.llava import Llava
-from sparsevlm_jax.packing import pack
+from sparsevlm_jax.checkpoints.load import Model
+from sparsevlm_jax.generation.api import generate_ids
+from sparsevlm_jax.inputs.packing import pack
+from sparsevlm_jax.models.llava import Llava
 from tests.hf import tiny_llava
 
 SIZE, NEW_TOKENS = 364, 16  # 26 × 26 patches: 676 visual tokens a picture

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparsevlm_jax import demo
-from sparsevlm_jax.config import LlavaConfig, tiny
+from sparsevlm_jax.data import demo_model
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.pictures import open_image
-from sparsevlm_jax.processing import PROMPT_END, PROMPT_START, Processor
+from sparsevlm_jax.inputs.images import open_image
+from sparsevlm_jax.inputs.processor import PROMPT_END, PROMPT_START, Processor
+from sparsevlm_jax.models.llava import LlavaConfig
+from sparsevlm_jax.models.presets import tiny
 from tests.hf import CHAT_TEMPLATE, llama_tokenizer, tiny_processor
 
 SIDE = 56
@@ -128,14 +129,15 @@ def test_patch_size_is_not_needed(folder, config):
 
 def test_neither_torch_nor_jax_is_needed(folder, config):
     program = f"""
-import dataclasses, sys, types
+import sys, types
 package = types.ModuleType("sparsevlm_jax")  # in place of the real one, which imports jax for its other modules
-package.__path__ = [{str(demo.photo().parents[1])!r}]
+package.__path__ = [{str(demo_model.photo().parents[1])!r}]
 sys.modules.update(sparsevlm_jax=package, jax=None, torch=None, torchvision=None)
-from sparsevlm_jax import config, processing
-tiny = dataclasses.replace(config.tiny(), image_token_id={config.image_token_id})
-processor = processing.Processor.from_pretrained({str(folder)!r}, tiny)
-print(processor([[{str(demo.photo())!r}]], ["what?"]).pixel_values.shape)
+from sparsevlm_jax.inputs import processor
+vision = types.SimpleNamespace(image_size=56)
+tiny = types.SimpleNamespace(image_token_id={config.image_token_id}, tokens_per_image=16, vision=vision)
+processor = processor.Processor.from_pretrained({str(folder)!r}, tiny)
+print(processor([[{str(demo_model.photo())!r}]], ["what?"]).pixel_values.shape)
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.stdout == "(1, 3, 56, 56)\n", result.stderr

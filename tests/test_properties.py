@@ -12,7 +12,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from sparsevlm_jax import Plan, Prompt, make_plan, sparsify, sparsity
+from sparsevlm_jax import Plan, Prompt, make_plan, sparsity
+from sparsevlm_jax.pruning import sparsify
 from tests import models
 
 MODEL = models.config(layers=2)

@@ -11,8 +11,8 @@ from math import isqrt
 import pytest
 
 from sparsevlm_jax import LlavaConfig, Plan, Sparsity, TextConfig, UserError, llava_15_7b, make_plan, sparsity, tiny
-from sparsevlm_jax.methods import METHODS
-from sparsevlm_jax.schedule import PUBLISHED_COUNTS, cache_bytes, paper_flops, scaled_layers
+from sparsevlm_jax.pruning.budgets import cache_bytes, paper_flops, scaled_layers
+from sparsevlm_jax.pruning.methods import METHODS
 
 VISUAL = 576
 SEVEN_B = llava_15_7b()
@@ -98,10 +98,10 @@ def test_keeping_one_token_everywhere_is_the_least_of_all_schedules(
     assert least == min(plan.equivalent_tokens() for plan in found)
 
 
-@pytest.mark.parametrize("method, keep", [(m, k) for m, counts in PUBLISHED_COUNTS.items() for k in counts])
+@pytest.mark.parametrize("method, keep", [(m, k) for m in METHODS for k in METHODS[m].published_counts])
 def test_published_schedules_come_out_exactly(method: str, keep: int) -> None:
     plan = make_plan(sparsity(method, keep=keep), SEVEN_B, VISUAL)
-    assert counts_of(plan) == tuple(zip((2, 6, 15), PUBLISHED_COUNTS[method][keep], strict=True))
+    assert counts_of(plan) == tuple(zip((2, 6, 15), METHODS[method].published_counts[keep], strict=True))
 
 
 @pytest.mark.parametrize("keep", STANDING_V15)

@@ -19,12 +19,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparsevlm_jax import bounds, demo
-from sparsevlm_jax.config import LlavaConfig, tiny
+from sparsevlm_jax import bounds
+from sparsevlm_jax.data import demo_model
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.files import inside
-from sparsevlm_jax.pictures import open_image
-from sparsevlm_jax.processing import Processor
+from sparsevlm_jax.inputs.images import open_image
+from sparsevlm_jax.inputs.processor import Processor
+from sparsevlm_jax.models.llava import LlavaConfig
+from sparsevlm_jax.models.presets import tiny
 from tests.hf import CHAT_TEMPLATE, llama_tokenizer, tiny_processor
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
@@ -319,12 +321,13 @@ def test_nothing_is_printed_about_a_damaged_tiff(tmp_path, compression, cut):
     program = f"""
 import sys, types
 package = types.ModuleType("sparsevlm_jax")  # in place of the real one, which imports jax
-package.__path__ = [{str(demo.photo().parents[1])!r}]
+package.__path__ = [{str(demo_model.photo().parents[1])!r}]
 sys.modules["sparsevlm_jax"] = package
-from sparsevlm_jax import errors, pictures
-pictures.silence_pillow()
+from sparsevlm_jax import errors
+from sparsevlm_jax.inputs import images
+images.silence_pillow()
 try:
-    pictures.open_image({str(tmp_path / "cut.tiff")!r})
+    images.open_image({str(tmp_path / "cut.tiff")!r})
 except errors.UserError as error:
     print(error)
 """

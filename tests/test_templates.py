@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from convert.original import _CHAT_TEMPLATE as VICUNA
-from sparsevlm_jax import templates
+from sparsevlm_jax.checkpoints.llava_original import _CHAT_TEMPLATE as VICUNA
+from sparsevlm_jax.inputs import templates
 from tests.hf import CHAT_TEMPLATE
 
 PARTS = [
@@ -164,7 +164,7 @@ def limited():
 def test_threads_do_not_share_a_meter():
     program = f"""
 from concurrent.futures import ThreadPoolExecutor
-from sparsevlm_jax import templates
+from sparsevlm_jax.inputs import templates
 source = {grown("ns.a ~ 'a'")!r} + "{{{{ ns.a }}}}"
 with ThreadPoolExecutor(8) as pool:
     assert set(pool.map(lambda _: templates.render(source), range(400))) == {{"a" * 62}}

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.torch_sparsevlm import VARIANTS, Event, Span, SparseDecoder, greedy
-from sparsevlm_jax import schedule
+from sparsevlm_jax import make_plan
+from sparsevlm_jax.bench.torch_sparsevlm import VARIANTS, Event, Span, SparseDecoder, greedy
 from tests import traces
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -59,7 +59,7 @@ def _decoder(case: traces.Case, variant: str) -> SparseDecoder:
     with np.load(case.path.parent / case.settings["weights"], allow_pickle=False) as z:
         model.load_state_dict({name: torch.from_numpy(z[name]) for name in z.files if name != "config_json"})
     sizes = case.settings
-    plan = schedule.make_plan(traces.sparsity(sizes), text, sizes["v_num"], sizes["L"] - sizes["v_num"])
+    plan = make_plan(traces.sparsity(sizes), text, sizes["v_num"], sizes["L"] - sizes["v_num"])
     return SparseDecoder(model.eval().model, model.lm_head, plan, variant)
 
 

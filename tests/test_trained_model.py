@@ -11,9 +11,9 @@ import sparsevlm_jax as sv
 from benchmarks.retention.report import interval
 from benchmarks.retention.run import Study
 from benchmarks.retention.variants import HEADS, Variant, single_cut
-from sparsevlm_jax import demo
-from sparsevlm_jax.checkpoint import Model, load
-from sparsevlm_jax.schedule import Sparsity
+from sparsevlm_jax.checkpoints.load import Model, load
+from sparsevlm_jax.data import demo_model
+from sparsevlm_jax.pruning.settings import Sparsity
 from training.heldout import held_out
 from training.model import CONFIG
 from training.questions import KINDS
@@ -26,7 +26,7 @@ THIRD = sv.sparsity("v2.0", keep=48, heads=HEADS)
 
 @pytest.fixture(scope="module")
 def model() -> Model:
-    return load(demo.path(), dtype="float32")
+    return load(demo_model.path(), dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def dense(study, more) -> np.ndarray:
 
 
 def test_all_its_files_are_at_most_12_megabytes():
-    assert sum(file.stat().st_size for file in demo.path().iterdir()) <= 12_000_000
+    assert sum(file.stat().st_size for file in demo_model.path().iterdir()) <= 12_000_000
 
 
 def test_it_is_what_the_training_script_makes(model):
@@ -59,7 +59,7 @@ def test_transformers_loads_it_without_missing_or_unexpected_keys():
     from transformers import LlavaForConditionalGeneration
 
     load_hf: Any = LlavaForConditionalGeneration.from_pretrained  # typed as if it returned the model alone
-    _, found = load_hf(demo.path(), output_loading_info=True)
+    _, found = load_hf(demo_model.path(), output_loading_info=True)
     assert not any(found.values()), found
 
 
@@ -68,8 +68,8 @@ def test_transformers_gives_the_same_answers(model):
     from transformers import LlavaForConditionalGeneration
 
     # Any: transformers' own annotations do not fit each other here.
-    reference: Any = LlavaForConditionalGeneration.from_pretrained(demo.path(), dtype=torch.float32)
-    for sample in demo.samples():
+    reference: Any = LlavaForConditionalGeneration.from_pretrained(demo_model.path(), dtype=torch.float32)
+    for sample in demo_model.samples():
         for question, _ in sample.questions:
             inputs = model.processor([[sample.picture]], [question])
             ids = torch.from_numpy(inputs.ids[0][None]).long()
@@ -84,15 +84,15 @@ def test_transformers_gives_the_same_answers(model):
 
 @pytest.mark.parametrize("sparsity", [Sparsity.dense(), Sparsity.v15()], ids=["dense", "pruned"])
 def test_it_answers_the_shipped_questions_rightly_and_stops(model, sparsity):
-    for sample in demo.samples():
+    for sample in demo_model.samples():
         texts, truth = zip(*sample.questions, strict=True)
         pictures = [[sample.picture]] * len(texts)
         assert sv.generate(model, pictures, texts, sparsity=sparsity, max_new_tokens=4) == list(truth)
 
 
 def test_shipped_pictures_ask_every_kind_of_question():
-    assert len(demo.samples()) >= 3
-    assert sum(len(sample.questions) for sample in demo.samples()) >= len(KINDS)
+    assert len(demo_model.samples()) >= 3
+    assert sum(len(sample.questions) for sample in demo_model.samples()) >= len(KINDS)
 
 
 def test_dense_answers_at_least_97_percent_of_700_held_out_questions(more):

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import sparsevlm_jax as sv
-from sparsevlm_jax.checkpoint import load
-from sparsevlm_jax.llava import Llava, encode_images
+from sparsevlm_jax.checkpoints.load import load
+from sparsevlm_jax.models.llava import Llava, encode_images
 from training import scenes as scenes_module
 from training.batches import make_batch, patch_words
 from training.export import export

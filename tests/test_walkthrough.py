@@ -13,13 +13,14 @@ from PIL import Image
 from rich.console import Console
 
 import sparsevlm_jax as sv
-from sparsevlm_jax import cli, demo, options
-from sparsevlm_jax.walkthrough import in_characters, reply
+from sparsevlm_jax.cli import main, options
+from sparsevlm_jax.cli.demo import in_characters, reply
+from sparsevlm_jax.data import demo_model
 from tests.explanations import GRID, QUESTION, image_size, model, picture
 
 
 class Sample(NamedTuple):
-    """As `demo.samples` gives them."""
+    """As `demo_model.samples` gives them."""
 
     picture: Path
     questions: tuple[tuple[str, str], ...]
@@ -37,12 +38,12 @@ def samples(tmp_path: Path) -> list[Sample]:
 def run(monkeypatch: pytest.MonkeyPatch, samples: list[Sample]):
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
     monkeypatch.setattr(options, "load", lambda *_, **__: model())
-    monkeypatch.setattr(demo, "samples", lambda: samples)
+    monkeypatch.setattr(demo_model, "samples", lambda: samples)
 
     def call(*arguments: object) -> int:
         monkeypatch.setattr(sys, "argv", ["sparsevlm", "demo", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            main.main()
         return int(stop.value.code or 0)
 
     return call

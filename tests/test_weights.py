@@ -12,15 +12,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from sparsevlm_jax import config, weights
+from sparsevlm_jax import LlavaConfig, tiny
+from sparsevlm_jax.checkpoints import names
+from sparsevlm_jax.checkpoints.names import Entry, Transform, all_finite, assign, canonical, harmless, spec
+from sparsevlm_jax.checkpoints.safetensors import Tensor, list_tensors
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.llava import abstract_params
-from sparsevlm_jax.shards import Tensor, list_tensors
-from sparsevlm_jax.weights import Entry, Transform, all_finite, assign, canonical, harmless, spec
+from sparsevlm_jax.models.llava import abstract_params
 
 GOLDEN = Path(__file__).parent / "golden"
 LAYOUTS = json.loads((GOLDEN / "tiny_llava_key_layouts.json").read_text())  # [5.x, 4.x, original] of every tensor
-TINY = config.tiny()
+TINY = tiny()
 UNUSUAL = replace(
     TINY,
     text=replace(TINY.text, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, num_key_value_heads=2),
@@ -34,7 +35,7 @@ HARMLESS = (
 )
 
 
-def entries(of: config.LlavaConfig = TINY) -> dict[str, Entry]:
+def entries(of: LlavaConfig = TINY) -> dict[str, Entry]:
     return spec(abstract_params(of, np.dtype(np.float32)))
 
 
@@ -141,7 +142,7 @@ def test_other_names_are_unknown(name):
 
 def test_a_name_that_two_rows_claim_is_an_error(monkeypatch):
     twice = {first: (first, "x.") for first in ("multi_modal_projector.linear_1.", "multi_modal_projector.linear_2.")}
-    monkeypatch.setattr(weights, "SPELLINGS", twice)
+    monkeypatch.setattr(names, "SPELLINGS", twice)
     with pytest.raises(ValueError, match="in more than one way"):
         canonical("x.weight")
 

@@ -11,14 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsevlm_jax import llava, schedule
-from sparsevlm_jax.config import LlavaConfig, TextConfig, tiny
+from sparsevlm_jax import Plan, Prompt, Sparsity, decode_step, make_plan, prefill
+from sparsevlm_jax.config import TextConfig
+from sparsevlm_jax.models.llava import Llava, LlavaConfig
+from sparsevlm_jax.models.presets import tiny
 
 SPARSITIES = {
-    "dense": lambda c: schedule.Sparsity.dense(),
-    "v15": lambda c: schedule.Sparsity(method="v1.5", keep_at=_keep_at(c)),
-    "v1": lambda c: schedule.Sparsity(method="v1", layers=tuple(c["pruning_layers"]), scale=c["scale"], bias=c["bias"]),
-    "v20": lambda c: schedule.Sparsity.v20(keep_at=_keep_at(c), heads=c["n_selected_heads"] or 14),
+    "dense": lambda c: Sparsity.dense(),
+    "v15": lambda c: Sparsity(method="v1.5", keep_at=_keep_at(c)),
+    "v1": lambda c: Sparsity(method="v1", layers=tuple(c["pruning_layers"]), scale=c["scale"], bias=c["bias"]),
+    "v20": lambda c: Sparsity.v20(keep_at=_keep_at(c), heads=c["n_selected_heads"] or 14),
 }
 
 
@@ -35,7 +37,7 @@ class Case(NamedTuple):
 class Replay(NamedTuple):
     """What this package computes for a case, batch of one, as NumPy."""
 
-    plan: schedule.Plan
+    plan: Plan
     trace: Any
     prefill_lengths: np.ndarray  # per layer
     final_lengths: np.ndarray
@@ -78,15 +80,15 @@ def replay(path: Path) -> Replay:
     case = read(path)
     config, params = model(case)
     arrays, sizes = case.arrays, case.settings
-    plan = schedule.make_plan(sparsity(sizes), config, sizes["v_num"], sizes["L"] - sizes["v_num"])
+    plan = make_plan(sparsity(sizes), config, sizes["v_num"], sizes["L"] - sizes["v_num"])
     visual = np.zeros((1, sizes["L"]), bool)
     visual[:, case.visual] = True
-    prompt = llava.Prompt(jnp.asarray(arrays["inputs_embeds"]), jnp.asarray(visual), jnp.asarray([sizes["L"]]))
+    prompt = Prompt(jnp.asarray(arrays["inputs_embeds"]), jnp.asarray(visual), jnp.asarray([sizes["L"]]))
     tokens = arrays["tokens"]
     run = jax.jit(
-        partial(llava.prefill, config=config, plan=plan, trace=True, max_new_tokens=len(tokens)),
+        partial(prefill, config=config, plan=plan, trace=True, max_new_tokens=len(tokens)),
     )
-    step = jax.jit(partial(llava.decode_step, config=config, plan=plan))
+    step = jax.jit(partial(decode_step, config=config, plan=plan))
     logits, cache_, trace = run(params, prompt, jitter=jitter(case))
     lengths, positions, all_logits = [cache_.lengths], [], [logits]
     for token in tokens[:-1]:
@@ -95,7 +97,7 @@ def replay(path: Path) -> Replay:
         all_logits.append(logits)
     lengths.append(cache_.lengths)
     layer_stage = [i for i, stage in enumerate(plan.stages) for _ in range(stage.start, stage.stop)]
-    final = llava.Llava(config).apply({"params": params}, trace.hidden, method=lambda m, x: m.language_model.norm(x))
+    final = Llava(config).apply({"params": params}, trace.hidden, method=lambda m, x: m.language_model.norm(x))
     return Replay(
         plan,
         jax.tree.map(np.asarray, trace),
@@ -107,7 +109,7 @@ def replay(path: Path) -> Replay:
     )
 
 
-def sparsity(sizes: dict[str, Any]) -> schedule.Sparsity:
+def sparsity(sizes: dict[str, Any]) -> Sparsity:
     version = sizes["version"]
     if version not in SPARSITIES:
         raise ValueError(f'{sizes["case"]}: unknown version "{version}"')
@@ -165,7 +167,7 @@ def decoder_params(path: Path) -> dict[str, Any]:
 
 @cache
 def tiny_llava(folder: Path) -> tuple[LlavaConfig, dict[str, Any]]:
-    from sparsevlm_jax.checkpoint import load
+    from sparsevlm_jax.checkpoints.load import load
 
     loaded = load(folder / "tiny_llava_hf")
     return loaded.config, loaded.params

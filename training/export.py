@@ -10,8 +10,8 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save_file
 
-from sparsevlm_jax.llava import Params
-from sparsevlm_jax.weights import spec
+from sparsevlm_jax.checkpoints.names import spec
+from sparsevlm_jax.models.stages import Params
 from training.batches import MEAN, STD
 from training.model import CONFIG
 from training.scenes import PIXELS

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sparsevlm_jax.config import LlavaConfig
+from sparsevlm_jax.models.llava import LlavaConfig
 from training.batches import LONGEST
 from training.questions import KINDS, Question, ask
 from training.scenes import CELLS, Scene, draw_scene

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsevlm_jax.config import LlavaConfig, VisionConfig
-from sparsevlm_jax.llava import Params, encode_images, init_params
+from sparsevlm_jax.config import VisionConfig
+from sparsevlm_jax.models.llava import LlavaConfig, encode_images, init_params
+from sparsevlm_jax.models.stages import Params
 from training.scenes import COLOURS, PATCH, PIXELS, PLACES
 from training.words import BEGIN, END, ID, IMAGE, PAD, VOCABULARY
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from sparsevlm_jax.config import LlavaConfig
-from sparsevlm_jax.llava import Llava, Params
+from sparsevlm_jax.models.llava import Llava, LlavaConfig
+from sparsevlm_jax.models.stages import Params
 from training.batches import Batch
 from training.words import BEGIN, END, ID
 

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 import sparsevlm_jax as sv
-from sparsevlm_jax.checkpoint import Model
+from sparsevlm_jax.checkpoints.load import Model
 from training.questions import KINDS, Question, ask
 from training.scenes import Scene, draw_scene
 

@@ -11,8 +11,8 @@ import optax
 from jaxtyping import Array
 from optax.contrib import MuonDimensionNumbers, muon
 
-from sparsevlm_jax.config import LlavaConfig
-from sparsevlm_jax.llava import Params
+from sparsevlm_jax.models.llava import LlavaConfig
+from sparsevlm_jax.models.stages import Params
 from training.batches import Batch, make_batch
 from training.model import FIRST_READER, balance, wire
 from training.objective import Losses, losses

@@ -13,12 +13,12 @@ import numpy as np
 from rich.progress import track
 
 import sparsevlm_jax as sv
-from benchmarks.files import put_between, write_json, write_text
-from benchmarks.machine import environment
 from benchmarks.retention.report import LEVEL, RESAMPLES, draw, interval, table
 from benchmarks.retention.run import Outcome, Study
 from benchmarks.retention.variants import Variant, variants
-from sparsevlm_jax import demo
+from sparsevlm_jax.bench.files import put_between, write_json, write_text
+from sparsevlm_jax.bench.machine import environment
+from sparsevlm_jax.data import demo_model
 from training.heldout import SEED, HeldOut, held_out
 
 PACKAGES = ("jax", "flax", "transformers", "numpy", "scikit-learn")
@@ -27,7 +27,7 @@ PACKAGES = ("jax", "flax", "transformers", "numpy", "scikit-learn")
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.retention", description=__doc__)
     parser.add_argument(
-        "--model", default=str(demo.path()), help="a model made by training/ (default: the embedded one)"
+        "--model", default=str(demo_model.path()), help="a model made by training/ (default: the embedded one)"
     )
     parser.add_argument("--scenes", type=int, default=120, help="held-out scenes, nearly nine questions each")
     parser.add_argument("--dense-scenes", type=int, default=500, help="scenes for the dense accuracy of each kind")

@@ -55,7 +55,7 @@ def draw(results: Sequence[dict[str, Any]], picture: Path) -> None:
     """Four plots: who chooses, what becomes of the rest, where the cut is, methods as published."""
     import matplotlib.pyplot as plt
 
-    from benchmarks.plots import legend
+    from sparsevlm_jax.bench.plots import legend
 
     figure, axes = plt.subplots(2, 2, figsize=(14, 9), layout="constrained")
     for ax, family, across, title in (

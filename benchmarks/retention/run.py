@@ -15,11 +15,12 @@ from jaxtyping import Array, Bool, Int
 
 import sparsevlm_jax as sv
 from benchmarks.retention.variants import Variant
-from sparsevlm_jax.checkpoint import Model
-from sparsevlm_jax.config import LlavaConfig
-from sparsevlm_jax.llava import Params, Pictures, encode_images
-from sparsevlm_jax.packing import shrink_markers
-from sparsevlm_jax.schedule import Plan, Sparsity
+from sparsevlm_jax.checkpoints.load import Model
+from sparsevlm_jax.inputs.packing import shrink_markers
+from sparsevlm_jax.models.llava import LlavaConfig, encode_images
+from sparsevlm_jax.models.stages import Params, Pictures
+from sparsevlm_jax.pruning.plan import Plan
+from sparsevlm_jax.pruning.settings import Sparsity
 from training.batches import normalise
 from training.heldout import HeldOut, prompts
 from training.objective import PREFIX_WORDS
@@ -79,8 +80,9 @@ class Study:
         plan = sv.make_plan(sparsity, self.config, visual, ids.shape[1] - visual)
         pictures = self.dense_pictures
         if plan.grid is not None:
+            markers = self.config.image_token_id, self.config.tokens_per_image
             pictures = self._encode(plan)
-            ids = np.stack([shrink_markers(row, self.config, plan.grid**2) for row in ids])
+            ids = np.stack([shrink_markers(row, *markers, plan.grid**2) for row in ids])
             lengths = lengths - self.config.tokens_per_image + plan.grid**2
         right, kept, entering = [], [], []
         for start in range(0, len(lengths), BATCH):

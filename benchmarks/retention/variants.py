@@ -6,8 +6,9 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import sparsevlm_jax as sv
-from sparsevlm_jax.schedule import SHRINKING, Sparsity
+from sparsevlm_jax.pruning.settings import Sparsity
 
+SHRINKING = tuple(name for name, method in sv.METHODS.items() if method.shrinks)
 HEADS = 1  # v2.0's 14 of 32 heads, of the demo model's two
 BUDGETS = (64, 40, 20, 10, 5)  # visual tokens of 196 left by a single cut
 MIDDLE = 20  # about a tenth
@@ -55,7 +56,7 @@ def variants() -> list[Variant]:
 
 def single_cut(method: str, layer: int, keep: int, *, recycle: bool = False, positions: str = "keep") -> Sparsity:
     """Everything after one layer but `keep` visual tokens goes, or is merged."""
-    heads = {"heads": HEADS} if method == "v2.0" else {}
+    heads = {"heads": HEADS} if "heads" in sv.METHODS[method].options else {}
     chosen = sv.sparsity(method, keep_at=((layer, keep),), **heads)
     return replace(chosen, recycle=recycle, positions=positions)
 
@@ -106,7 +107,7 @@ def _schedules() -> list[Variant]:
     rows = []
     for share, keep in (("a third", 65), ("a sixth", 33)):
         for method in ("v1.5", "v2.0", "fastv", "pyramiddrop", "vision", "random", "uniform", *SHRINKING):
-            heads = {"heads": HEADS} if method == "v2.0" else {}
+            heads = {"heads": HEADS} if "heads" in sv.METHODS[method].options else {}
             rows.append(Variant("schedule", f"{method}, {share}", sv.sparsity(method, keep=keep, **heads)))
     rows += [
         Variant("schedule", f"v1, scale {scale:g}", sv.sparsity("v1", scale=scale, bias=0.0))

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
-from sparsevlm_jax import cost
 from sparsevlm_jax.explain.record import Explanation, Pruning, Stage, first_difference
 from sparsevlm_jax.explain.words import pieces
-from sparsevlm_jax.generate import Generation, require_processor
-from sparsevlm_jax.methods import METHODS
-from sparsevlm_jax.schedule import cache_bytes, paper_flops
-from sparsevlm_jax.units import in_bytes, in_si
+from sparsevlm_jax.generation.api import require_processor
+from sparsevlm_jax.generation.request import Generation
+from sparsevlm_jax.models import cost
+from sparsevlm_jax.pruning.budgets import cache_bytes, paper_flops
+from sparsevlm_jax.pruning.methods import METHODS
+from sparsevlm_jax.text import count, in_bytes, in_si
 
 _xla_flops = cache(cost.xla_flops)  # counted from shapes, which many questions share
-LISTENING = ("v1", "v1.5", "v2.0")  # methods whose scores come from the raters
 END = "end of the answer"
 
 
@@ -61,7 +60,7 @@ def entering(stage: Stage) -> str:
     """What enters, as a sentence."""
     merged = merged_tokens(stage)
     parts = f": {stage.visual - merged} as they were and {merged} merged" if merged else ""
-    return f"{_count(stage.visual, 'visual token')}{parts}"
+    return f"{count(stage.visual, 'visual token')}{parts}"
 
 
 def merged_tokens(stage: Stage) -> int:
@@ -77,9 +76,7 @@ def outcome(pruning: Pruning) -> str:
 
 def scored_by(explanation: Explanation) -> str:
     """How the method scores, in its own words."""
-    method = METHODS[explanation.pruned.plan.sparsity.method]
-    said = (inspect.getdoc(method.score) if method.score else None) or method.source
-    return said.splitlines()[0].rstrip(".")
+    return METHODS[explanation.pruned.plan.sparsity.method].in_short
 
 
 def answers(explanation: Explanation) -> tuple[Answer, Answer]:
@@ -138,27 +135,28 @@ def stage_costs(explanation: Explanation) -> list[StageCost]:
 
 def notes(explanation: Explanation) -> list[str]:
     """What a reader has to know about this run to read it rightly."""
-    plan, method = explanation.pruned.plan, explanation.pruned.plan.sparsity.method
+    plan = explanation.pruned.plan
+    method = METHODS[plan.sparsity.method]
     found = []
     if plan.grid is not None:
         found.append(
-            f"{method} drops no token: every picture enters as {plan.grid} × {plan.grid} larger cells, and all of them "
-            "go through every layer."
+            f"{method.name} drops no token: every picture enters as {plan.grid} × {plan.grid} larger cells, and all of "
+            "them go through every layer."
         )
     elif len(plan.stages) == 1:
         found.append(
             "Nothing is pruned here: every patch goes through every layer. No word has to rate; the marks on them show "
             "which would."
         )
-    elif method not in LISTENING:
+    elif not method.guided:
         found.append(
-            f"{method} does not ask the question's words: the marks on them show who would rate under SparseVLM. "
+            f"{method.name} does not ask the question's words: the marks on them show who would rate under SparseVLM. "
             f"It ranks patches so: {scored_by(explanation)}."
         )
-    if plan.sparsity.scale is not None:
+    if method.counts_are_bounds:
         found.append(
-            "v1 decides from the picture and the question how many tokens stay. The counts are those of this run; "
-            "XLA counts the program, which is made for the most that could stay."
+            f"{method.name} decides from the picture and the question how many tokens stay. The counts are those of "
+            "this run; XLA counts the program, which is made for the most that could stay."
         )
     if explanation.class_tokens:
         found.append(
@@ -182,7 +180,3 @@ def _saving(name: str, values: tuple[float | int, ...], show: Callable[[float | 
     pruned, dense = values
     change = "the same" if pruned == dense else f"{abs(1 - pruned / dense):.0%} {'more' if pruned > dense else 'less'}"
     return Saving(name, show(pruned), show(dense), change)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -14,6 +14,7 @@ from sparsevlm_jax import __version__
 from sparsevlm_jax.explain import account
 from sparsevlm_jax.explain.drawing import CIVIDIS, TINTS, draw_scores, draw_stage, enlarge, png, score_range
 from sparsevlm_jax.explain.record import Explanation, Pruning, Stage
+from sparsevlm_jax.pruning.methods import METHODS
 
 _TEMPLATES = jinja2.Environment(
     loader=jinja2.PackageLoader("sparsevlm_jax.explain", "."),
@@ -37,7 +38,7 @@ def render(explanation: Explanation) -> str:
         grid=grid,
         cells="patches" if explanation.pruned.plan.grid is None else "cells",
         answers={"All patches (dense)": dense}
-        | ({} if sparsity.method == "dense" else {f"Pruned by {sparsity.method}": pruned}),
+        | ({f"Pruned by {sparsity.method}": pruned} if METHODS[sparsity.method].reduces else {}),
         verdict=account.verdict(explanation),
         savings=[*account.savings(explanation), account.program_saving(explanation)],
         notes=account.notes(explanation),

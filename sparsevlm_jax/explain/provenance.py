@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from sparsevlm_jax.llava import Event
-from sparsevlm_jax.sparsify import Tokens
+from sparsevlm_jax.pruning.prune import Event
+from sparsevlm_jax.pruning.sparsify import Tokens
 
 KEPT, DROPPED = 0, -1  # a positive fate is the number of the merged token that it went into
 

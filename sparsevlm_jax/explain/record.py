@@ -15,16 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
-from sparsevlm_jax.checkpoint import Model
-from sparsevlm_jax.config import LlavaConfig
+from sparsevlm_jax.checkpoints.load import Model
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.explain.provenance import chosen, fates, scores
 from sparsevlm_jax.explain.words import Words, read_words
-from sparsevlm_jax.generate import Generation, Run, generate_ids, require_finite, require_processor
-from sparsevlm_jax.llava import Cache, Event, Params, Trace, embed, prefill
-from sparsevlm_jax.pictures import ImageLike
-from sparsevlm_jax.schedule import Plan, Sparsity, StagePlan
-from sparsevlm_jax.vision import shrink_pictures
+from sparsevlm_jax.generation.api import generate_ids, require_finite, require_processor
+from sparsevlm_jax.generation.request import Generation, Run
+from sparsevlm_jax.inputs.images import ImageLike
+from sparsevlm_jax.models.llava import LlavaConfig, embed
+from sparsevlm_jax.models.stages import Cache, Params, Trace, prefill
+from sparsevlm_jax.pruning.methods import METHODS
+from sparsevlm_jax.pruning.plan import Plan, StagePlan
+from sparsevlm_jax.pruning.prune import Event
+from sparsevlm_jax.pruning.settings import Sparsity
 
 
 class Pruning(NamedTuple):
@@ -113,7 +116,7 @@ def require_picture(images: Sequence[ImageLike]) -> None:
       UserError: there is no picture.
     """
     if not images:
-        raise UserError("explain shows what becomes of a picture's patches: give at least one --image")
+        raise UserError("explain shows what becomes of a picture's patches: give at least one")
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
@@ -177,8 +180,9 @@ def as_seen(
     pixels: Float[np.ndarray, "m 3 S S"], image_processor: Any, plan: Plan, config: LlavaConfig
 ) -> UInt8[np.ndarray, "m s s 3"]:
     """The processor's last steps undone, from what the tower takes back to colours."""
-    if plan.grid is not None and plan.sparsity.method == "downsample":
-        pixels = np.asarray(shrink_pictures(jnp.asarray(pixels), plan.grid * config.vision.patch_size))
+    shrink = METHODS[plan.sparsity.method].shrink_images
+    if plan.grid is not None and shrink is not None:
+        pixels = np.asarray(shrink(jnp.asarray(pixels), plan.grid * config.vision.patch_size))
     if getattr(image_processor, "do_normalize", False):
         mean, std = (np.asarray(x)[:, None, None] for x in (image_processor.image_mean, image_processor.image_std))
         pixels = pixels * std + mean

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from sparsevlm_jax.processing import MARKER, Processor
-from sparsevlm_jax.sparsify import Tokens, rate_text, text_after_image
+from sparsevlm_jax.inputs.processor import MARKER, Processor
+from sparsevlm_jax.pruning.sparsify import Tokens, rate_text, text_after_image
 
 # Whole sequences with masks, as one program each: another question of the same bucket compiles nothing.
 _rate_text, _text_after_image = jax.jit(rate_text), jax.jit(text_after_image)

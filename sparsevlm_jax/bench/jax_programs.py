@@ -1,0 +1,119 @@
+"""What the JAX side runs besides the package's own programs: drawn weights, recorded choices, and given ones.
+
+Axis letters: b batch, l packed sequence length, i sequence length after pruning.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jaxtyping import Array, Float, Int
+
+from sparsevlm_jax.bench.hash_weights import draw_of, numbers, values
+from sparsevlm_jax.checkpoints.names import spec
+from sparsevlm_jax.models.llava import LlavaConfig, abstract_params
+from sparsevlm_jax.models.stages import Cache, Params, Prompt, decoder_of, last_logits, prefill, run_stage, start
+from sparsevlm_jax.pruning.budgets import make_plan
+from sparsevlm_jax.pruning.plan import Plan, StagePlan
+from sparsevlm_jax.pruning.settings import Sparsity
+from sparsevlm_jax.pruning.sparsify import take
+
+
+@lru_cache(maxsize=1)
+def draw_params(config: LlavaConfig, dtype: str) -> Params:
+    """The hash's weights as a parameter tree, made on the device; sides of one process share them."""
+    tree = {}
+    for name, entry in spec(abstract_params(config, jnp.dtype(dtype))).items():
+        draw = draw_of(name, entry.hf_shape)
+        tree[entry.path] = _draw(
+            jnp.int32(draw.seed),
+            jnp.float32(draw.scale),
+            shape=entry.hf_shape,
+            axes=entry.transform.value,
+            norm=draw.norm,
+            dtype=dtype,
+        )
+    return traverse_util.unflatten_dict(tree)
+
+
+@partial(jax.jit, static_argnames=("shape", "axes", "norm", "dtype"))
+def _draw(
+    seed: Array, scale: Array, *, shape: tuple[int, ...], axes: tuple[int, ...] | None, norm: bool, dtype: str
+) -> Array:
+    integers = numbers(jnp.arange(math.prod(shape), dtype=jnp.int32), seed)
+    drawn = values(integers, scale, norm, lambda x: x.astype(jnp.float32)).astype(dtype).reshape(shape)
+    return drawn if axes is None else drawn.transpose(axes)
+
+
+@partial(jax.jit, static_argnames=("config", "plan", "room"))
+def recorded_prefill(
+    params: Params, prompt: Prompt, *, config: LlavaConfig, plan: Plan, room: int
+) -> tuple[Float[Array, "b vocab"], Cache, list[tuple[Array, Array | None]]]:
+    """The prefill, and per pruning layer: which visual tokens are kept [b, l], and the places of the clusters' centres
+    [b, c]."""
+    logits, cache, trace = prefill(params, prompt, config, plan, trace=True, max_new_tokens=room)
+    assert trace is not None
+    found = []
+    for event in trace.events:
+        selection, recycled = event.selection, event.recycled
+        centers = None if recycled is None else take(selection.pool, recycled.centers)
+        found.append((selection.kept, centers))
+    return logits, cache, found
+
+
+def survivors(kept: np.ndarray, centers: np.ndarray | None, visual: slice) -> np.ndarray:
+    """Places [b, i] of the tokens that go on: prefix, kept ones, for every merged token its centre, text.
+
+    All rows keep the same number of tokens, and their visual tokens stand in the same places.
+    """
+    rows, length = kept.shape
+    image = np.stack([np.flatnonzero(row) for row in kept])
+    merged = np.zeros((rows, 0), int) if centers is None else centers
+    prefix, text = (
+        np.broadcast_to(np.arange(*ends), (rows, ends[1] - ends[0]))
+        for ends in ((0, visual.start), (visual.stop, length))
+    )
+    return np.concatenate([prefix, image, merged, text], axis=1).astype(np.int32)
+
+
+@partial(jax.jit, static_argnames=("config", "plan", "room"))
+def prefill_given(
+    params: Params, prompt: Prompt, places: Sequence[Int[Array, "b i"]], *, config: LlavaConfig, plan: Plan, room: int
+) -> tuple[Float[Array, "b vocab"], list[tuple[Array, Array]]]:
+    """The prefill's stages with every choice made beforehand: no rating, scoring, top-k or clustering.
+
+    Args:
+      places: per pruning layer, which tokens of its output go on; for a merged token, its cluster's centre.
+      room: as `max_new_tokens` of `prefill`.
+
+    Returns:
+      Logits and caches. The logits are not those of `prefill`: tokens that it merges are not merged here.
+    """
+
+    decoder = decoder_of(params, config)
+    tokens = start(prompt, make_plan(Sparsity.dense(), config, plan.visual_tokens))
+    cached: list[tuple[Array, Array]] = []
+    for stage, index in zip(plan.stages, [*places, None], strict=True):
+        tokens, held, _, _ = run_stage(decoder, tokens, _unpruned(stage), config, plan.sparsity, room)
+        cached += held
+        if index is None:
+            continue
+        length = index.shape[1]
+        positions = take(tokens.positions, index)
+        if plan.sparsity.positions == "renumber":
+            positions = jnp.broadcast_to(jnp.arange(length)[None], index.shape)
+        tokens = tokens._replace(
+            hidden=take(tokens.hidden, index), positions=positions, lengths=jnp.full(len(index), length)
+        )
+    return last_logits(decoder, tokens), cached
+
+
+def _unpruned(stage: StagePlan) -> StagePlan:
+    return replace(stage, keep=None)

@@ -1,0 +1,231 @@
+"""The JAX side: the package's own compiled programs, one plan per worker."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import sparsevlm_jax as sv
+from sparsevlm_jax.bench import hash_weights, jax_programs
+from sparsevlm_jax.bench.shapes import SHAPES, Cell, Side
+from sparsevlm_jax.bench.timing import timed
+from sparsevlm_jax.generation.loop import Decoding, Sampler, decode, start
+from sparsevlm_jax.inputs.packing import shrink_markers
+from sparsevlm_jax.models.cost import tower_xla_flops, xla_flops
+from sparsevlm_jax.models.stages import Prompt
+from sparsevlm_jax.ops.attention import exact
+from sparsevlm_jax.pruning.budgets import make_plan
+from sparsevlm_jax.pruning.methods import METHODS
+
+NEEDED_TO_ANSWER = ("start", "decode")
+
+
+class Program(NamedTuple):
+    """A jitted function and what it is called with."""
+
+    function: Any
+    args: tuple[Any, ...]
+    static: dict[str, Any]
+
+    def compile(self) -> Any:
+        return self.function.lower(*self.args, **self.static).compile()
+
+
+class JaxRunner:
+    """Weights, inputs and compiled programs of one side in one cell.
+
+    Args:
+      room: new tokens that the cache has room for.
+    """
+
+    def __init__(self, cell: Cell, side: Side, room: int) -> None:
+        self.cell, self.config, self.room = cell, cell.config, room
+        sparsity = side.sparsity(SHAPES[cell.shape], cell.visual_tokens)
+        self.plan = make_plan(sparsity, self.config, cell.visual_tokens, cell.text_tokens)
+        self.params = jax_programs.draw_params(self.config, cell.dtype)
+        self.pixels = jnp.asarray(hash_weights.pixels(cell), cell.dtype)
+        rows = list(hash_weights.input_ids(cell))
+        if self.plan.grid is not None:
+            markers = self.config.image_token_id, self.config.tokens_per_image
+            rows = [shrink_markers(row, *markers, self.plan.grid**2) for row in rows]
+        self.ids, self.lengths = jnp.asarray(np.stack(rows)), jnp.full(cell.batch, len(rows[0]))
+        self.prefix = int(np.argmax(rows[0] == self.config.image_token_id))
+        self.sampler = Sampler(jnp.float32(1.0), jnp.float32(1.0))
+        self.compiled: dict[str, Any] = {}
+
+    def prepare(self, phases: Sequence[str]) -> None:
+        """Compiles what is only timed by itself: what the phases need, or everything."""
+        for name in self._phases():
+            if not phases or name in phases:
+                self._compile(name)
+
+    def compile(self) -> dict[str, Any]:
+        """Compiles what an answer needs.
+
+        Returns:
+          Its seconds, cold and warm from the persistent cache; bytes of every compiled program.
+        """
+        cold = [self._compile(name) for name in NEEDED_TO_ANSWER]
+        jax.clear_caches()
+        warm = [self._compile(name) for name in NEEDED_TO_ANSWER]
+        programs = {name: _program_bytes(program) for name, program in self.compiled.items()}
+        return {"cold_s": sum(cold), "warm_s": sum(warm), "program_bytes": programs}
+
+    def program(self, name: str) -> Any:
+        """A compiled program."""
+        if name not in self.compiled:
+            self._compile(name)
+        return self.compiled[name]
+
+    def phases(self) -> dict[str, Callable[[], Any]]:
+        """What is timed by itself: name -> a call that returns when the device is done."""
+
+        def phase(name: str) -> Callable[[], Any]:
+            return lambda: jax.block_until_ready(self.program(name)(*self.describe(name).args))
+
+        return {name: phase(name) for name in self._phases()}
+
+    def generate(self, marks: Sequence[int]) -> tuple[np.ndarray, list[float]]:
+        """Answers greedily: tokens [b, marks[-1]], and the seconds from pixels until so many of them were there."""
+        began, seconds = time.perf_counter(), []
+        state = self.program("start")(*self.programs["start"].args)
+        for mark in marks:
+            if mark > 1:
+                state = self.program("decode")(self.params, state, jnp.int32(mark), self.sampler)
+            jax.block_until_ready(state)
+            seconds.append(time.perf_counter() - began)
+        return np.asarray(state.tokens)[:, : marks[-1]], seconds
+
+    def selections(self) -> list[list[list[int]]]:
+        """Visual tokens kept at each pruning layer, by row: places among those that stood there."""
+        return [[(np.flatnonzero(row) - self.prefix).tolist() for row in kept] for kept, _ in self.choices]
+
+    @cached_property
+    def choices(self) -> list[Any]:
+        """What the prefill chooses, on the host: see `jax_programs.recorded_prefill`."""
+        return jax.device_get(self._recorded(0)[2]) if len(self.plan.stages) > 1 else []
+
+    def follow(self, steps: int, tokens: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Decodes along given tokens [b, steps], or along the likeliest ones.
+
+        Returns:
+          The tokens, and logits [b, steps + 1, vocab] behind the prompt and behind each token.
+        """
+        step = jax.jit(partial(sv.decode_step, config=self.config, plan=self.plan), donate_argnums=2)
+        logits, cache, choices = self._recorded(self.room)
+        self.choices = jax.device_get(choices)
+        found, followed = [np.asarray(logits)], []
+        for number in range(steps):
+            column = found[-1].argmax(axis=-1) if tokens is None else tokens[:, number]
+            logits, cache = step(self.params, jnp.asarray(column, jnp.int32), cache)
+            followed.append(column)
+            found.append(np.asarray(logits))
+        return np.stack(followed, axis=1), np.stack(found, axis=1)
+
+    def facts(self) -> dict[str, Any]:
+        """What is counted, not timed."""
+        decoder = dict(self.params["language_model"])
+        decoder.pop("embed_tokens")  # one row of it is read
+        cache = jax.eval_shape(*_called(self.programs["prefill"]))[1]
+        return {
+            "decoder_bytes": _bytes(decoder),
+            "cache_bytes": _bytes((cache.keys, cache.values)),
+            "xla_flops": self.cell.batch * xla_flops(self.config, self.plan, self.cell.text_tokens),
+            "tower_xla_flops": self.cell.batch * self.cell.pictures * tower_xla_flops(self.config, self.plan),
+            "device": jax.devices()[0].device_kind,
+        }
+
+    def calibrate(self, size: int, buffer_bytes: int) -> dict[str, float]:
+        """What this device reaches: FLOP/s of a matrix product in this dtype, bytes per second of reading once.
+
+        What is read is a float32 matrix, times a vector: in 16 bit a CPU is busy with more than reading.
+        """
+        square = jnp.full((size, size), 0.01, self.cell.dtype)
+        tall = jnp.full((buffer_bytes // (4 * size), size), 0.01, jnp.float32)
+
+        def best(left: Any, right: Any) -> float:
+            product = jax.jit(partial(jnp.matmul, precision=exact(left.dtype)))
+            return min(timed(lambda: jax.block_until_ready(product(left, right)))[1] for _ in range(6))
+
+        return {"flops_per_s": 2 * size**3 / best(square, square), "bytes_per_s": tall.nbytes / best(tall, tall[0])}
+
+    def device_peak_bytes(self) -> int | None:
+        """Peak of device memory of this process; None where the backend keeps no count."""
+        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+    def _recorded(self, room: int) -> Any:
+        return jax_programs.recorded_prefill(self.params, self.prompt, config=self.config, plan=self.plan, room=room)
+
+    def _phases(self) -> list[str]:
+        """What is timed by itself. Where data decides the counts there is nothing to give beforehand."""
+        given = ["prefill_given"] * (
+            len(self.plan.stages) > 1 and not METHODS[self.plan.sparsity.method].counts_are_bounds
+        )
+        return [name for name in self.programs if name not in (*NEEDED_TO_ANSWER, *given)] + given
+
+    def describe(self, name: str) -> Program:
+        """A program and its arguments. What the prefill is given to choose is found when it is first asked for."""
+        if name not in self.programs:
+            assert name == "prefill_given"
+            given = (self.params, self.prompt, self._survivors())
+            static = {"config": self.config, "plan": self.plan, "room": self.room}
+            self.programs[name] = Program(jax_programs.prefill_given, given, static)
+        return self.programs[name]
+
+    @cached_property
+    def prompt(self) -> Prompt:
+        """The rows' embeddings. Compiled when first asked for: while workers start, others may be busy."""
+        embed = jax.jit(sv.embed, static_argnames=("config", "plan"))
+        return embed(self.params, self.ids, self.lengths, self.pixels, config=self.config, plan=self.plan)
+
+    @cached_property
+    def programs(self) -> dict[str, Program]:
+        """What can be run, by name; see `describe`."""
+        config, plan, room = self.config, self.plan, self.room
+        static = {"config": config, "plan": plan}
+        encode = jax.jit(sv.encode_images, static_argnames=("config", "plan"))
+        prefill = jax.jit(sv.prefill, static_argnames=("config", "plan", "max_new_tokens"))
+        keys = jax.random.split(jax.random.key(0), self.cell.batch)
+        question = (self.params, self.ids, self.lengths, self.pixels, keys, self.sampler)
+        decoding = Decoding(room, True, ())
+        starting = static | {"decoding": decoding}
+        going_on = {"config": config, "stops": plan.stops, "decoding": decoding}
+        state = jax.eval_shape(partial(start, **starting), *question)
+        return {
+            "tower": Program(encode, (self.params, self.pixels), static),
+            "prefill": Program(prefill, (self.params, self.prompt), static | {"max_new_tokens": room}),
+            "start": Program(start, question, starting),
+            "decode": Program(decode, (self.params, state, jnp.int32(1), self.sampler), going_on),
+        }
+
+    def _survivors(self) -> list[Any]:
+        visual = (slice(self.prefix, self.prefix + stage.visual) for stage in self.plan.stages)
+        return [
+            jnp.asarray(jax_programs.survivors(kept, centers, span))
+            for (kept, centers), span in zip(self.choices, visual, strict=False)
+        ]
+
+    def _compile(self, name: str) -> float:
+        self.compiled[name], seconds = timed(self.describe(name).compile)
+        return seconds
+
+
+def _called(program: Program) -> tuple[Any, ...]:
+    return partial(program.function, **program.static), *program.args
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _program_bytes(program: Any) -> dict[str, int]:
+    """XLA's own account of a compiled program: what is live while it runs, and how much of that is temporary."""
+    found = program.memory_analysis()
+    held = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    return {"peak": held + found.temp_size_in_bytes, "temporary": found.temp_size_in_bytes}

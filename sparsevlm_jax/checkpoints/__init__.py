@@ -1,0 +1,1 @@
+"""Weights in files: found, read, converted, checked and written."""

@@ -1,0 +1,101 @@
+"""What a checkpoint holds, converted or not; no weights are read."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sparsevlm_jax.checkpoints import llava_original
+from sparsevlm_jax.checkpoints.manifest import is_converted, read_manifest
+from sparsevlm_jax.checkpoints.names import TABLE, canonical
+from sparsevlm_jax.checkpoints.source import list_tensors
+from sparsevlm_jax.config import read_config
+from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.files import user_path
+from sparsevlm_jax.models.llava import LlavaConfig
+from sparsevlm_jax.text import printable
+
+_PARTS = ("vision_tower", "multi_modal_projector", "language_model")
+
+
+class _Held(NamedTuple):
+    """A tensor or parameter."""
+
+    part: str
+    dtype: str
+    parameters: int
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """Format, configuration, parameters by part and dtype, and a converted checkpoint's origin, as JSON has it.
+
+    Raises:
+      UserError: no such folder, or no checkpoint.
+    """
+    folder = user_path(path)
+    if not folder.is_dir():
+        raise UserError(f"{path}: no such folder")
+    if is_converted(folder):
+        manifest = read_manifest(folder)
+        held = [_Held(r.path.split("/")[0], r.stored_dtype, math.prod(r.shape)) for r in manifest.records]
+        origin = {**manifest.source, "versions": manifest.versions, "groups": len(manifest.groups)}
+        return {"format": "orbax", "config": _config(folder), "parts": _sums(held), "origin": origin}
+    tensors = list_tensors(folder)
+    suffix = next(iter(tensors.values())).file.suffix.removeprefix(".") if tensors else "empty"
+    held = [_Held(_part(name), tensor.dtype, math.prod(tensor.shape)) for name, tensor in tensors.items()]
+    return {"format": suffix, "config": _config(folder), "parts": _sums(held)}
+
+
+def print_description(found: dict[str, Any]) -> None:
+    """Prints what `describe` found as tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, markup=False)
+    table = Table("part", "dtype", "tensors", "parameters", "bytes", title=f"{found['format']} checkpoint")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for row in found["parts"]:
+        table.add_row(*(f"{row[key]:,}" if isinstance(row[key], int) else printable(row[key]) for key in row))
+    console.print(table)
+    for part in ("config", "origin"):
+        for key, value in found.get(part, {}).items():
+            console.print(printable(f"{part}: {key}: {value}"), soft_wrap=True)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    config = read_config(folder)
+    if llava_original.is_original(config):
+        return {"layout": "original", **config}
+    return asdict(LlavaConfig.from_hf(config, str(folder / "config.json")))
+
+
+def _part(name: str) -> str:
+    """The part of the tree that a tensor belongs to."""
+    known = canonical(name) or ""
+    return next((path.split("/")[0] for module, path, _ in TABLE if known.startswith(module.split("{")[0])), "other")
+
+
+def _sums(held: list[_Held]) -> list[dict[str, Any]]:
+    rows = []
+    for part, dtype in sorted({(item.part, item.dtype) for item in held}, key=lambda key: _order(*key)):
+        sizes = [item.parameters for item in held if (item.part, item.dtype) == (part, dtype)]
+        width = _width(dtype)
+        row = {"part": part, "dtype": dtype, "tensors": len(sizes), "parameters": sum(sizes)}
+        rows.append(row | {"bytes": sum(sizes) * width})
+    return rows
+
+
+def _order(part: str, dtype: str) -> tuple[int, str]:
+    return (_PARTS.index(part) if part in _PARTS else len(_PARTS), dtype)
+
+
+def _width(dtype: str) -> int:
+    """Bytes of a value; extras may be of types that NumPy names otherwise (I64)."""
+    bits = re.search(r"[0-9]{1,3}", dtype)
+    return max(1, int(bits[0]) // 8) if bits else np.dtype(bool).itemsize

@@ -1,0 +1,189 @@
+"""`load()`: a model from a converted checkpoint, a Hugging Face folder or a hub id, onto any device or sharding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from sparsevlm_jax import bounds
+from sparsevlm_jax.checkpoints import orbax
+from sparsevlm_jax.checkpoints.hub import locate
+from sparsevlm_jax.checkpoints.manifest import Manifest, is_converted, read_manifest
+from sparsevlm_jax.checkpoints.names import Entry, all_finite, assign, spec
+from sparsevlm_jax.checkpoints.safetensors import list_tensors
+from sparsevlm_jax.config import DTYPES, check_depth, complete, read_config, token_id
+from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.files import inside, read_json, user_path
+from sparsevlm_jax.inputs.processor import Processor
+from sparsevlm_jax.models.llava import LlavaConfig, abstract_params
+from sparsevlm_jax.text import shortlist
+
+# Where a parameter goes: one sharding for all, or path and shape -> sharding.
+Placement = jax.sharding.Sharding | Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
+
+
+@dataclass(frozen=True)
+class GenerationDefaults:
+    """What the checkpoint says about ending an answer."""
+
+    eos_token_ids: tuple[int, ...]  # any of them ends it; may be empty
+    pad_token_id: int  # stands behind the end
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A loaded model: static configuration, parameters (a plain nested dict), and what goes with them."""
+
+    config: LlavaConfig
+    params: dict[str, Any]
+    processor: Processor | None  # None where the checkpoint has no processor files: token ids and pixels only
+    generation: GenerationDefaults
+    name: str
+
+
+def load(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: str | None = None,
+    sharding: Placement | None = None,
+    check: bool = True,
+) -> Model:
+    """Loads a LLaVA checkpoint: one that `sparsevlm convert` wrote, or one in the Hugging Face layout.
+
+    Args:
+      source: a folder with config.json and either orbax or safetensors weights (one file, or shards and their index),
+        or the id of a model with safetensors on the Hugging Face hub. Without network, ids resolve from its cache.
+      revision: branch, tag or commit of a hub id.
+      dtype: "float32", "bfloat16" or "float16"; by default the checkpoint's own, float32 where it mixes several.
+      sharding: where the parameters go: by default the default device. Host memory holds one tensor at a time, of a
+        converted checkpoint one group, of which each device gets no more than its shard.
+      check: whether every file of a converted checkpoint is compared with its digest before it is used. That takes
+        time, a third more where the files are in memory already. Weights in the Hugging Face layout have no digests.
+
+    Raises:
+      UserError: no such model, or whatever is wrong with its files; tensors that are missing, unknown, of a wrong
+        shape or not finite are listed in one message.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f'dtype "{dtype}" is not supported: choose {", ".join(DTYPES)}')
+    folder = locate(source, revision)
+    manifest = read_manifest(folder) if is_converted(folder) else None
+    if manifest and check and (problems := orbax.changed_files(folder, manifest)):
+        raise UserError(f"{'; '.join(problems)}; convert the source again, or load it unchecked (check=False)")
+    config = LlavaConfig.from_file(folder)
+    return Model(
+        config=config,
+        generation=_generation_defaults(folder),
+        processor=Processor.from_pretrained(folder, config),
+        params=_restore_params(folder, manifest, config, dtype, sharding, check)
+        if manifest
+        else _read_params(folder, config, dtype, sharding),
+        name=folder.resolve().name if user_path(source).is_dir() else str(source),
+    )
+
+
+def _read_params(folder: Path, config: LlavaConfig, dtype: str | None, sharding: Placement | None) -> dict[str, Any]:
+    """The parameter tree, each tensor on its devices before the next is read."""
+    tensors = list_tensors(folder)
+    check_depth(config, len(tensors), str(folder))
+    pairs = assign(spec(abstract_params(config, np.dtype(np.float32))), tensors, str(folder))
+    stored = {tensors[name].dtype for name, _ in pairs}
+    if dtype is None:
+        dtype = stored.pop() if len(stored) == 1 else "float32"
+    params, spoilt = {}, []
+    for name, entry in pairs:
+        with np.errstate(over="ignore"):  # an overflow is reported below, with its name
+            array = tensors[name].read().astype(dtype, copy=False)
+        if not all_finite(array):
+            spoilt.append(name)
+            continue
+        where = sharding(entry.path, entry.shape) if callable(sharding) else sharding
+        params[entry.path] = jax.block_until_ready(jax.device_put(entry.to_param(array), where))
+    if spoilt:
+        count = f"{len(spoilt)} of {len(pairs)}"
+        raise UserError(f"{folder}: NaN or infinity, as {dtype}, in {count} tensors: {shortlist(spoilt)}")
+    return traverse_util.unflatten_dict(params)
+
+
+def entries_of(folder: Path, manifest: Manifest, config: LlavaConfig) -> dict[str, Entry]:
+    """Every parameter of a converted checkpoint by its path in the tree.
+
+    Raises:
+      UserError: manifest and configuration do not belong together.
+    """
+    check_depth(config, len(manifest.records), str(folder))
+    entries = {"/".join(entry.path): entry for entry in spec(abstract_params(config, np.dtype(np.float32))).values()}
+    found = {record.path: record.shape for record in manifest.records}
+    wanted = {path: entry.hf_shape for path, entry in entries.items()}
+    astray = sorted(path for path in {*found, *wanted} if found.get(path) != wanted.get(path))
+    if astray:
+        raise UserError(f"{folder}: manifest and config.json describe different parameters: {shortlist(astray)}")
+    return entries
+
+
+def _restore_params(
+    folder: Path, manifest: Manifest, config: LlavaConfig, dtype: str | None, sharding: Placement | None, check: bool
+) -> dict[str, Any]:
+    """The parameter tree of a converted checkpoint, group by group, each device reading its own shards."""
+    entries = entries_of(folder, manifest, config)
+    stored = {tuple(record.path.split("/")): record.stored_dtype for record in manifest.records}
+    if dtype is None:
+        dtype = next(iter(stored.values())) if len(set(stored.values())) == 1 else "float32"
+    default = jnp.zeros(()).sharding
+
+    def abstract(path: tuple[str, ...]) -> jax.ShapeDtypeStruct:
+        shape = entries["/".join(path)].shape
+        where = sharding(path, shape) if callable(sharding) else sharding or default
+        return jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=where)
+
+    params = {}
+    for number in _compared(folder, manifest) if check else range(len(manifest.groups)):
+        paths = [tuple(record.path.split("/")) for record in manifest.groups[number]]
+        wanted = {path: abstract(path) for path in paths}
+        params |= jax.block_until_ready(orbax.restore_group(folder, number, wanted))
+    # What was converted is finite; a narrower dtype may overflow.
+    spoilt = ["/".join(path) for path, x in params.items() if stored[path] != dtype and not jnp.isfinite(x).all()]
+    if spoilt:
+        raise UserError(f"{folder}: infinity, as {dtype}, in {len(spoilt)} parameters: {shortlist(spoilt)}")
+    return traverse_util.unflatten_dict(params)
+
+
+def _compared(folder: Path, manifest: Manifest) -> Iterator[int]:
+    """The numbers of all groups, each compared with its digests while the one before it is restored."""
+    last = len(manifest.groups) - 1
+    with ThreadPoolExecutor(1) as ahead:
+        check = ahead.submit(orbax.require_whole, folder, 0, manifest)
+        for number in range(last + 1):
+            check.result()
+            if number < last:
+                check = ahead.submit(orbax.require_whole, folder, number + 1, manifest)
+            yield number
+
+
+def _generation_defaults(folder: Path) -> GenerationDefaults:
+    """generation_config.json, then config.json, then its text_config with transformers' own defaults."""
+    file, config_file = inside(folder, "generation_config.json"), folder / "config.json"
+    stated, full = read_json(file, missing={}), complete(read_config(folder), str(config_file))
+    layers = [(stated, file), (full, config_file), (full["text_config"], f"{config_file}: text_config")]
+
+    def first(key: str) -> tuple[Any, str]:
+        value, where = next(((layer[key], where) for layer, where in layers if layer.get(key) is not None), (None, ""))
+        return value, f"{where}: {key}"
+
+    eos, name = first("eos_token_id")
+    found = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if len(found) > bounds.END_TOKENS:
+        raise UserError(f"{name} lists {len(found)} tokens, expected at most {bounds.END_TOKENS}")
+    ends = tuple(token_id(token, name) for token in found)
+    pad, name = first("pad_token_id")
+    # The first Llamas say -1 for having none.
+    return GenerationDefaults(ends, next(iter(ends), 0) if pad in (None, -1) else token_id(pad, name))

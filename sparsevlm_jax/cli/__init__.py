@@ -1,0 +1,1 @@
+"""The command `sparsevlm`: one small file per command."""

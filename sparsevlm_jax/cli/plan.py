@@ -1,0 +1,109 @@
+"""The command `sparsevlm plan`: what a schedule keeps and what it costs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from sparsevlm_jax.cli.options import Json, PruningOptions, spread_options
+from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.files import user_path
+from sparsevlm_jax.models.cost import Cost, cost, tower_xla_flops
+from sparsevlm_jax.models.llava import LlavaConfig
+from sparsevlm_jax.models.presets import PRESETS
+from sparsevlm_jax.pruning.budgets import make_plan
+from sparsevlm_jax.pruning.methods import METHODS
+from sparsevlm_jax.pruning.plan import Plan
+from sparsevlm_jax.pruning.settings import Sparsity
+from sparsevlm_jax.text import in_bytes, in_si
+
+# What is counted: far beyond any model's context, and well within what XLA can count.
+MOST_IMAGES, MOST_TEXT_TOKENS = 100, 100_000
+
+
+@spread_options
+def plan(
+    *,
+    model: Annotated[str, typer.Option(metavar="NAME_OR_DIR", help=f"{', '.join(PRESETS)}, or a folder.")],
+    pruning: PruningOptions,
+    images: Annotated[int, typer.Option(metavar="N", min=1, max=MOST_IMAGES, help="Pictures in the prompt.")] = 1,
+    text_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, max=MOST_TEXT_TOKENS, help="All tokens that are not visual.")
+    ] = 118,
+    as_json: Json = False,
+) -> None:
+    """Shows what a schedule keeps and what it costs, against dense. Needs no weights."""
+    sparsity = pruning.sparsity()
+    if model not in PRESETS and not user_path(model).exists():
+        raise UserError(f"--model {model}: neither a folder nor one of {', '.join(PRESETS)}")
+    config = PRESETS[model]() if model in PRESETS else LlavaConfig.from_file(user_path(model))
+    visual = images * config.tokens_per_image
+    dense, pruned = (make_plan(s, config, visual, text_tokens) for s in (Sparsity.dense(), sparsity))
+    dense_cost, pruned_cost = (cost(config, p, text_tokens) for p in (dense, pruned))
+    tower = tower_xla_flops(config, pruned) * images
+    if as_json:
+        report = {
+            "model": model,
+            "method": pruning.method,
+            "text_tokens": text_tokens,
+            "dense": plan_report(dense) | asdict(dense_cost),
+            "pruned": plan_report(pruned) | asdict(pruned_cost),
+            "tower_xla_flops": tower,
+        }
+        print(json.dumps(report, indent=2))
+    else:
+        _print_plan(pruned, pruned_cost, dense, dense_cost, tower, text_tokens)
+
+
+def plan_report(plan: Plan) -> dict[str, Any]:
+    """A plan as JSON has it."""
+    stages = [
+        {"layers": [s.start, s.stop - 1], "entering": s.visual, "standing": s.standing, "kept": s.keep}
+        for s in plan.stages
+        if s.start < s.stop or s.keep is not None
+    ]
+    return {
+        "stages": stages,
+        "equivalent_tokens": plan.equivalent_tokens(),
+        "entering_tokens": plan.entering_tokens(),
+        "counts_are_upper_bounds": METHODS[plan.sparsity.method].counts_are_bounds,
+    }
+
+
+def _print_plan(plan: Plan, cost: Cost, dense: Plan, dense_cost: Cost, tower: float, text_tokens: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    def against(what: str, scaled: Callable[[float | int], str], of: str = "") -> str:
+        value, whole = getattr(cost, what), getattr(dense_cost, what)
+        change = f"{abs(1 - value / whole):.1%} {'more' if value > whole else 'less'}"
+        return f"{scaled(value)}{of} (dense {scaled(whole)}, {change})"
+
+    console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
+    stages = Table("layers", "visual tokens entering", "kept", "merged", "standing after")
+    for stage in plan.stages:
+        if stage.start == stage.stop and stage.keep is None:
+            continue
+        layers = f"{stage.start} to {stage.stop - 1}" if stage.start < stage.stop else "before the first"
+        kept, merged = ("-", "-") if stage.keep is None else (str(stage.keep), str(stage.standing - stage.keep))
+        stages.add_row(layers, str(stage.visual), kept, merged, str(stage.standing))
+    console.print(stages)
+    if METHODS[plan.sparsity.method].counts_are_bounds:
+        console.print("All counts are upper bounds: the prompt and the picture decide how many tokens stay.")
+    facts = Table.grid(padding=(0, 2))
+    for name, value in (
+        ("equivalent tokens (standing after a layer)", f"{plan.equivalent_tokens():.2f} of {dense.visual_tokens}"),
+        ("tokens entering a layer, which is what costs", f"{plan.entering_tokens():.2f} of {dense.visual_tokens}"),
+        ("FLOPs by the paper's formula", against("paper_flops", in_si, " multiply-adds")),
+        ("FLOPs of the program, by XLA", against("xla_flops", in_si, ", two per multiply-add")),
+        ("vision tower and projector, by XLA", f"{in_si(tower)}, in addition"),
+        ("keys and values, 16 bit", against("cache_bytes", in_bytes)),
+        ("other tokens in the prompt", str(text_tokens)),
+    ):
+        facts.add_row(name, value)
+    console.print(facts)

@@ -1,0 +1,1 @@
+"""The model inside the package, and its pictures."""

@@ -1,0 +1,237 @@
+"""What users call: from questions about pictures, or token ids and pixels, to answers, whole or piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from numbers import Integral
+from typing import Any, Unpack
+
+import jax
+import numpy as np
+
+from sparsevlm_jax.checkpoints.load import Model
+from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.generation.request import Generation, Run, Settings, key_of, require_limit
+from sparsevlm_jax.inputs.images import ImageLike
+from sparsevlm_jax.inputs.messages import Asked, read_prompts
+from sparsevlm_jax.inputs.processor import Processor
+from sparsevlm_jax.models.llava import LlavaConfig
+from sparsevlm_jax.models.stages import Params, Pictures
+from sparsevlm_jax.pruning.methods import as_sparsity
+from sparsevlm_jax.pruning.settings import Sparsity
+
+Images = ImageLike | Sequence[ImageLike | None] | Sequence[Sequence[ImageLike]] | None
+
+
+def generate_ids(
+    params: Params,
+    config: LlavaConfig,
+    rows: Sequence[np.ndarray],
+    pictures: np.ndarray | Pictures | None,
+    **settings: Unpack[Settings],
+) -> Generation:
+    """Answers a batch of prompts given as ids and pixels.
+
+    Args:
+      params, config: the model.
+      rows: ids of each prompt, int32 [l_i], every picture as `config.tokens_per_image` image markers.
+      pictures: those of all rows in order, or those of one row, which every row then shows: pixels, float32
+        [m, 3, height, width], or what `encode_images` made of them.
+      settings: see `Settings`.
+
+    Returns:
+      The answers. Logits that are not finite do not raise here: see `Generation.finite`.
+
+    Raises:
+      UserError: prompts longer than the model's context, pictures that do not match the markers, or bad settings.
+    """
+    run = Run(params, config, rows, pictures, **settings)
+    return run.result(run.decode(run.prefill(), settings["max_new_tokens"]))
+
+
+def stream_ids(
+    params: Params,
+    config: LlavaConfig,
+    rows: Sequence[np.ndarray],
+    pictures: np.ndarray | Pictures | None,
+    *,
+    every: int = 1,
+    **settings: Unpack[Settings],
+) -> Iterator[Generation]:
+    """`generate_ids` in instalments of `every` tokens: the same compiled loop, the same tokens."""
+    require_limit("every", every)
+    yield from Run(params, config, rows, pictures, **settings).instalments(every)
+
+
+def generate(
+    model: Model,
+    images: Images,
+    prompts: str | Sequence[Any],
+    *,
+    sparsity: Sparsity | str | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    aspect: str | None = None,
+) -> str | list[str]:
+    """Answers questions about pictures.
+
+    Args:
+      model: from `load`, with its processor.
+      images: for one prompt its picture or pictures; for a list of prompts a list of pictures for each, or one picture,
+        or pictures that go with all of them. None or an empty list for text alone.
+      prompts: a question, or a batch of them. They may contain `<image>` markers; by default pictures come first. A
+        question may also be a list of messages, as chat interfaces take them; those may hold the pictures themselves.
+      sparsity: what to prune, or a method's name; by default v1.5 with a third of the visual tokens.
+      max_new_tokens, temperature, top_p: see `generate_ids`; `seed` makes the PRNG key.
+      aspect: "pad", "crop", or None for what the checkpoint's processor says.
+
+    Returns:
+      The answer, or a list of answers.
+
+    Raises:
+      UserError: bad pictures, prompts or settings, or logits that are not finite.
+    """
+    asked, alone = read_prompts(prompts)
+    batch = _in_ids(model, images, asked, aspect)
+    settings = settings_for(model, sparsity, max_new_tokens, temperature, top_p, seed)
+    generation = require_finite(generate_ids(*batch, **settings), model.params)
+    answers = [require_processor(model).decode(tokens) for tokens in generation.tokens]
+    return answers[0] if alone else answers
+
+
+def stream(
+    model: Model,
+    images: Images,
+    prompt: str | Sequence[Any],
+    *,
+    sparsity: Sparsity | str | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    aspect: str | None = None,
+    every: int = 1,
+) -> Iterator[str]:
+    """Answers one question piece by piece; the pieces joined are what `generate` returns."""
+    asked, alone = read_prompts(prompt)
+    if not alone:
+        raise UserError("stream answers one question: give a text or one list of messages")
+    batch = _in_ids(model, images, asked, aspect)
+    settings = settings_for(model, sparsity, max_new_tokens, temperature, top_p, seed)
+    instalments = stream_ids(*batch, every=every, **settings)
+    for piece, _ in pieces(instalments, require_processor(model), model.params):
+        yield piece
+
+
+def pieces(instalments: Iterator[Generation], processor: Processor, params: Params) -> Iterator[tuple[str, Generation]]:
+    """The text that each instalment adds to the first row's answer, with the instalment.
+
+    Text whose end may still change (a character made of several tokens) waits for the next piece.
+
+    Raises:
+      UserError: logits that are not finite.
+    """
+    said, generation = "", None
+    for generation in instalments:
+        require_finite(generation, params)
+        text = processor.decode(generation.tokens[0])
+        complete = text.startswith(said) and not text.endswith("\ufffd")
+        yield (text[len(said) :] if complete else ""), generation
+        said = text if complete else said
+    if generation is not None:
+        yield processor.decode(generation.tokens[0])[len(said) :], generation
+
+
+def require_finite(generation: Generation, params: Params) -> Generation:
+    """The generation, if it is one.
+
+    Raises:
+      UserError: logits that are NaN or infinite chose some of its tokens.
+    """
+    if all(generation.finite):
+        return generation
+    dtype = jax.tree.leaves(params)[0].dtype.name
+    wider = {"float16": "bfloat16 or float32", "bfloat16": "float32"}.get(dtype)
+    raise UserError(
+        f"the logits are not finite, so there is no answer: in {dtype} something in this model overflows"
+        + (f"; load it with `dtype` {wider}" if wider else ", or its weights are spoilt")
+    )
+
+
+def _in_ids(
+    model: Model, images: Images, asked: Sequence[Asked], aspect: str | None
+) -> tuple[Params, LlavaConfig, list[np.ndarray], np.ndarray | None]:
+    """What `generate_ids` takes, from pictures and questions."""
+    rows: list[list[ImageLike]] = [one.pictures for one in asked]
+    if not any(rows):
+        rows = pictures_by_prompt(images, len(asked))
+    elif any(pictures_by_prompt(images, 1)[0]):
+        raise UserError("pictures in the messages and beside them: give them in one place")
+    inputs = require_processor(model)(rows, [one.conversation for one in asked], aspect)
+    return model.params, model.config, inputs.ids, inputs.pixel_values
+
+
+def settings_for(
+    model: Model,
+    sparsity: Sparsity | str | None,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Settings:
+    """What `generate` takes as the settings of `generate_ids`, with the model's own end tokens.
+
+    Raises:
+      UserError: a seed that is none.
+    """
+    if not isinstance(seed, Integral) or not 0 <= seed < 2**32:
+        raise UserError(f"seed is {seed!r}: a whole number from 0 to 2**32 - 1 is expected")
+    return {
+        "sparsity": as_sparsity(sparsity),
+        "max_new_tokens": max_new_tokens,
+        "end_tokens": model.generation.eos_token_ids,
+        "temperature": temperature,
+        "top_p": top_p,
+        "key": key_of(int(seed)),
+    }
+
+
+def pictures_by_prompt(images: Images, prompts: int) -> list[list[ImageLike]]:
+    """A list of pictures for every prompt, or one that goes with each of them, from what `generate` takes.
+
+    Raises:
+      UserError: neither.
+    """
+    # A path must not be taken for a list of letters, nor an array for a list of rows.
+    several: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
+    rows = [_row(row) for row in several]
+    if prompts == 1:
+        return [[picture for row in rows for picture in row]]
+    if len(rows) in (0, 1):
+        return rows or [[]]
+    if len(rows) != prompts:
+        raise UserError(
+            f"{prompts} prompts but pictures for {len(rows)}: give a list of pictures per prompt, or one for all"
+        )
+    return rows
+
+
+def _row(pictures: Any) -> list[Any]:
+    if pictures is None:
+        return []
+    return list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
+
+
+def require_processor(model: Model) -> Processor:
+    """The model's processor.
+
+    Raises:
+      UserError: its checkpoint has none.
+    """
+    if model.processor is None:
+        raise UserError(
+            f"{model.name}: the checkpoint has no tokenizer and processor files: use generate_ids with ids and pixels"
+        )
+    return model.processor

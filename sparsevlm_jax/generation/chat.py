@@ -1,0 +1,200 @@
+"""Several questions about the same pictures: prune anew for each, or go on with the first question's selection.
+
+Both are exact: "again" answers as a fresh run of the whole conversation does, "first" as if the first question's prompt
+had been decoded on, token by token. The vision tower runs once in either case.
+
+The conversation is rendered and tokenized as a whole for every question. Tokenized again, an answer may come out in
+other tokens than the model chose: "again" then reads those of the text, as a fresh run does; "first" keeps in its cache
+what the model chose, and adds what stands behind the answer in the whole conversation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from sparsevlm_jax.checkpoints.load import Model
+from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.generation.api import pictures_by_prompt, require_finite, require_processor
+from sparsevlm_jax.generation.request import Generation, Run, require_limit
+from sparsevlm_jax.inputs.images import ImageLike
+from sparsevlm_jax.inputs.messages import Conversation
+from sparsevlm_jax.inputs.packing import TEXT_BUCKETS, bucket
+from sparsevlm_jax.models.llava import LlavaConfig, encode_images
+from sparsevlm_jax.models.stages import Cache, Params, Pictures, decode_step
+from sparsevlm_jax.pruning.budgets import make_plan
+from sparsevlm_jax.pruning.methods import METHODS, as_sparsity
+from sparsevlm_jax.pruning.settings import Sparsity
+
+SELECTIONS = ("again", "first")
+
+
+class Chat:
+    """A conversation about some pictures.
+
+    Attributes:
+      ids: the conversation so far, int32, answers included.
+      turns: its questions and answers.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        images: ImageLike | Sequence[ImageLike] | None,
+        *,
+        sparsity: Sparsity | str | None = None,
+        selection: str = "again",
+        max_new_tokens: int = 128,
+        room: int = 1024,
+        aspect: str | None = None,
+    ) -> None:
+        """Starts a conversation; nothing runs before the first question.
+
+        Args:
+          model: from `load`, with its processor.
+          images: all pictures of the conversation; None or an empty list for none.
+          sparsity: what to prune, or a method's name; by default v1.5 with a third of the visual tokens.
+          selection: "again" prunes for every question anew, guided by all text after the pictures; what an earlier
+            question dropped can come back, and every question costs a prefill. "first" keeps what the first question
+            selected and only decodes on: cheaper, and blind to what that question did not ask about.
+          max_new_tokens: the longest answer.
+          room: tokens that the cache has room for after the first prompt ("first").
+          aspect: "pad", "crop", or None for what the checkpoint's processor says.
+
+        Raises:
+          UserError: a model without processor, another selection, or a limit that is no number of tokens.
+        """
+        if selection not in SELECTIONS:
+            raise UserError(f'selection is "{selection}": expected {" or ".join(SELECTIONS)}')
+        require_limit("max_new_tokens", max_new_tokens)
+        require_limit("room", room)
+        self.model = model
+        self.processor = require_processor(model)
+        (self.images,) = pictures_by_prompt(images, 1)
+        self.sparsity = as_sparsity(sparsity)
+        self.selection = selection
+        self.max_new_tokens = max_new_tokens
+        self.room = room if selection == "first" else max_new_tokens
+        self.aspect = aspect
+        self.ids = np.zeros(0, np.int32)
+        self.turns: list[tuple[str, str]] = []
+        self._pictures: Pictures | None = None
+        self._run: Run | None = None
+        self._cache: Cache | None = None
+        self._prompt_length = 0  # ids of the first prompt
+        self._in_cache = 0  # how many of `ids` the cache has seen
+
+    def ask(self, question: str) -> str:
+        """Answers the next question.
+
+        Raises:
+          UserError: a picture that cannot be read, more conversation than the model or the cache has room for, or
+            logits that are not finite. The conversation is then as it was before the question; after logits that were
+            not finite, "first" selects anew.
+        """
+        if self.turns:
+            ids = self._next_ids(question)
+        else:
+            inputs = self.processor([self.images], [question], self.aspect)
+            ids = inputs.ids[0]
+            self._pictures = self._encode(inputs.pixel_values) if len(inputs.pixel_values) else None
+        answer = self._prefill(ids) if self._cache is None else self._go_on(ids)
+        if not all(answer.finite):
+            self._cache = None
+        require_finite(answer, self.model.params)
+        self.ids = np.concatenate([ids, np.asarray(answer.tokens[0], np.int32)])
+        self.turns.append((question, self.processor.decode(answer.tokens[0])))
+        return self.turns[-1][1]
+
+    def _next_ids(self, question: str) -> np.ndarray:
+        """The conversation with another question."""
+        talk = Conversation(question, tuple(self.turns))
+        whole, behind = self.processor.next_turn(talk, len(self.images))
+        if self.selection == "again" or np.array_equal(whole[: len(self.ids)], self.ids):
+            return whole
+        return np.concatenate([self.ids, behind])
+
+    def _prefill(self, ids: np.ndarray) -> Generation:
+        """The whole conversation, pruned for its last question."""
+        run = Run(
+            self.model.params,
+            self.model.config,
+            [ids],
+            self._pictures,
+            sparsity=self.sparsity,
+            max_new_tokens=self.max_new_tokens,
+            end_tokens=self.model.generation.eos_token_ids,
+            room=self.room,
+        )
+        state = run.decode(run.prefill(), self.max_new_tokens)
+        if self.selection == "first":
+            self._run, self._cache, self._prompt_length = run, state.cache, len(ids)
+            self._in_cache = len(ids) + int(jax.device_get(state.steps)) - 1
+        return run.result(state)
+
+    def _go_on(self, ids: np.ndarray) -> Generation:
+        """What is new in the conversation goes through the decoder on the cache that is there."""
+        run, cache = self._run, self._cache
+        assert run is not None and cache is not None
+        first = len(ids) - self._in_cache
+        used = len(ids) - self._prompt_length + self.max_new_tokens
+        if used > run.room:
+            raise UserError(f"the conversation needs room for {used} tokens, the cache has {run.room}: raise room")
+        context = self.model.config.text.max_position_embeddings
+        if len(ids) + self.max_new_tokens > context:
+            raise UserError(
+                f"the conversation has {len(ids)} tokens and the answer may take {self.max_new_tokens}: "
+                f"more than the model's context of {context}; start a new one"
+            )
+        new = np.zeros(bucket(first, TEXT_BUCKETS, "the question"), np.int32)
+        new[:first] = ids[self._in_cache :]
+        logits, cache = feed(
+            self.model.params,
+            jax.device_put(new),
+            jax.device_put(np.int32(first)),
+            cache,
+            config=self.model.config,
+            stops=run.plan.stops,
+        )
+        state = run.decode(run.resume(logits, cache), self.max_new_tokens)
+        self._cache = state.cache
+        self._in_cache = len(ids) + int(jax.device_get(state.steps)) - 1
+        return run.result(state)
+
+    def _encode(self, pixel_values: np.ndarray) -> Pictures:
+        config = self.model.config
+        visual = len(pixel_values) * config.tokens_per_image
+        plan = make_plan(self.sparsity, config, visual) if METHODS[self.sparsity.method].shrinks else None
+        return _encode(self.model.params, jax.device_put(pixel_values), config=config, plan=plan)
+
+
+@partial(jax.jit, static_argnames=("config", "stops"), donate_argnames=("cache",))
+def feed(
+    params: Params,
+    ids: Int[Array, "t"],
+    count: Int[Array, ""],
+    cache: Cache,
+    *,
+    config: LlavaConfig,
+    stops: tuple[int, ...],
+) -> tuple[Float[Array, "1 vocab"], Cache]:
+    """Runs the first `count` of some given ids through the decoder, one by one, as if they had been generated.
+
+    Returns:
+      Logits behind the last of them, and the cache.
+    """
+
+    def step(index: Array, carry: tuple[Array, Cache]) -> tuple[Array, Cache]:
+        return decode_step(params, ids[index][None], carry[1], config, stops)
+
+    empty = jnp.zeros((1, config.text.vocab_size), jnp.float32)
+    return jax.lax.fori_loop(0, count, step, (empty, cache))
+
+
+_encode: Any = jax.jit(encode_images, static_argnames=("config", "plan"))

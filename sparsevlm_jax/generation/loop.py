@@ -1,0 +1,140 @@
+"""The compiled part of answering: prefill with the first token, and the loop that decodes the others.
+
+The step limit is traced: streaming drives the same compiled loop a few steps at a time.
+
+Axis letters: b batch, l packed sequence length, g room for new tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from sparsevlm_jax.models.llava import LlavaConfig, embed
+from sparsevlm_jax.models.stages import Cache, Params, Pictures, decode_step, prefill
+from sparsevlm_jax.pruning.plan import Plan
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Static settings of the loop: room for new tokens, whether it samples, and the ids that end an answer."""
+
+    room: int
+    greedy: bool
+    end_tokens: tuple[int, ...]
+
+
+class Sampler(NamedTuple):
+    """Traced settings of sampling: temperature, and the probability mass that top-p keeps."""
+
+    temperature: Float[Array, ""]
+    top_p: Float[Array, ""]
+
+
+class State(NamedTuple):
+    """Where decoding stands. `tokens` holds what was chosen so far; the last one has not been decoded yet."""
+
+    cache: Cache
+    tokens: Int[Array, "b g"]
+    counts: Int[Array, "b"]  # tokens chosen in each row, its end token included
+    done: Bool[Array, "b"]
+    finite: Bool[Array, "b"]  # whether all logits were numbers that a token of the row was chosen by
+    steps: Int[Array, ""]  # tokens chosen in the rows that are not done
+    keys: Array  # a PRNG key per row
+
+
+@partial(jax.jit, static_argnames=("config", "plan", "decoding"))
+def start(
+    params: Params,
+    input_ids: Int[Array, "b l"],
+    lengths: Int[Array, "b"],
+    pictures: Float[Array, "m 3 height width"] | Pictures | None,
+    keys: Array,
+    sampler: Sampler,
+    seed: Array | None = None,
+    *,
+    config: LlavaConfig,
+    plan: Plan,
+    decoding: Decoding,
+) -> State:
+    """Prefill and the first token. `seed` is of methods that draw random numbers."""
+    prompt = embed(params, input_ids, lengths, pictures, config, plan)
+    logits, cache, _ = prefill(params, prompt, config, plan, max_new_tokens=decoding.room, seed=seed)
+    return first_token(logits, cache, keys, sampler, decoding=decoding)
+
+
+@partial(jax.jit, static_argnames=("config", "stops", "decoding"), donate_argnames=("state",))
+def decode(
+    params: Params,
+    state: State,
+    limit: Int[Array, ""],
+    sampler: Sampler,
+    *,
+    config: LlavaConfig,
+    stops: tuple[int, ...],
+    decoding: Decoding,
+) -> State:
+    """Decodes until every row has ended or `limit` tokens are chosen; `limit` is traced, at most `decoding.room`.
+
+    Of the plan it takes the `stops` alone: another budget with equal cache lengths is the same program.
+    """
+
+    def go_on(state: State) -> Array:
+        return (state.steps < limit) & ~jnp.all(state.done)
+
+    def step(state: State) -> State:
+        token = jax.lax.dynamic_index_in_dim(state.tokens, state.steps - 1, axis=1, keepdims=False)
+        logits, cache = decode_step(params, token, state.cache, config, stops)
+        return _choose(state._replace(cache=cache), logits, sampler, decoding)
+
+    return jax.lax.while_loop(go_on, step, state)
+
+
+def sample(logits: Float[Array, "b vocab"], keys: Array, sampler: Sampler) -> Int[Array, "b"]:
+    """Draws a token per row from the tempered distribution, cut to the smallest set of mass `top_p` or more."""
+    # The largest logit becomes 0 first: no temperature overflows it.
+    logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampler.temperature
+    ranked = jnp.sort(logits, axis=-1, descending=True)
+    mass_before = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1) - jax.nn.softmax(ranked, axis=-1)
+    kept = jnp.sum(mass_before < sampler.top_p, axis=-1, keepdims=True)
+    threshold = jnp.take_along_axis(ranked, jnp.maximum(kept - 1, 0), axis=-1)
+    return jax.vmap(jax.random.categorical)(keys, jnp.where(logits >= threshold, logits, -jnp.inf))
+
+
+@partial(jax.jit, static_argnames=("decoding",), donate_argnames=("cache",))
+def first_token(logits: Array, cache: Cache, keys: Array, sampler: Sampler, *, decoding: Decoding) -> State:
+    batch = logits.shape[0]
+    empty = State(
+        cache=cache,
+        tokens=jnp.zeros((batch, decoding.room), jnp.int32),
+        counts=jnp.zeros(batch, jnp.int32),
+        done=jnp.zeros(batch, bool),
+        finite=jnp.ones(batch, bool),
+        steps=jnp.int32(0),
+        keys=keys,
+    )
+    return _choose(empty, logits, sampler, decoding)
+
+
+def _choose(state: State, logits: Float[Array, "b vocab"], sampler: Sampler, decoding: Decoding) -> State:
+    """Chooses the next token of every row; rows that are done repeat an end token that is not counted."""
+    if decoding.greedy:
+        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    else:
+        keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys, state.steps)
+        token = sample(logits, keys, sampler).astype(jnp.int32)
+    ends = jnp.zeros_like(state.done)
+    for end in decoding.end_tokens:
+        ends |= token == end
+    return state._replace(
+        tokens=jax.lax.dynamic_update_index_in_dim(state.tokens, token, state.steps, axis=1),
+        counts=state.counts + (~state.done).astype(jnp.int32),
+        finite=state.finite & (state.done | jnp.all(jnp.isfinite(logits), axis=-1)),
+        done=state.done | ends,
+        steps=state.steps + 1,
+    )

@@ -1,0 +1,252 @@
+"""One batch on its way to answers: settings in, prefill and decoding with a clock, tokens out.
+
+Shapes are those of buckets for text, visual tokens and new tokens, so another question of about the same length
+compiles nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from numbers import Integral, Real
+from typing import Any, NotRequired, TypedDict
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.generation.ladder import prefill_by_rungs
+from sparsevlm_jax.generation.loop import Decoding, Sampler, State, decode, first_token, start
+from sparsevlm_jax.inputs.packing import NEW_TOKEN_BUCKETS, Packed, bucket, pack, shrink_markers
+from sparsevlm_jax.models.llava import LlavaConfig, embed
+from sparsevlm_jax.models.stages import Cache, Params, Pictures
+from sparsevlm_jax.pruning.budgets import make_plan
+from sparsevlm_jax.pruning.methods import METHODS, as_sparsity
+from sparsevlm_jax.pruning.plan import Plan
+from sparsevlm_jax.pruning.settings import Sparsity
+
+
+class Settings(TypedDict):
+    """How to answer.
+
+    Attributes:
+      sparsity: what to prune, or the name of a method.
+      max_new_tokens: the longest answer.
+      end_tokens: ids that end a row.
+      temperature: 0, the default, is greedy.
+      top_p: sample from the smallest set of tokens of this probability; 1 by default.
+      key: PRNG key of sampling; each row draws from its own split of it.
+    """
+
+    sparsity: Sparsity | str
+    max_new_tokens: int
+    end_tokens: tuple[int, ...]
+    temperature: NotRequired[float]
+    top_p: NotRequired[float]
+    key: NotRequired[Array | None]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Answers as ids, how they were computed, and how long each part took."""
+
+    tokens: list[list[int]]  # per row, end token left out
+    visual_tokens: list[list[int]]  # per row: those that entered each stage of the plan
+    finite: list[bool]  # per row: whether all logits were; if not, its tokens are no answer
+    plan: Plan
+    packed: Packed
+    compile_seconds: float
+    prefill_seconds: float
+    decode_seconds: float
+    steps: int  # calls of decode_step
+
+
+class Run:
+    """One batch on its way through prefill and decoding, with a clock.
+
+    `Settings` and `generate_ids` say what the arguments are. `room` is what the cache holds behind the prompt; by
+    default just `max_new_tokens`.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        config: LlavaConfig,
+        rows: Sequence[np.ndarray],
+        pictures: np.ndarray | Pictures | None,
+        *,
+        sparsity: Sparsity | str,
+        max_new_tokens: int,
+        end_tokens: tuple[int, ...],
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        key: Array | None = None,
+        room: int | None = None,
+    ) -> None:
+        _check_settings(config, rows, pictures, max_new_tokens, temperature, top_p)
+        self.params, self.config = params, config
+        self.max_new_tokens = max_new_tokens
+        self.packed = pack(rows, config.image_token_id)
+        sparsity = as_sparsity(sparsity)
+        self.seed = _seed(sparsity)
+        # The seed is traced: in the plan it would make another program.
+        self.plan = make_plan(replace(sparsity, seed=None), config, self.packed.visual, self.packed.text)
+        if self.plan.grid is not None:
+            shrunk = [
+                shrink_markers(row, config.image_token_id, config.tokens_per_image, self.plan.grid**2) for row in rows
+            ]
+            self.packed = pack(shrunk, config.image_token_id)
+        self.room = bucket(room or max_new_tokens, NEW_TOKEN_BUCKETS, "max_new_tokens")
+        self.decoding = Decoding(self.room, temperature == 0, tuple(end_tokens))
+        # Everything from the host is put on the device by name: servers forbid what happens on the side.
+        self.sampler = Sampler(*jax.device_put((np.float32(temperature or 1.0), np.float32(top_p))))
+        self.keys = _split(key_of(0) if key is None else key, len(rows))
+        self.pictures = jax.device_put(pictures) if self.packed.visual else None
+        self.visual_tokens: list[list[int]] = []  # known after the prefill
+        self.compile_seconds = self.prefill_seconds = self.decode_seconds = 0.0
+        self._compiled: dict[Any, Any] = {}
+
+    def instalments(self, every: int) -> Iterator[Generation]:
+        """The answers so far: after the prefill, and after every so many tokens."""
+        state = self.prefill()
+        yield self.result(state)
+        for limit in range(1 + every, self.max_new_tokens + every, every):
+            if np.all(jax.device_get(state.done)):
+                return
+            state = self.decode(state, min(limit, self.max_new_tokens))
+            yield self.result(state)
+
+    def prefill(self) -> State:
+        ids, lengths = jax.device_put((self.packed.input_ids, self.packed.lengths))
+        if self.plan.sparsity.ladder:
+            state = self._prefill_by_rungs(ids, lengths)
+        else:
+            args = (self.params, ids, lengths, self.pictures, self.keys, self.sampler, self.seed)
+            static = {"config": self.config, "plan": self.plan, "decoding": self.decoding}
+            state, self.prefill_seconds = self._timed(start, *args, **static)
+        text = np.sum((self.packed.input_ids != self.config.image_token_id) & self.packed.valid, axis=1)
+        self.visual_tokens = (jax.device_get(state.cache.lengths) - text[None, :]).T.tolist()
+        return state
+
+    def resume(self, logits: Float[Array, "b vocab"], cache: Cache) -> State:
+        """A fresh answer on a cache that is already there."""
+        return first_token(logits, cache, self.keys, self.sampler, decoding=self.decoding)
+
+    def decode(self, state: State, limit: int) -> State:
+        args = (self.params, state, jax.device_put(np.int32(limit)), self.sampler)
+        static = {"config": self.config, "stops": self.plan.stops, "decoding": self.decoding}
+        state, seconds = self._timed(decode, *args, **static)
+        self.decode_seconds += seconds
+        return state
+
+    def _prefill_by_rungs(self, ids: Array, lengths: Array) -> State:
+        def call(program: Callable, *args: Any, **static: Any) -> Any:
+            out, seconds = self._timed(program, *args, **static)
+            self.prefill_seconds += seconds
+            return out
+
+        prompt = call(_embed, self.params, ids, lengths, self.pictures, config=self.config, plan=self.plan)
+        logits, cache, self.plan = prefill_by_rungs(
+            self.params, prompt, self.config, self.plan, max_new_tokens=self.room, call=call
+        )
+        return call(first_token, logits, cache, self.keys, self.sampler, decoding=self.decoding)
+
+    def _timed(self, program: Any, *args: Any, **static: Any) -> tuple[Any, float]:
+        """Runs a jitted program and returns its seconds; compiling comes before, on a clock of its own.
+
+        What is compiled is kept, so that the next piece of an answer neither lowers nor looks for it again. The first
+        argument, the parameters, is the same every time.
+        """
+        began = time.perf_counter()
+        leaves, structure = jax.tree.flatten(args[1:])
+        shapes = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
+        key = (program, tuple(static.items()), structure, shapes)
+        if key not in self._compiled:
+            self._compiled[key] = program.lower(*args, **static).compile()
+        compiled = time.perf_counter()
+        self.compile_seconds += compiled - began
+        out = jax.block_until_ready(self._compiled[key](*args))
+        return out, time.perf_counter() - compiled
+
+    def result(self, state: State) -> Generation:
+        said, counts, finite, steps = jax.device_get((state.tokens, state.counts, state.finite, state.steps))
+        ends = self.decoding.end_tokens
+        tokens = []
+        for row, count in zip(said, counts, strict=True):
+            chosen = row[:count].tolist()
+            tokens.append(chosen[:-1] if chosen and chosen[-1] in ends else chosen)
+        return Generation(
+            tokens,
+            self.visual_tokens,
+            finite.tolist(),
+            self.plan,
+            self.packed,
+            self.compile_seconds,
+            self.prefill_seconds,
+            self.decode_seconds,
+            int(steps) - 1,
+        )
+
+
+_embed = jax.jit(embed, static_argnames=("config", "plan"))
+_split = jax.jit(jax.random.split, static_argnums=1)
+
+
+def key_of(seed: int) -> Array:
+    """A PRNG key on the device."""
+    return jax.random.key(jax.device_put(np.uint32(seed)))
+
+
+def _seed(sparsity: Sparsity) -> Array | None:
+    """The seed of a method that draws random numbers."""
+    method = METHODS.get(sparsity.method)
+    if method is None or not method.draws or sparsity.seed is None:
+        return None
+    return jax.device_put(np.uint32(sparsity.seed))
+
+
+def require_limit(name: str, value: object) -> None:
+    """Refuses what is no number of tokens.
+
+    Raises:
+      UserError: not an int, or below 1.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise UserError(f"{name} is {value!r}: a whole number is expected")
+    if value < 1:
+        raise UserError(f"{name} {value}: at least 1")
+
+
+def _check_settings(
+    config: LlavaConfig,
+    rows: Sequence[np.ndarray],
+    pictures: np.ndarray | Pictures | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+) -> None:
+    require_limit("max_new_tokens", max_new_tokens)
+    for name, value in (("temperature", temperature), ("top_p", top_p)):
+        if not isinstance(value, Real):
+            raise UserError(f"{name} is {value!r}: a number is expected")
+    if not 0 <= temperature < float("inf") or not 0 < top_p <= 1:  # nan is neither
+        raise UserError(f"temperature {temperature} must be 0 or more and top_p {top_p} must be in (0, 1]")
+    context = config.text.max_position_embeddings
+    longest = max((len(row) for row in rows), default=0)
+    if not longest:
+        raise UserError("no prompt, or an empty one: nothing to answer")
+    if longest + max_new_tokens > context:
+        raise UserError(
+            f"the prompt has {longest} tokens and the answer may take {max_new_tokens}: "
+            f"more than the model's context of {context}; shorten the question or use fewer pictures"
+        )
+    markers = [int(np.sum(row == config.image_token_id)) for row in rows]
+    images = pictures.tokens if isinstance(pictures, Pictures) else pictures
+    visual = 0 if images is None else len(images) * config.tokens_per_image
+    if sum(markers) != visual and any(count != visual for count in markers):
+        raise UserError(
+            f"the ids hold {sum(markers)} image markers, but the pictures given become {visual} visual tokens: "
+            f"write {config.tokens_per_image} markers per picture"
+        )

@@ -1,0 +1,71 @@
+"""What a plan costs: the paper's formula, and XLA's own count of the program that would run.
+
+Both look at shapes only; no weights are made. The paper counts multiply-adds, XLA counts each as two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sparsevlm_jax.models.llava import LlavaConfig, abstract_params, encode_images
+from sparsevlm_jax.models.stages import Prompt, prefill
+from sparsevlm_jax.pruning.budgets import cache_bytes, paper_flops
+from sparsevlm_jax.pruning.plan import Plan
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one prompt's prefill in the decoder; the vision tower is counted apart.
+
+    Attributes:
+      paper_flops: multiply-adds by the paper's formula: no lm_head, no pruning.
+      xla_flops: operations that XLA counts in the whole prefill: lm_head, scoring and recycling included.
+      cache_bytes: keys and values after it, at two bytes a value.
+    """
+
+    paper_flops: int
+    xla_flops: float
+    cache_bytes: int
+
+
+def cost(config: LlavaConfig, plan: Plan, text_tokens: int) -> Cost:
+    """Counts a prefill of `text_tokens` + `plan.visual_tokens` tokens, unpadded, layers unrolled, XLA attention."""
+    tokens = [text_tokens + visual for visual in plan.entering()]
+    return Cost(
+        paper_flops(config.text, tokens), xla_flops(config, plan, text_tokens), cache_bytes(config.text, tokens, 2)
+    )
+
+
+def xla_flops(config: LlavaConfig, plan: Plan, text_tokens: int) -> float:
+    """XLA's cost analysis of the lowered decoder."""
+    config = replace(config, attention="xla")  # a library's kernel would be opaque
+    plan = replace(plan, text_tokens=None)  # it may have been made for a padded prompt
+    length = text_tokens + plan.visual_tokens
+    prompt = jax.eval_shape(
+        lambda: Prompt(
+            embeddings=jnp.zeros((1, length, config.text.hidden_size), jnp.bfloat16),
+            visual=jnp.zeros((1, length), bool),
+            lengths=jnp.zeros(1, jnp.int32),
+            saliency=jnp.zeros((1, length), jnp.float32),
+        )
+    )
+    run = partial(prefill, config=config, plan=plan, max_new_tokens=0)
+    return _flops(run, abstract_params(config, jnp.bfloat16), prompt)
+
+
+def tower_xla_flops(config: LlavaConfig, plan: Plan) -> float:
+    """XLA's cost analysis of tower and projector for one picture."""
+    vision = config.vision
+    pixels = jax.ShapeDtypeStruct((1, vision.num_channels, vision.image_size, vision.image_size), jnp.bfloat16)
+    run = partial(encode_images, config=config, plan=plan)
+    return _flops(run, abstract_params(config, jnp.bfloat16), pixels)
+
+
+def _flops(function, *shapes) -> float:  # noqa: ANN001, ANN002
+    counts: Any = jax.jit(function).lower(*shapes).cost_analysis()
+    return counts["flops"]

@@ -1,0 +1,129 @@
+"""Whether parameters, prompt, cache, plan and model belong together.
+
+What shapes tell raises before anything runs. What only data can tell turns the logits of a row into NaN: it cannot pass
+for an answer, and costs a comparison per row.
+
+Axis letters: b batch, l packed sequence length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from sparsevlm_jax.config import ModelConfig
+from sparsevlm_jax.pruning.methods import METHODS
+from sparsevlm_jax.pruning.plan import Plan, require_count
+
+if TYPE_CHECKING:  # it imports this module
+    from sparsevlm_jax.models.stages import Cache, Pictures, Prompt
+
+
+def require_prompt(params: Any, prompt: Prompt, config: ModelConfig, plan: Plan, max_new_tokens: int) -> None:
+    """Refuses a prompt that the plan was not made for, and a plan that the model was not.
+
+    Raises:
+      ValueError: naming both sides.
+    """
+    _require_depth(params, config, plan.stops)
+    require_count("max_new_tokens", max_new_tokens)
+    batch, columns, width = prompt.embeddings.shape
+    if prompt.visual.shape != (batch, columns) or prompt.lengths.shape != (batch,):
+        raise ValueError(
+            f"the prompt's embeddings are {prompt.embeddings.shape}, but visual is {prompt.visual.shape} and lengths "
+            f"{prompt.lengths.shape}: expected {(batch, columns)} and {(batch,)}"
+        )
+    if width != config.text.hidden_size:
+        raise ValueError(f"the prompt's embeddings have width {width}, the decoder has {config.text.hidden_size}")
+    if columns < plan.visual_tokens:
+        raise ValueError(f"the prompt has {columns} columns, the plan is for {plan.visual_tokens} visual tokens")
+    if plan.text_tokens is not None and columns != plan.visual_tokens + plan.text_tokens:
+        raise ValueError(
+            f"the prompt has {columns} columns, the plan is for {plan.visual_tokens} visual and {plan.text_tokens} "
+            f"other tokens, which are {plan.visual_tokens + plan.text_tokens}"
+        )
+    method = METHODS.get(plan.sparsity.method)
+    if method is None:
+        raise ValueError(f'the plan\'s method is "{plan.sparsity.method}", METHODS has {", ".join(METHODS)}')
+    if method.needs_saliency and len(plan.stages) > 1 and prompt.saliency is None:
+        raise ValueError(f"method {method.name} reads prompt.saliency, which is None: make the prompt with embed()")
+
+
+def require_cache(params: Any, token: Array, cache: Cache, config: ModelConfig, stops: Sequence[int]) -> None:
+    """Refuses a cache of another plan or model.
+
+    Raises:
+      ValueError: naming both sides.
+    """
+    _require_depth(params, config, stops)
+    if len(cache.keys) != stops[-1] or len(cache.values) != stops[-1]:
+        raise ValueError(f"the cache has {len(cache.keys)} layers, the plan {stops[-1]}")
+    stages, batch = cache.lengths.shape
+    if stages != len(stops) or cache.positions.shape != cache.lengths.shape:
+        raise ValueError(f"the cache has {stages} stages, the plan {len(stops)}: it was made under another plan")
+    if token.shape != (batch,):
+        raise ValueError(f"the tokens are {token.shape}, the cache has rows for {(batch,)}")
+    slots = [key.shape[1] for key in cache.keys]
+    for start, stop in zip((0, *stops), stops, strict=False):
+        if len(set(slots[start:stop])) > 1:
+            raise ValueError(
+                f"the cache's layers {start} to {stop - 1} hold {slots[start:stop]} tokens, but are one stage of the "
+                "plan: it was made under another plan"
+            )
+
+
+def require_pictures(pictures: Pictures, rows: int, config: ModelConfig, plan: Plan | None) -> None:
+    """Refuses visual tokens that are not the plan's, or not as wide as the decoder.
+
+    Raises:
+      ValueError: naming both sides.
+    """
+    count, tokens, width = pictures.tokens.shape
+    if width != config.text.hidden_size:
+        raise ValueError(f"the pictures' tokens have width {width}, the decoder has {config.text.hidden_size}")
+    if plan is None:
+        return
+    if plan.grid is not None and tokens != plan.grid**2:
+        raise ValueError(f"a picture has {tokens} visual tokens, the plan shrinks it to {plan.grid**2}")
+    if count * tokens > rows * plan.visual_tokens:
+        raise ValueError(
+            f"{count} pictures have {count * tokens} visual tokens, the plan has {plan.visual_tokens} in each of "
+            f"{rows} rows"
+        )
+
+
+def holds(prompt: Prompt, plan: Plan) -> Bool[Array, "b"]:
+    """Rows with no more visual tokens than the plan and, where it prunes, no more others than there is room for."""
+    visual = jnp.sum(prompt.visual, axis=1, dtype=jnp.int32)
+    fits = visual <= plan.visual_tokens
+    if len(plan.stages) > 1:
+        fits &= prompt.lengths - visual <= plan.stages[0].text_tokens(prompt.visual.shape[1])
+    return fits
+
+
+def has_space(cache: Cache, stops: Sequence[int]) -> Bool[Array, "b"]:
+    """Rows whose next token has a place in every layer."""
+    fits = jnp.ones(cache.lengths.shape[1:], bool)
+    for index, (start, stop) in enumerate(zip((0, *stops), stops, strict=False)):
+        if start < stop:
+            fits &= cache.lengths[index] < cache.keys[start].shape[1]
+    return fits
+
+
+def or_nan(values: Float[Array, "b *rest"], good: Bool[Array, "b"]) -> Float[Array, "b *rest"]:
+    """The values of good rows, NaN in the others."""
+    nothing = jnp.where(good, jnp.zeros((), values.dtype), jnp.full((), jnp.inf, values.dtype))
+    nothing = (nothing - nothing).reshape(-1, *[1] * (values.ndim - 1))  # NaN is made only where a row is bad
+    return jnp.where(nothing == 0, values, nothing)
+
+
+def _require_depth(params: Any, config: ModelConfig, stops: Sequence[int]) -> None:
+    depth = config.text.num_hidden_layers
+    if stops[-1] != depth:
+        raise ValueError(f"the plan has {stops[-1]} layers, the model {depth}")
+    held = sum(name.startswith("layers_") for name in params["language_model"])
+    if held != depth:
+        raise ValueError(f"the parameters have {held} decoder layers, the model's config says {depth}")

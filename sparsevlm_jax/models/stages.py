@@ -1,0 +1,256 @@
+"""A decoder run stage by stage: it drops visual tokens while it runs. What every family shares, from the prompt on.
+
+`prefill` and `decode_step` are pure functions of arrays; `Llama` declares the parameters that they look up.
+
+Axis letters: b batch, l packed sequence length, s cache length, n heads, k key-value heads, h head dim, d width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Integer
+
+from sparsevlm_jax.config import ModelConfig
+from sparsevlm_jax.models import fits
+from sparsevlm_jax.models.decoder import Llama
+from sparsevlm_jax.ops.attention import attend
+from sparsevlm_jax.pruning.methods import METHODS, Layer
+from sparsevlm_jax.pruning.plan import Plan, StagePlan
+from sparsevlm_jax.pruning.prune import Event, prune
+from sparsevlm_jax.pruning.settings import Sparsity
+from sparsevlm_jax.pruning.sparsify import Tokens, choose_raters, identity_origins
+
+Params = dict[str, Any]
+
+
+class Prompt(NamedTuple):
+    """Input embeddings of a batch, packed: the first `lengths` tokens of a row are valid, in order."""
+
+    embeddings: Float[Array, "b l d"]
+    visual: Bool[Array, "b l"]  # False in the padding
+    lengths: Int[Array, "b"]
+    saliency: Float[Array, "b l"] | None = None  # for methods that rate by the tower's attention
+
+
+class Pictures(NamedTuple):
+    """Projected visual tokens of pictures, which several questions can share."""
+
+    tokens: Float[Array, "m v d"]
+    saliency: Float[Array, "m v"]  # how much the tower's class token looks at each, float32
+
+
+class Cache(NamedTuple):
+    """Keys and values per layer, each as long as its stage, with room for new tokens behind.
+
+    A layer holds what entered it. `lengths` and `positions` have a row per stage: how many tokens the stage's
+    layers hold, and the rotary position of the next token there.
+    """
+
+    keys: tuple[Float[Array, "b _s k h"], ...]
+    values: tuple[Float[Array, "b _s k h"], ...]
+    lengths: Int[Array, "stages b"]
+    positions: Int[Array, "stages b"]
+
+
+class Trace(NamedTuple):
+    """A recorded prefill. `hidden` is the decoder's output sequence before the final norm."""
+
+    tokens: Tokens
+    events: tuple[Event, ...]
+    last_hidden: Float[Array, "layers b d"]  # last valid token after every layer, after pruning
+    hidden: Float[Array, "b l d"]
+
+
+def prefill(
+    params: Params,
+    prompt: Prompt,
+    config: ModelConfig,
+    plan: Plan,
+    trace: bool = False,
+    *,
+    max_new_tokens: int,
+    jitter: Sequence[Array] | None = None,
+    seed: Integer[Array, ""] | int | None = None,
+) -> tuple[Float[Array, "b vocab"], Cache, Trace | None]:
+    """Runs the prompt through the decoder, pruning visual tokens as the plan says.
+
+    Pure and traceable: `config`, `plan`, `trace` and `max_new_tokens` are static, everything else may be traced,
+    vmapped or sharded.
+
+    Args:
+      params: the parameter tree; its dtype is the dtype of the computation.
+      prompt: packed embeddings. At most `plan.visual_tokens` visual tokens in a row, and at most l minus that of the
+        others: rows with fewer are fine.
+      config: the model.
+      plan: the schedule, from `make_plan`.
+      trace: also return what every pruning layer did.
+      max_new_tokens: room in the cache for that many calls of `decode_step`.
+      jitter: an array [b, length of the stage] per pruning layer: noise of each token, which times `sparsity.jitter`
+        is added to its clustering density (it replays recorded runs; the default is none).
+      seed: of a method that draws random numbers, instead of the one that its plan holds: traced, so that another seed
+        compiles nothing.
+
+    Returns:
+      Logits of the next token (float32), the cache, and the trace or None. Logits are NaN in a row that holds more
+      visual tokens than the plan, or more others than l minus that.
+
+    Raises:
+      ValueError: parameters, prompt, config and plan that do not belong together.
+    """
+    fits.require_prompt(params, prompt, config, plan, max_new_tokens)
+    decoder = decoder_of(params, config)
+    first = tokens = start(prompt, plan, trace)
+    seed = plan.sparsity.seed if seed is None else seed
+    keys, values, lengths, positions, events, last_hidden = [], [], [], [], [], []
+    for index, stage in enumerate(plan.stages):
+        lengths.append(tokens.lengths)
+        positions.append(next_positions(tokens, prompt, plan.sparsity))
+        noise = jitter[index] if jitter is not None and index < len(jitter) else None
+        tokens, cached, event, lasts = run_stage(
+            decoder, tokens, stage, config, plan.sparsity, max_new_tokens, noise, trace, seed
+        )
+        keys += [key for key, _ in cached]
+        values += [value for _, value in cached]
+        events += [event] if event is not None else []
+        last_hidden += lasts
+    logits = fits.or_nan(last_logits(decoder, tokens), fits.holds(prompt, plan))
+    cache = Cache(tuple(keys), tuple(values), jnp.stack(lengths), jnp.stack(positions))
+    if not trace:
+        return logits, cache, None
+    return logits, cache, Trace(first, tuple(events), jnp.stack(last_hidden), tokens.hidden)
+
+
+def decode_step(
+    params: Params, token: Int[Array, "b"], cache: Cache, config: ModelConfig, plan: Plan | tuple[int, ...]
+) -> tuple[Float[Array, "b vocab"], Cache]:
+    """Runs one new token per row through the decoder.
+
+    In v1 and v1.5 a token's rotary position in each layer is that layer's own cache length; where positions are kept
+    (v2.0) it is the same in all layers, counted from the full prompt.
+
+    Args:
+      token: ids, always looked up in the embedding table, the image marker's id included.
+      cache: from `prefill` or the last `decode_step`; donate it.
+      plan: that of the prefill, or just its `stops`, which are all that is looked at: as a static argument they let
+        plans with equal cache lengths share a program.
+
+    Returns:
+      Logits of the next token (float32), NaN in a row whose cache had no room left, and the cache, one longer.
+
+    Raises:
+      ValueError: parameters, cache, config and plan that do not belong together.
+    """
+    stops = plan.stops if isinstance(plan, Plan) else plan
+    fits.require_cache(params, token, cache, config, stops)
+    decoder = decoder_of(params, config)
+    hidden = decoder.embed_tokens(token)[:, None, :]
+    keys, values = list(cache.keys), list(cache.values)
+    for index, (first, stop) in enumerate(zip((0, *stops), stops, strict=False)):
+        lengths, positions = cache.lengths[index], cache.positions[index]
+        for number in range(first, stop):
+
+            def attend_cache(
+                query: Array, key: Array, value: Array, number: int = number, lengths: Array = lengths
+            ) -> tuple[Array, tuple[Array, Array]]:
+                held = _append(cache.keys[number], key, lengths), _append(cache.values[number], value, lengths)
+                return attend(query, *held, lengths + 1, causal=False, implementation="xla"), held
+
+            layer = decoder.layers[number]
+            hidden, (keys[number], values[number]) = layer(hidden, positions[:, None], attend_cache)
+    logits = fits.or_nan(decoder.logits(hidden[:, 0]), fits.has_space(cache, stops))
+    return logits, Cache(tuple(keys), tuple(values), cache.lengths + 1, cache.positions + 1)
+
+
+def decoder_of(params: Params, config: ModelConfig) -> Llama:
+    """The decoder with its parameters: layers, table and head can be called."""
+    return Llama(config.text, name="language_model").bind({"params": params["language_model"]})
+
+
+def start(prompt: Prompt, plan: Plan, trace: bool = False) -> Tokens:
+    """The sequence that enters the first stage, its raters chosen."""
+    shape = prompt.visual.shape
+    raters = jnp.zeros(shape, bool)
+    if len(plan.stages) > 1:
+        with jax.named_scope("rate"):
+            raters = choose_raters(prompt.embeddings, prompt.visual, prompt.lengths, plan.visual_tokens)
+    return Tokens(
+        hidden=prompt.embeddings,
+        positions=jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32)[None, :], shape),
+        visual=prompt.visual,
+        raters=raters,
+        lengths=prompt.lengths.astype(jnp.int32),
+        saliency=prompt.saliency if METHODS[plan.sparsity.method].needs_saliency else None,
+        origins=identity_origins(prompt.visual, plan.visual_tokens) if trace else None,
+    )
+
+
+def run_stage(
+    decoder: Llama,
+    tokens: Tokens,
+    stage: StagePlan,
+    config: ModelConfig,
+    sparsity: Sparsity,
+    max_new_tokens: int,
+    jitter: Array | None = None,
+    trace: bool = False,
+    seed: Array | int | None = None,
+) -> tuple[Tokens, list[tuple[Array, Array]], Event | None, list[Array]]:
+    """Runs a stage's layers and prunes after the last.
+
+    Args:
+      decoder: with its parameters, from `decoder_of`.
+
+    Returns:
+      The next stage's sequence; keys and values of each layer, as long as this stage and the new tokens; and,
+      traced, what pruning did and the last token after each layer.
+    """
+
+    def attend_causally(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+        out = attend(query, key, value, tokens.lengths, causal=True, implementation=config.attention)
+        return out, (query, key, value)
+
+    cached, last_hidden = [], []
+    hidden, query, key = tokens.hidden, None, None
+    for layer in decoder.layers[stage.start : stage.stop]:
+        hidden, (query, key, value) = layer(hidden, tokens.positions, attend_causally)
+        cached.append((_with_room(key, max_new_tokens), _with_room(value, max_new_tokens)))
+        last_hidden.append(_last(hidden, tokens.lengths))
+    tokens = tokens._replace(hidden=hidden)
+    event = None
+    if stage.keep is not None:
+        if METHODS[sparsity.method].looks_ahead and stage.stop < config.text.num_hidden_layers:
+            query, key = decoder.queries_and_keys(stage.stop, hidden, tokens.positions)
+        view = Layer(query, key, tokens, stage, config.text.rope_theta, seed)
+        tokens, event = prune(view, sparsity, jitter)
+        if last_hidden:
+            last_hidden[-1] = _last(tokens.hidden, tokens.lengths)
+    return tokens, cached, event if trace else None, last_hidden if trace else []
+
+
+def last_logits(decoder: Llama, tokens: Tokens) -> Float[Array, "b vocab"]:
+    """Logits behind the last valid token of each row."""
+    return decoder.logits(_last(tokens.hidden, tokens.lengths))
+
+
+def next_positions(tokens: Tokens, prompt: Prompt, sparsity: Sparsity) -> Int[Array, "b"]:
+    """Rotary position of the first new token in a stage: behind its own tokens, or behind the prompt as it was."""
+    return tokens.lengths if sparsity.positions == "renumber" else prompt.lengths.astype(jnp.int32)
+
+
+def _last(values: Array, lengths: Int[Array, "b"]) -> Array:
+    """The last valid entry of each row."""
+    return jax.vmap(lambda row, length: row[length - 1])(values, lengths)
+
+
+def _with_room(cached: Float[Array, "b l k h"], room: int) -> Float[Array, "b s k h"]:
+    return jnp.pad(cached, ((0, 0), (0, room), (0, 0), (0, 0)))
+
+
+def _append(
+    cached: Float[Array, "b s k h"], new: Float[Array, "b 1 k h"], lengths: Int[Array, "b"]
+) -> Float[Array, "b s k h"]:
+    return jax.vmap(lambda row, at, entry: row.at[at].set(entry[0], mode="drop"))(cached, lengths, new)
