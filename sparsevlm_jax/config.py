@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 from sparsevlm_jax import bounds
 from sparsevlm_jax.errors import UserError, shown
 from sparsevlm_jax.files import inside, read_json
+from sparsevlm_jax.rotary import Rope, rope_from_hf
 
 DTYPES = ("float32", "bfloat16", "float16")  # to compute in and to store weights in
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")
@@ -30,7 +31,7 @@ _TOP = (
     "eos_token_id",
     "pad_token_id",
 )
-_BESIDE = ("model_type", "rope_parameters", "rope_scaling", "eos_token_id", "pad_token_id")
+_BESIDE = ("model_type", "rope_theta", "rope_parameters", "rope_scaling", "eos_token_id", "pad_token_id")
 # One of these is in a folder that holds more than an adapter.
 _WHOLE_MODELS = ("model*.safetensors", "pytorch_model*.bin", "manifest.json")
 
@@ -77,7 +78,7 @@ class TextConfig:
     head_dim: int
     hidden_act: str
     rms_norm_eps: float
-    rope_theta: float
+    rope: Rope
     max_position_embeddings: int
     attention_bias: bool
     mlp_bias: bool
@@ -90,6 +91,8 @@ class TextConfig:
         )
         if self.head_dim % 2:
             raise UserError(f"text_config.head_dim is {self.head_dim}: rotary position embeddings need an even number")
+        if self.rope.head_dim != self.head_dim:
+            raise UserError(f"text_config.head_dim is {self.head_dim}, the rotary embedding has {self.rope.head_dim}")
 
 
 @runtime_checkable
@@ -217,17 +220,18 @@ def _size(value: Any, most: int, name: str) -> None:
         raise UserError(f"{name} is {shown(value)}, expected at most {most:,}")
 
 
-def rope_theta_of(text: dict[str, Any], source: str) -> float:
-    """The rotary base: inside `rope_parameters` (5.x) or at the top level (4.x)."""
+def rope_of(text: dict[str, Any], source: str) -> Rope:
+    """The rotary embedding of a text_config: in `rope_parameters` (5.x), or `rope_scaling` and `rope_theta` (4.x).
+
+    Raises:
+      UserError: see `rope_from_hf`.
+    """
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{source}: rope_parameters of text_config is {shown(rope)}, expected a JSON object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise UserError(
-            f'{source}: rope type {shown(kind)} is not supported, only "default" (LLaVA-1.5 uses no scaling)'
-        )
-    return typed(rope.get("rope_theta", text.get("rope_theta")), "float", f"{source}: rope_theta of text_config")
+    theta = rope.get("rope_theta", text.get("rope_theta"))
+    head_dim = typed(text["head_dim"], "int", f"{source}: text_config.head_dim")
+    return rope_from_hf({**rope, "rope_theta": theta}, head_dim, source)
 
 
 def pick(cls: type, values: dict[str, Any], part: str) -> Any:

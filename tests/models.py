@@ -108,6 +108,6 @@ def oracle_decoder(weights: dict[str, Any], model: LlavaConfig) -> oracle.Decode
         heads=text.num_attention_heads,
         kv_heads=text.num_key_value_heads,
         head_dim=text.head_dim,
-        rope_theta=text.rope_theta,
+        rope_theta=text.rope.theta,
         rms_norm_eps=text.rms_norm_eps,
     )

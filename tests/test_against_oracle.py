@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from sparsevlm_jax import LlavaConfig, Plan, Sparsity, decode_step, make_plan, prefill
 from sparsevlm_jax.pruning.methods import METHODS
+from sparsevlm_jax.rotary import plain_rope
 from tests import models, oracle
 
 LAYERS, TEXT, VISUAL, ROWS, NEW = 3, 10, 14, 6, 3
@@ -29,7 +30,7 @@ SCORES, MERGED, HIDDEN = 1e-5, 5e-5, 2e-4
 
 def geometry(kv_heads: int, theta: float = 10000.0) -> LlavaConfig:
     base = models.config(kv_heads, layers=LAYERS)
-    return replace(base, text=replace(base.text, rope_theta=theta))
+    return replace(base, text=replace(base.text, rope=plain_rope(base.text.head_dim, theta)))
 
 
 def by_rank(scale: float, bias: float, *layers: int, **recycling: Any) -> Sparsity:
@@ -192,7 +193,7 @@ def compare_event(event: Any, expected: oracle.Event, first: int) -> None:
     after, wanted = event.after, expected.after
     length = len(wanted.hidden)
     assert after.lengths == length
-    np.testing.assert_array_equal(after.positions[:length], wanted.position)
+    np.testing.assert_array_equal(after.positions[:length, 0], wanted.position)
     np.testing.assert_array_equal(np.flatnonzero(after.visual), first + np.arange(wanted.visual))
     near(after.hidden[:length], wanted.hidden, HIDDEN)
     sources = [set(np.flatnonzero(shares)) for shares in after.origins[first : first + wanted.visual]]
@@ -248,7 +249,7 @@ def attention_of_last_token(model: LlavaConfig, layer: int, tokens: Any, i: int,
     """In a layer that gets a row of `tokens`, to some places of it; mean over heads."""
     length = tokens.lengths[i]
     empty = np.zeros((model.text.num_key_value_heads, 0, model.text.head_dim))
-    hidden, positions = tokens.hidden[i, :length].astype(float), tokens.positions[i, :length]
+    hidden, positions = tokens.hidden[i, :length].astype(float), tokens.positions[i, :length, 0]
     _, rows, _ = oracle.run_layer(decoder(model), layer, hidden, positions, (empty, empty))
     return rows.mean(0)[-1, places]
 
@@ -276,7 +277,9 @@ def test_pyramiddrop_renumbers_positions_after_every_cut() -> None:
     _, trace = traced(with_count("pyramiddrop", 0, 1))
     for event in trace.events:
         assert event.recycled is None
-        np.testing.assert_array_equal(event.after.positions, [np.arange(event.after.visual.shape[1])] * len(BATCH))
+        np.testing.assert_array_equal(
+            event.after.positions[..., 0], [np.arange(event.after.visual.shape[1])] * len(BATCH)
+        )
 
 
 def test_vision_keeps_what_the_tower_attends_to_before_the_first_layer() -> None:

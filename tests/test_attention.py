@@ -16,6 +16,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from sparsevlm_jax.ops import attention
 from sparsevlm_jax.ops.attention import attend, attention_rows, choose_implementation
 from sparsevlm_jax.ops.rope import apply_rope
+from sparsevlm_jax.rotary import plain_rope
 
 LENGTH, HEAD_DIM = 27, 8
 LENGTHS = np.array([27, 11, 1], np.int32)
@@ -190,7 +191,7 @@ def test_rope_rotates_pairs_half_a_head_apart(head_dim: int, theta: float) -> No
     half = head_dim // 2
     turned = (x[..., :half] + 1j * x[..., half:]) * turn
     expected = np.concatenate([turned.real, turned.imag], axis=-1)
-    found = apply_rope(jnp.asarray(x, jnp.float32), jnp.asarray(positions), theta)
+    found = apply_rope(jnp.asarray(x, jnp.float32), jnp.asarray(positions)[..., None], plain_rope(head_dim, theta))
     np.testing.assert_allclose(found, expected, atol=1e-3, rtol=0)
     np.testing.assert_allclose(found[:, :4], expected[:, :4], atol=2e-5, rtol=0)
 
@@ -200,7 +201,7 @@ def test_rope_depends_on_distance_only() -> None:
     query, key = (jnp.asarray(random.normal(0, 1, (1, 1, 1, 32)), jnp.float32) for _ in range(2))
 
     def product(at: int, of: int) -> float:
-        rotated = (apply_rope(x, jnp.asarray([[p]]), 10000.0) for x, p in ((query, at), (key, of)))
+        rotated = (apply_rope(x, jnp.asarray([[[p]]]), plain_rope(32, 10000.0)) for x, p in ((query, at), (key, of)))
         return float(jnp.vdot(*rotated))
 
     assert product(700, 650) == pytest.approx(product(50, 0), abs=1e-3)

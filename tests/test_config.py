@@ -12,6 +12,7 @@ import pytest
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.models import presets
 from sparsevlm_jax.models.llava import LlavaConfig
+from sparsevlm_jax.rotary import plain_rope
 
 # As sparse as the config.json of llava-hf/llava-1.5-7b-hf: no sizes, heads, depth or activation of the decoder.
 PUBLISHED_7B = {
@@ -82,7 +83,7 @@ def test_missing_key_value_heads_mean_as_many_as_heads():
 )
 def test_the_rotary_base_is_read_where_4x_and_5x_write_it(where):
     text = PUBLISHED_7B["text_config"] | where
-    assert LlavaConfig.from_hf(PUBLISHED_7B | {"text_config": text}).text.rope_theta == 5e5
+    assert LlavaConfig.from_hf(PUBLISHED_7B | {"text_config": text}).text.rope == plain_rope(128, 5e5)
 
 
 @pytest.mark.parametrize("where", ["tie_word_embeddings", "text_config.tie_word_embeddings"])
@@ -114,7 +115,7 @@ def test_tokens_per_image(strategy, tokens):
         ("mm_vision_tower", "openai/clip-vit-large-patch14-336", "original LLaVA layout; convert it"),
         ("text_config.model_type", "mistral", 'text_config.model_type is "mistral"'),
         ("vision_config.model_type", "siglip_vision_model", 'vision_config.model_type is "siglip_vision_model"'),
-        ("text_config.rope_scaling", {"type": "linear", "factor": 2.0}, 'rope type "linear" is not supported'),
+        ("text_config.rope_scaling", {"type": "dynamic", "factor": 2.0}, 'rope type "dynamic" is not supported'),
         ("text_config.rope_theta", -1.0, "rope_theta of text_config is -1.0"),
         ("text_config.hidden_act", "mish", 'text_config.hidden_act is "mish"'),
         ("text_config.num_hidden_layers", 0, "text_config.num_hidden_layers is 0"),

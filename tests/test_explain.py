@@ -33,7 +33,7 @@ def sequence() -> Tokens:
     visual = jnp.array([[False, *[True] * 6, False]])
     return Tokens(
         hidden=jnp.arange(8, dtype=jnp.float32)[None, :, None] * jnp.ones((1, 8, 4)),
-        positions=jnp.arange(8)[None],
+        positions=jnp.arange(8)[None, :, None],
         visual=visual,
         raters=~visual,
         lengths=jnp.array([8]),

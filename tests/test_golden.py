@@ -17,6 +17,7 @@ from sparsevlm_jax.pruning import sparsify
 from sparsevlm_jax.pruning.budgets import paper_flops
 from sparsevlm_jax.pruning.methods.sparsevlm import gravity, kept_by_rank, numerical_rank, select_heads
 from sparsevlm_jax.pruning.prune import Event
+from sparsevlm_jax.rotary import plain_rope
 from tests import traces
 
 SCORES, HEAD_SUMS, MERGED, HIDDEN = 1e-5, 1e-4, 5e-5, 5e-4
@@ -130,7 +131,7 @@ def test_sequence_after_pruning_agrees(pruning_event: tuple[Path, int]) -> None:
     length = case.settings["events"][k]["seq_len_out"]
     assert after.lengths[0] == length
     if f"p{k}_position_ids" in arrays:
-        np.testing.assert_array_equal(after.positions[0, :length], arrays[f"p{k}_position_ids"])
+        np.testing.assert_array_equal(after.positions[0, :length, 0], arrays[f"p{k}_position_ids"])
     _assert_hidden(np.asarray(after.hidden[0, :length]), arrays, f"p{k}_hidden")
 
 
@@ -241,8 +242,8 @@ def test_scores_alone(scores_case: tuple[Path, dict]) -> None:
 def test_rotary_weights_alone(rope_case: tuple[Path, str]) -> None:
     path, key = rope_case
     recorded = traces.read(path).arrays[key]
-    distances = jnp.arange(len(recorded))[None]
-    weights = gravity(distances, jnp.zeros((1, 1), int), int(key.removeprefix("hd")), 10000.0)
+    distances = jnp.arange(len(recorded))[None, :, None]
+    weights = gravity(distances, jnp.zeros((1, 1), int), plain_rope(int(key.removeprefix("hd")), 10000.0))
     np.testing.assert_allclose(weights[0, 0], recorded, atol=MERGED, rtol=0)
 
 

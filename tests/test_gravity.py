@@ -15,6 +15,7 @@ from sparsevlm_jax.pruning.methods import sparsevlm
 from sparsevlm_jax.pruning.methods.base import Layer
 from sparsevlm_jax.pruning.methods.sparsevlm import gravity, score_by_selected_heads
 from sparsevlm_jax.pruning.sparsify import Tokens
+from sparsevlm_jax.rotary import plain_rope
 from tests import models
 
 HEADS, HEAD_DIM, VISUAL, WORDS, FAR = 4, 16, 12, 4, 41
@@ -30,7 +31,7 @@ def layer(distance: int) -> Layer:
     draw = partial(random.normal, size=(1, length, HEADS, HEAD_DIM))
     tokens = Tokens(
         hidden=jnp.zeros((1, length, 8)),
-        positions=jnp.where(places < VISUAL, places, places + distance),
+        positions=jnp.where(places < VISUAL, places, places + distance)[..., None],
         visual=places < VISUAL,
         raters=jnp.zeros((1, length), bool).at[0, jnp.asarray(RATERS)].set(True),
         lengths=jnp.array([length]),
@@ -38,7 +39,9 @@ def layer(distance: int) -> Layer:
         origins=None,
     )
     stage = StagePlan(0, 1, VISUAL, keep=5, standing=5)
-    return Layer(jnp.asarray(draw(), jnp.float32), jnp.asarray(draw(), jnp.float32), tokens, stage, THETA)
+    return Layer(
+        jnp.asarray(draw(), jnp.float32), jnp.asarray(draw(), jnp.float32), tokens, stage, plain_rope(HEAD_DIM, THETA)
+    )
 
 
 def attention(of: Layer) -> np.ndarray:
@@ -48,7 +51,7 @@ def attention(of: Layer) -> np.ndarray:
 
 def weight(of: Layer) -> np.ndarray:
     """Gravity [r, v] in NumPy."""
-    positions = np.asarray(of.tokens.positions)[0]
+    positions = np.asarray(of.tokens.positions)[0, :, 0]
     distance = positions[list(RATERS), None] - positions[None, :VISUAL]
     frequencies = THETA ** (-np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
     return 2 / np.sqrt(HEAD_DIM) * np.cos(distance[..., None] * frequencies).sum(-1)
@@ -112,8 +115,8 @@ def test_a_floor_of_zero_leaves_gravity_as_released() -> None:
 
 
 def test_gravity_of_the_released_models_turns_negative_beyond_about_1700_tokens() -> None:
-    positions = jnp.arange(3000)[None]
-    weights = np.asarray(gravity(positions, jnp.array([[2999]]), 128, 10000.0))[0, 0, ::-1]  # by distance
+    positions = jnp.arange(3000)[None, :, None]
+    weights = np.asarray(gravity(positions, jnp.array([[2999]]), plain_rope(128, 10000.0)))[0, 0, ::-1]  # by distance
     first = int(np.argmax(weights < 0))
     assert 1650 < first < 1800
     assert weights[0] == pytest.approx(2 * 64 / np.sqrt(128))

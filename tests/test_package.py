@@ -10,6 +10,7 @@ import jaxtyping
 import pytest
 
 from sparsevlm_jax.ops.rope import apply_rope
+from sparsevlm_jax.rotary import plain_rope
 
 
 @pytest.mark.parametrize("module", ["torch", "transformers"])
@@ -27,7 +28,7 @@ def test_python_m_is_the_command() -> None:
 
 def test_annotated_shapes_are_checked_in_tests() -> None:
     with pytest.raises(jaxtyping.TypeCheckError):
-        apply_rope(jnp.zeros((1, 2, 3, 4)), jnp.zeros((1, 5), int), theta=10000.0)  # 2 tokens, 5 positions
+        apply_rope(jnp.zeros((1, 2, 3, 4)), jnp.zeros((1, 5, 1), int), plain_rope(4, 10000.0))  # 2 tokens, 5 positions
 
 
 def _python(*arguments: str) -> subprocess.CompletedProcess[str]:

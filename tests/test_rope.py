@@ -11,7 +11,8 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.ops.rope import Rope, apply_rope, plain_rope, rope_from_hf
+from sparsevlm_jax.ops.rope import apply_rope
+from sparsevlm_jax.rotary import Rope, plain_rope, rope_from_hf
 
 PARAMETERS: list[dict[str, Any]] = [
     {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},

@@ -52,7 +52,7 @@ def _decoder(case: traces.Case, variant: str) -> SparseDecoder:
             num_key_value_heads=text.num_key_value_heads,
             head_dim=text.head_dim,
             rms_norm_eps=text.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": text.rope_theta},
+            rope_parameters={"rope_type": "default", "rope_theta": text.rope.theta},
             max_position_embeddings=text.max_position_embeddings,
         )
     )

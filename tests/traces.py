@@ -15,6 +15,7 @@ from sparsevlm_jax import Plan, Prompt, Sparsity, decode_step, make_plan, prefil
 from sparsevlm_jax.config import TextConfig
 from sparsevlm_jax.models.llava import Llava, LlavaConfig
 from sparsevlm_jax.models.presets import tiny
+from sparsevlm_jax.rotary import plain_rope
 
 SPARSITIES = {
     "dense": lambda c: Sparsity.dense(),
@@ -131,7 +132,7 @@ def model(case: Case) -> tuple[LlavaConfig, dict[str, Any]]:
         head_dim=m["head_dim"],
         hidden_act=m.get("hidden_act", "silu"),
         rms_norm_eps=m["rms_norm_eps"],
-        rope_theta=m["rope_theta"],
+        rope=plain_rope(m["head_dim"], m["rope_theta"]),
         max_position_embeddings=2048,
         attention_bias=False,
         mlp_bias=False,

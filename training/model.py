@@ -167,7 +167,7 @@ def _resemblance(
       mark: the direction that words have in common, [d].
     """
     text, pairs = config.text, config.text.head_dim // 2
-    slow = np.flatnonzero(200 * config.text.rope_theta ** (-np.arange(pairs) / pairs) < ROTATION)
+    slow = np.flatnonzero(200 * np.asarray(config.text.rope.frequencies) < ROTATION)
     slow, slowest = slow[:-1], slow[-1]
     coordinates = np.concatenate([slow, slow + pairs])
     queries, keys = [], []

@@ -98,7 +98,7 @@ def prefill_given(
     """
 
     decoder = decoder_of(params, config)
-    tokens = start(prompt, make_plan(Sparsity.dense(), config, plan.visual_tokens))
+    tokens = start(prompt, make_plan(Sparsity.dense(), config, plan.visual_tokens), config.text.rope.position_axes)
     cached: list[tuple[Array, Array]] = []
     for stage, index in zip(plan.stages, [*places, None], strict=True):
         tokens, held, _, _ = run_stage(decoder, tokens, _unpruned(stage), config, plan.sparsity, room)
@@ -108,7 +108,7 @@ def prefill_given(
         length = index.shape[1]
         positions = take(tokens.positions, index)
         if plan.sparsity.positions == "renumber":
-            positions = jnp.broadcast_to(jnp.arange(length)[None], index.shape)
+            positions = jnp.broadcast_to(jnp.arange(length)[None, :, None], positions.shape)
         tokens = tokens._replace(
             hidden=take(tokens.hidden, index), positions=positions, lengths=jnp.full(len(index), length)
         )

@@ -14,6 +14,7 @@ from sparsevlm_jax.models.llava import LlavaConfig
 from sparsevlm_jax.models.presets import llava_15_7b, llava_15_13b, tiny
 from sparsevlm_jax.pruning.methods import METHODS, sparsity
 from sparsevlm_jax.pruning.settings import PRUNING_LAYERS, PUBLISHED_VISUAL_TOKENS, Sparsity
+from sparsevlm_jax.rotary import plain_rope
 
 PREFIX = 35  # tokens in front of the picture in LLaVA-1.5's prompt
 
@@ -159,6 +160,7 @@ def _decoder(text: TextConfig, layers: int, width: int, ffn: int, heads: int) ->
         num_attention_heads=heads,
         num_key_value_heads=heads,
         head_dim=width // heads,
+        rope=plain_rope(width // heads, text.rope.theta),
     )
 
 

@@ -51,7 +51,7 @@ def prefill_by_rungs(
     """
     fits.require_prompt(params, prompt, config, plan, max_new_tokens)
     text = plan.stages[0].text_tokens(prompt.visual.shape[1])
-    tokens, fitting = call(_start, prompt, plan=plan)
+    tokens, fitting = call(_start, prompt, plan=plan, axes=config.text.rope.position_axes)
     if not jax.device_get(fitting).all():
         raise ValueError(f"a row has more visual tokens than the plan's {plan.visual_tokens}, or too many others")
     stages, keys, values, lengths, positions = [], [], [], [], []
@@ -85,9 +85,9 @@ def _cut(tokens: Tokens, length: int) -> Tokens:
     return jax.tree.map(lambda a: a if a.ndim == 1 else a[:, :length], tokens)
 
 
-@partial(jax.jit, static_argnames=("plan",))
-def _start(prompt: Prompt, *, plan: Plan) -> tuple[Tokens, Bool[Array, "b"]]:
-    return start(prompt, plan), fits.holds(prompt, plan)
+@partial(jax.jit, static_argnames=("plan", "axes"))
+def _start(prompt: Prompt, *, plan: Plan, axes: int) -> tuple[Tokens, Bool[Array, "b"]]:
+    return start(prompt, plan, axes), fits.holds(prompt, plan)
 
 
 @partial(jax.jit, static_argnames=("config", "sparsity", "stage", "room"))

@@ -34,7 +34,7 @@ class Attention(nn.Module):
         self.o_proj = linear(c.hidden_size, c.attention_bias)
 
     def __call__(
-        self, x: Float[Array, "b l d"], positions: Int[Array, "b l"], attend: Attend
+        self, x: Float[Array, "b l d"], positions: Int[Array, "b l a"], attend: Attend
     ) -> tuple[Float[Array, "b l d"], Any]:
         for_query, for_key, for_value = apart(x, 3)
         query, key = self.queries_and_keys(for_query, for_key, positions)
@@ -42,13 +42,13 @@ class Attention(nn.Module):
         return self.o_proj(attended.reshape(*x.shape[:2], -1)), extra
 
     def queries_and_keys(
-        self, for_query: Float[Array, "b l d"], for_key: Float[Array, "b l d"], positions: Int[Array, "b l"]
+        self, for_query: Float[Array, "b l d"], for_key: Float[Array, "b l d"], positions: Int[Array, "b l a"]
     ) -> tuple[Float[Array, "b l n h"], Float[Array, "b l k h"]]:
         """Rotated, by head. Both get one input, `apart`."""
         c = self.config
         heads = (*for_query.shape[:2], -1, c.head_dim)
-        query = apply_rope(self.q_proj(for_query).reshape(heads), positions, c.rope_theta)
-        return query, apply_rope(self.k_proj(for_key).reshape(heads), positions, c.rope_theta)
+        query = apply_rope(self.q_proj(for_query).reshape(heads), positions, c.rope)
+        return query, apply_rope(self.k_proj(for_key).reshape(heads), positions, c.rope)
 
 
 class MLP(nn.Module):
@@ -79,14 +79,14 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(self.config)
 
     def __call__(
-        self, x: Float[Array, "b l d"], positions: Int[Array, "b l"], attend: Attend
+        self, x: Float[Array, "b l d"], positions: Int[Array, "b l a"], attend: Attend
     ) -> tuple[Float[Array, "b l d"], Any]:
         attended, extra = self.self_attn(self.input_layernorm(x), positions, attend)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), extra
 
     def queries_and_keys(
-        self, x: Float[Array, "b l d"], positions: Int[Array, "b l"]
+        self, x: Float[Array, "b l d"], positions: Int[Array, "b l a"]
     ) -> tuple[Float[Array, "b l n h"], Float[Array, "b l k h"]]:
         """What this layer would ask and answer to on an input, without running it."""
         for_query, for_key = apart(self.input_layernorm(x), 2)
@@ -108,13 +108,13 @@ class Llama(nn.Module):
 
     def __call__(self, ids: Int[Array, "b l"]) -> Float[Array, "b l vocab"]:
         """Touches every parameter, for initialisation; nothing attends."""
-        hidden = self.embed_tokens(ids)
+        hidden, positions = self.embed_tokens(ids), jnp.zeros((*ids.shape, self.config.rope.position_axes), jnp.int32)
         for layer in self.layers:
-            hidden, _ = layer(hidden, jnp.zeros_like(ids), lambda query, key, value: (query, None))
+            hidden, _ = layer(hidden, positions, lambda query, key, value: (query, None))
         return self.logits(hidden)
 
     def queries_and_keys(
-        self, layer: int, x: Float[Array, "b l d"], positions: Int[Array, "b l"]
+        self, layer: int, x: Float[Array, "b l d"], positions: Int[Array, "b l a"]
     ) -> tuple[Float[Array, "b l n h"], Float[Array, "b l k h"]]:
         """Of a layer that has not run yet."""
         return self.layers[layer].queries_and_keys(x, positions)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from sparsevlm_jax.config import TextConfig, VisionConfig
 from sparsevlm_jax.models.llava import LlavaConfig
+from sparsevlm_jax.rotary import plain_rope
 
 
 def llava_15_7b() -> LlavaConfig:
@@ -40,7 +41,7 @@ def tiny() -> LlavaConfig:
             head_dim=16,
             hidden_act="silu",
             rms_norm_eps=1e-5,
-            rope_theta=10000.0,
+            rope=plain_rope(16, 10000.0),
             max_position_embeddings=2048,
             attention_bias=False,
             mlp_bias=False,
@@ -81,7 +82,7 @@ def _llava_15(hidden: int, ffn: int, layers: int, heads: int) -> LlavaConfig:
             head_dim=hidden // heads,
             hidden_act="silu",
             rms_norm_eps=1e-5,
-            rope_theta=10000.0,
+            rope=plain_rope(hidden // heads, 10000.0),
             max_position_embeddings=4096,
             attention_bias=False,
             mlp_bias=False,

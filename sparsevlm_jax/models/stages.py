@@ -34,6 +34,8 @@ class Prompt(NamedTuple):
     visual: Bool[Array, "b l"]  # False in the padding
     lengths: Int[Array, "b"]
     saliency: Float[Array, "b l"] | None = None  # for methods that rate by the tower's attention
+    positions: Int[Array, "b l a"] | None = None  # rotary positions; None for 0, 1, 2, ... on all axes
+    next_positions: Int[Array, "b"] | None = None  # that of the first new token; None for `lengths`
 
 
 class Pictures(NamedTuple):
@@ -103,7 +105,7 @@ def prefill(
     """
     fits.require_prompt(params, prompt, config, plan, max_new_tokens)
     decoder = decoder_of(params, config)
-    first = tokens = start(prompt, plan, trace)
+    first = tokens = start(prompt, plan, config.text.rope.position_axes, trace)
     seed = plan.sparsity.seed if seed is None else seed
     keys, values, lengths, positions, events, last_hidden = [], [], [], [], [], []
     for index, stage in enumerate(plan.stages):
@@ -148,9 +150,9 @@ def decode_step(
     fits.require_cache(params, token, cache, config, stops)
     decoder = decoder_of(params, config)
     hidden = decoder.embed_tokens(token)[:, None, :]
-    keys, values = list(cache.keys), list(cache.values)
+    keys, values, axes = list(cache.keys), list(cache.values), config.text.rope.position_axes
     for index, (first, stop) in enumerate(zip((0, *stops), stops, strict=False)):
-        lengths, positions = cache.lengths[index], cache.positions[index]
+        lengths, positions = cache.lengths[index], _on_all_axes(cache.positions[index], axes)
         for number in range(first, stop):
 
             def attend_cache(
@@ -159,8 +161,7 @@ def decode_step(
                 held = _append(cache.keys[number], key, lengths), _append(cache.values[number], value, lengths)
                 return attend(query, *held, lengths + 1, causal=False, implementation="xla"), held
 
-            layer = decoder.layers[number]
-            hidden, (keys[number], values[number]) = layer(hidden, positions[:, None], attend_cache)
+            hidden, (keys[number], values[number]) = decoder.layers[number](hidden, positions, attend_cache)
     logits = fits.or_nan(decoder.logits(hidden[:, 0]), fits.has_space(cache, stops))
     return logits, Cache(tuple(keys), tuple(values), cache.lengths + 1, cache.positions + 1)
 
@@ -170,8 +171,8 @@ def decoder_of(params: Params, config: ModelConfig) -> Llama:
     return Llama(config.text, name="language_model").bind({"params": params["language_model"]})
 
 
-def start(prompt: Prompt, plan: Plan, trace: bool = False) -> Tokens:
-    """The sequence that enters the first stage, its raters chosen."""
+def start(prompt: Prompt, plan: Plan, axes: int, trace: bool = False) -> Tokens:
+    """The sequence that enters the first stage, its raters chosen; its positions have so many axes."""
     shape = prompt.visual.shape
     raters = jnp.zeros(shape, bool)
     if len(plan.stages) > 1:
@@ -179,7 +180,7 @@ def start(prompt: Prompt, plan: Plan, trace: bool = False) -> Tokens:
             raters = choose_raters(prompt.embeddings, prompt.visual, prompt.lengths, plan.visual_tokens)
     return Tokens(
         hidden=prompt.embeddings,
-        positions=jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32)[None, :], shape),
+        positions=_counted(shape, axes) if prompt.positions is None else prompt.positions,
         visual=prompt.visual,
         raters=raters,
         lengths=prompt.lengths.astype(jnp.int32),
@@ -224,7 +225,7 @@ def run_stage(
     if stage.keep is not None:
         if METHODS[sparsity.method].looks_ahead and stage.stop < config.text.num_hidden_layers:
             query, key = decoder.queries_and_keys(stage.stop, hidden, tokens.positions)
-        view = Layer(query, key, tokens, stage, config.text.rope_theta, seed)
+        view = Layer(query, key, tokens, stage, config.text.rope, seed)
         tokens, event = prune(view, sparsity, jitter)
         if last_hidden:
             last_hidden[-1] = _last(tokens.hidden, tokens.lengths)
@@ -238,7 +239,17 @@ def last_logits(decoder: Llama, tokens: Tokens) -> Float[Array, "b vocab"]:
 
 def next_positions(tokens: Tokens, prompt: Prompt, sparsity: Sparsity) -> Int[Array, "b"]:
     """Rotary position of the first new token in a stage: behind its own tokens, or behind the prompt as it was."""
-    return tokens.lengths if sparsity.positions == "renumber" else prompt.lengths.astype(jnp.int32)
+    behind = prompt.lengths if prompt.next_positions is None else prompt.next_positions
+    return tokens.lengths if sparsity.positions == "renumber" else behind.astype(jnp.int32)
+
+
+def _counted(shape: tuple[int, ...], axes: int) -> Int[Array, "b l a"]:
+    return jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32)[None, :, None], (*shape, axes))
+
+
+def _on_all_axes(positions: Int[Array, "b"], axes: int) -> Int[Array, "b 1 a"]:
+    """A decoded token stands at the same position on every axis."""
+    return jnp.broadcast_to(positions[:, None, None], (len(positions), 1, axes))
 
 
 def _last(values: Array, lengths: Int[Array, "b"]) -> Array:

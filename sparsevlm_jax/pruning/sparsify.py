@@ -23,7 +23,7 @@ class Tokens(NamedTuple):
     """The sequence between two stages. Rows are packed: the first `lengths` tokens are valid."""
 
     hidden: Float[Array, "b l d"]
-    positions: Int[Array, "b l"]  # rotary positions for the next stage
+    positions: Int[Array, "b l a"]  # rotary positions for the next stage, on each axis
     visual: Bool[Array, "b l"]
     raters: Bool[Array, "b l"]
     lengths: Int[Array, "b"]
@@ -249,7 +249,8 @@ def rebuild(tokens: Tokens, selection: Selection, recycled: Recycled | None, *, 
 
     in_row = jnp.arange(length)[None, :] < lengths[:, None]
     if renumber:
-        positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None, :], in_row.shape)
+        counted = jnp.arange(length, dtype=jnp.int32)[None, :, None]
+        positions = jnp.broadcast_to(counted, (*in_row.shape, tokens.positions.shape[2]))
     else:
         positions = gather(tokens.positions, of_center)
     return Tokens(

@@ -18,6 +18,7 @@ from sparsevlm_jax.ops.attention import attention_rows
 from sparsevlm_jax.pruning.plan import StagePlan
 from sparsevlm_jax.pruning.settings import BUDGETS, Sparsity
 from sparsevlm_jax.pruning.sparsify import Tokens, positions_where, take
+from sparsevlm_jax.rotary import Rope
 
 
 class Layer(NamedTuple):
@@ -31,7 +32,7 @@ class Layer(NamedTuple):
     key: Float[Array, "b l k h"] | None  # rotated
     tokens: Tokens  # its output
     stage: StagePlan  # static: the stage that it ends
-    rope_theta: float
+    rope: Rope
     seed: Integer[Array, ""] | int | None = None  # where the method draws random numbers
 
     @property

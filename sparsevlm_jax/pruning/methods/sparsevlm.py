@@ -21,6 +21,7 @@ from sparsevlm_jax.ops.rope import apply_rope
 from sparsevlm_jax.pruning.methods.base import Layer, Method, Scores
 from sparsevlm_jax.pruning.settings import V1_PRUNING_LAYERS, Sparsity
 from sparsevlm_jax.pruning.sparsify import EXACT, score_visual, take
+from sparsevlm_jax.rotary import Rope
 
 
 def score_by_raters(layer: Layer, sparsity: Sparsity) -> Scores:
@@ -57,7 +58,7 @@ def score_by_selected_heads(layer: Layer, sparsity: Sparsity) -> Scores:
     """
     rows, raters = layer.rater_rows()
     tokens = layer.tokens
-    weight = gravity(tokens.positions, rows, _head_dim(layer), layer.rope_theta)
+    weight = gravity(tokens.positions, rows, layer.rope)
     if sparsity.gravity_floor:
         weight = jnp.maximum(weight, sparsity.gravity_floor)
     weight = weight[:, None]
@@ -69,17 +70,15 @@ def score_by_selected_heads(layer: Layer, sparsity: Sparsity) -> Scores:
     return Scores(score_visual(selected, raters), details={"head_sums": sums, "heads": heads, "gravity": weight[:, 0]})
 
 
-def gravity(
-    positions: Int[Array, "b l"], rows: Int[Array, "b r"], head_dim: int, theta: float
-) -> Float[Array, "b r l"]:
+def gravity(positions: Int[Array, "b l a"], rows: Int[Array, "b r"], rope: Rope) -> Float[Array, "b r l"]:
     """Rotary kernel of all-ones query and key at the distance of each chosen row to each token.
 
     w(x) = 2 / sqrt(h) * sum_i cos(x theta^(-2i/h)): what the rotary embedding alone makes of a distance of x. Computed
     as the released code does, from rotated vectors of ones: where w comes near zero another way shows.
     """
-    ones = jnp.ones((*positions.shape, 1, head_dim), jnp.float32)
-    rotated = apply_rope(ones, positions, theta)[:, :, 0]
-    return jnp.einsum("brh,blh->brl", take(rotated, rows), rotated, precision=EXACT) / math.sqrt(head_dim)
+    ones = jnp.ones((*positions.shape[:2], 1, rope.head_dim), jnp.float32)
+    rotated = apply_rope(ones, positions, rope)[:, :, 0]
+    return jnp.einsum("brh,blh->brl", take(rotated, rows), rotated, precision=EXACT) / math.sqrt(rope.head_dim)
 
 
 def select_heads(sums: Float[Array, "b n"], count: int) -> Bool[Array, "b n"]:
@@ -104,11 +103,6 @@ def numerical_rank(
     size = jnp.maximum(rows, columns).astype(jnp.float32)
     tolerance = size * jnp.finfo(jnp.float32).eps * jnp.max(values, axis=1)
     return jnp.sum(values > tolerance[:, None], axis=1), values
-
-
-def _head_dim(layer: Layer) -> int:
-    assert layer.query is not None
-    return layer.query.shape[-1]
 
 
 def kept_by_rank(sparsity: Sparsity, rank: int) -> int:
