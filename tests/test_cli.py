@@ -117,6 +117,21 @@ def write_json(file: Path, **changes: Any) -> None:
 # What `ask` prints
 
 
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("keep=0: at least 1", "--keep 0: at least 1"),
+        ("keep_at=(2, -5): layers count from 0", "--keep-at 2:-5: layers count from 0"),
+        ('method="v3": expected one of dense', '--method "v3": expected one of dense'),
+        ("`flops_share` and `dtype` float32", "--flops-share and --dtype float32"),
+        ("load it unchecked (check=False)", "load it unchecked (--no-check)"),
+        ("ratio=2: a share in (0, 1]; `<image>` and keep stay", "ratio=2: a share in (0, 1]; `<image>` and keep stay"),
+    ],
+)
+def test_the_librarys_settings_are_options_on_the_command_line(said: str, shown: str) -> None:
+    assert options.as_flags(said) == shown
+
+
 def test_ask_prints_the_answer_on_stdout_and_one_summary_line_on_stderr(ask):
     result = ask()
     assert result.code == 0

@@ -257,12 +257,12 @@ def test_two_processes_do_not_write_one_target(tmp_path):
 
 def test_a_tower_is_asked_for_by_name(tmp_path):
     source = original_with_clip(tmp_path / "source").folder
-    with pytest.raises(UserError, match="--vision-tower.*tiny-clip-vision"):
+    with pytest.raises(UserError, match="`vision_tower`.*tiny-clip-vision"):
         convert(source, tmp_path / "orbax")
 
 
 def test_a_tower_is_refused_where_the_checkpoint_has_its_own(tmp_path):
-    with pytest.raises(UserError, match="--vision-tower is for checkpoints of the original layout"):
+    with pytest.raises(UserError, match="`vision_tower` is for checkpoints of the original layout"):
         convert(HF, tmp_path / "orbax", vision_tower=HF)
 
 

@@ -133,6 +133,26 @@ def test_one_picture_goes_with_every_question_and_through_the_tower_once(
     assert seen == [1, 2]
 
 
+def test_streaming_lowers_and_compiles_each_program_once(
+    model: Model, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lowered: list[str] = []
+
+    class Counted:
+        def __init__(self, program: Any) -> None:
+            self.program = program
+
+        def lower(self, *args: Any, **static: Any) -> Any:
+            lowered.append(self.program.__name__)
+            return self.program.lower(*args, **static)
+
+    for name in ("start", "decode"):
+        monkeypatch.setattr(request, name, Counted(getattr(request, name)))
+    pieces = list(sv.stream(model, pictures[0], QUESTION, sparsity=V15, max_new_tokens=6))
+    assert len(pieces) == 7  # one per token, and the end
+    assert lowered == ["start", "decode"]
+
+
 # Questions
 
 
@@ -286,7 +306,7 @@ def overflowing(model: Model) -> Model:
 
 @pytest.mark.parametrize("entrance", ["generate", "stream", "chat"])
 def test_an_answer_that_overflows_is_none(overflowing: Model, entrance: str) -> None:
-    with pytest.raises(UserError, match="logits are not finite.* in float16 .* --dtype bfloat16 or float32"):
+    with pytest.raises(UserError, match="logits are not finite.* in float16 .* `dtype` bfloat16 or float32"):
         if entrance == "generate":
             answer(overflowing, None, QUESTION)
         elif entrance == "stream":

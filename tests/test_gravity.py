@@ -123,7 +123,7 @@ def test_gravity_of_the_released_models_turns_negative_beyond_about_1700_tokens(
 
 
 def test_more_heads_than_the_decoder_has_are_refused() -> None:
-    with pytest.raises(UserError, match="v2.0 selects 14 heads, the decoder has 4: set --heads to fewer"):
+    with pytest.raises(UserError, match="v2.0 selects 14 heads, the decoder has 4: set `heads` to fewer"):
         make_plan(sparsity("v2.0", keep=6), models.config(), 16)
 
 

@@ -156,7 +156,7 @@ def test_flops_share_is_met_within_one_step_or_refused(method: str, share: float
 
     settings = sparsity(method, flops_share=share)
     target = share * paper_flops(SEVEN_B.text, [118 + VISUAL] * 32)
-    check_target(settings, target, flops, "--flops-share")
+    check_target(settings, target, flops, "flops_share=")
 
 
 @pytest.mark.parametrize("method", ["v1.5", "v2.0", "vision"])
@@ -165,7 +165,7 @@ def test_cache_bytes_are_met_within_one_step_or_refused(method: str, size: int) 
     def held(plan: Plan) -> int:
         return cache_bytes(SEVEN_B.text, [118 + visual for visual in plan.entering()], 2)
 
-    check_target(sparsity(method, cache_bytes=size), size, held, "--cache-bytes")
+    check_target(sparsity(method, cache_bytes=size), size, held, "cache_bytes=")
 
 
 def check_target(settings: Sparsity, target: float, cost, option: str) -> None:  # noqa: ANN001
@@ -195,7 +195,7 @@ def test_a_target_next_to_dense_is_met_though_every_pruning_layer_drops_a_token(
 
 @pytest.mark.parametrize("method, least", [("v2.0", "36.1"), ("v1.5", "40.0")])
 def test_keep_36_is_refused_for_layers_2_6_15_of_32_and_the_least_named(method: str, least: str) -> None:
-    with pytest.raises(UserError, match=f"--keep 36: .*after layers 2, 6, 15 of 32: the least is {least}"):
+    with pytest.raises(UserError, match=f"keep=36: .*after layers 2, 6, 15 of 32: the least is {least}"):
         make_plan(sparsity(method, keep=36), SEVEN_B, VISUAL)
 
 
@@ -206,17 +206,18 @@ def test_without_a_budget_a_third_is_kept() -> None:
 @pytest.mark.parametrize(
     "make, message",
     [
-        (lambda: Sparsity.v15(keep=0), "--keep 0: at least 1"),
-        (lambda: Sparsity.v15(keep_at=[(2, -1)]), "--keep-at 2:-1"),
-        (lambda: Sparsity.v15(keep_at=[(-2, 5)]), "--keep-at -2:5"),
-        (lambda: sparsity("v1.5", flops_share=1.5), "--flops-share 1.5"),
-        (lambda: sparsity("fastv", ratio=0.0), "ratio 0.0"),
+        (lambda: Sparsity.v15(keep=0), "keep=0: at least 1"),
+        (lambda: Sparsity.v15(keep_at=[(2, -1)]), "keep_at=(2, -1)"),
+        (lambda: Sparsity.v15(keep_at=[(-2, 5)]), "keep_at=(-2, 5)"),
+        (lambda: sparsity("v1.5", flops_share=1.5), "flops_share=1.5"),
+        (lambda: sparsity("fastv", ratio=0.0), "ratio=0.0"),
         (lambda: sparsity("v1.5", recycle_ratio=1.5), "recycle_ratio 1.5"),
         (lambda: sparsity("v1.5", recycle_group=0), "recycle_ratio 0.3 must be in [0, 1], recycle_group 0"),
         (lambda: sparsity("v1.5", positions="drop"), 'positions is "drop"'),
-        (lambda: sparsity("v3"), '--method "v3": expected one of dense, v1, v1.5'),
-        (lambda: sparsity("v1.5", scale=1.0), "--scale belongs to --method v1, not to v1.5"),
-        (lambda: sparsity("v1", keep=192, keep_at=((2, 5),)), "v1 takes no --keep-at"),
+        (lambda: sparsity("v3"), 'method="v3": expected one of dense, v1, v1.5'),
+        (lambda: sparsity("v1.5", scale=1.0), "`scale` belongs to `method` v1, not to v1.5"),
+        (lambda: sparsity("v1", keep=192, keep_at=((2, 5),)), "v1 takes no `keep_at`"),
+        (lambda: sparsity("pool", keep_at=((2, 90),)), "pool takes no `keep_at`: it shrinks pictures"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(make, message: str) -> None:  # noqa: ANN001
@@ -228,12 +229,12 @@ def test_settings_that_make_no_sense_are_refused(make, message: str) -> None:  #
 @pytest.mark.parametrize(
     "settings, message",
     [
-        (Sparsity.v15(keep=577), "--keep 577: the prompt has only 576 visual tokens"),
+        (Sparsity.v15(keep=577), "keep=577: the prompt has only 576 visual tokens"),
         (Sparsity.v15(keep_at=[(32, 5)]), "pruning layer 32: the decoder has layers 0 to 31"),
         (Sparsity.v15(keep_at=[(6, 50), (2, 90)]), "pruning layers [6, 2]: expected them in ascending order"),
         (Sparsity.v15(keep_at=[(2, 90), (2, 50)]), "pruning layers [2, 2]: expected them in ascending order"),
         (Sparsity.v20(192, heads=33), "v2.0 selects 33 heads, the decoder has 32"),
-        (sparsity("pool", keep_at=((2, 90),)), "pool: takes --keep only"),
+        (replace(sparsity("pool"), keep_at=((2, 90),)), "pool takes no `keep_at`: it shrinks pictures"),
     ],
 )
 def test_settings_that_do_not_fit_the_model_are_refused(settings: Sparsity, message: str) -> None:
@@ -258,7 +259,7 @@ def test_v1_budgets_mean_the_released_scale_and_bias(keep: int, pair: tuple[floa
 
 @pytest.mark.parametrize("settings", [{"keep": 100}, {}, {"scale": 2.0}])
 def test_v1_wants_a_released_budget_or_scale_and_bias(settings: dict[str, float]) -> None:
-    with pytest.raises(UserError, match=r"v1 knows --keep 192, 128, 64; for anything else set --scale and --bias"):
+    with pytest.raises(UserError, match=r"v1 knows `keep` 192, 128, 64; for anything else set `scale` and `bias`"):
         sparsity("v1", **settings)
 
 

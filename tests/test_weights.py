@@ -175,7 +175,7 @@ def test_everything_that_does_not_fit_is_in_one_message():
         "2 not part of this model: model.image_newline, model.layers.5.input_layernorm.weight",
         "1 there under two names: lm_head.weight (language_model.lm_head.weight)",
         "1 of another shape: multi_modal_projector.linear_1.weight is [32, 64], expected [64, 32]",
-        "1 neither float32, float16 nor bfloat16: multi_modal_projector.linear_2.bias is I8",
+        "1 neither float32, bfloat16 nor float16: multi_modal_projector.linear_2.bias is I8",
     ):
         assert problem in str(raised.value)
     assert "\n" not in str(raised.value)

@@ -7,15 +7,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sparsevlm_jax.inputs.images import CLIP_MEAN, CLIP_STD
 from training.questions import Question, ask_some
 from training.scenes import CELLS, GRID, PLACES, Scene, draw_scene, patch_mask
 from training.words import END, ID, PAD, VOCABULARY, encode
 
 Arrays = Any  # NumPy's on the host, JAX's in a program
 LONGEST = 11  # ids of the longest question with "assistant:", its answer and the end
-# CLIP's, as processors write them.
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Batch(NamedTuple):
@@ -75,7 +73,7 @@ def _thin(random: np.random.Generator, scenes: Sequence[Scene], layers: int) -> 
 
 def normalise(pixels: np.ndarray) -> np.ndarray:
     """uint8 [h, w, 3] to float32 [3, h, w] as the checkpoint's processor does."""
-    scaled = (pixels.astype(np.float32) / 255 - np.asarray(MEAN, np.float32)) / np.asarray(STD, np.float32)
+    scaled = (pixels.astype(np.float32) / 255 - np.asarray(CLIP_MEAN, np.float32)) / np.asarray(CLIP_STD, np.float32)
     return scaled.transpose(2, 0, 1)
 
 

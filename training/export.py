@@ -11,8 +11,8 @@ from flax import traverse_util
 from safetensors.numpy import save_file
 
 from sparsevlm_jax.checkpoints.names import spec
+from sparsevlm_jax.inputs.images import clip_settings
 from sparsevlm_jax.models.stages import Params
-from training.batches import MEAN, STD
 from training.model import CONFIG
 from training.scenes import PIXELS
 from training.words import BEGIN, CHAT_TEMPLATE, END, PAD, SPECIAL, UNKNOWN, tokenizer
@@ -37,24 +37,10 @@ def export(params: Params, folder: Path) -> None:
 
 def _json_files() -> dict[str, dict[str, Any]]:
     ends = {"bos_token_id": BEGIN, "eos_token_id": END, "pad_token_id": PAD}
-    image_processor = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": PIXELS},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": PIXELS, "width": PIXELS},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": MEAN,
-        "image_std": STD,
-        "do_convert_rgb": True,
-    }
     return {
         "config.json": CONFIG,
         "generation_config.json": ends,
-        "preprocessor_config.json": image_processor,
+        "preprocessor_config.json": clip_settings("CLIPImageProcessor", PIXELS),
         "processor_config.json": {
             "processor_class": "LlavaProcessor",
             "patch_size": CONFIG["vision_config"]["patch_size"],

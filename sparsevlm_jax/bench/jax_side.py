@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import sparsevlm_jax as sv
 from sparsevlm_jax.bench import hash_weights, jax_programs
 from sparsevlm_jax.bench.shapes import SHAPES, Cell, Side
 from sparsevlm_jax.bench.timing import timed
 from sparsevlm_jax.generation.loop import Decoding, Sampler, decode, start
 from sparsevlm_jax.inputs.packing import shrink_markers
+from sparsevlm_jax.models import llava, stages
 from sparsevlm_jax.models.cost import tower_xla_flops, xla_flops
 from sparsevlm_jax.models.stages import Prompt
 from sparsevlm_jax.ops.attention import exact
@@ -117,7 +117,7 @@ class JaxRunner:
         Returns:
           The tokens, and logits [b, steps + 1, vocab] behind the prompt and behind each token.
         """
-        step = jax.jit(partial(sv.decode_step, config=self.config, plan=self.plan), donate_argnums=2)
+        step = jax.jit(partial(stages.decode_step, config=self.config, plan=self.plan), donate_argnums=2)
         logits, cache, choices = self._recorded(self.room)
         self.choices = jax.device_get(choices)
         found, followed = [np.asarray(logits)], []
@@ -181,7 +181,7 @@ class JaxRunner:
     @cached_property
     def prompt(self) -> Prompt:
         """The rows' embeddings. Compiled when first asked for: while workers start, others may be busy."""
-        embed = jax.jit(sv.embed, static_argnames=("config", "plan"))
+        embed = jax.jit(llava.embed, static_argnames=("config", "plan"))
         return embed(self.params, self.ids, self.lengths, self.pixels, config=self.config, plan=self.plan)
 
     @cached_property
@@ -189,8 +189,8 @@ class JaxRunner:
         """What can be run, by name; see `describe`."""
         config, plan, room = self.config, self.plan, self.room
         static = {"config": config, "plan": plan}
-        encode = jax.jit(sv.encode_images, static_argnames=("config", "plan"))
-        prefill = jax.jit(sv.prefill, static_argnames=("config", "plan", "max_new_tokens"))
+        encode = jax.jit(llava.encode_images, static_argnames=("config", "plan"))
+        prefill = jax.jit(stages.prefill, static_argnames=("config", "plan", "max_new_tokens"))
         keys = jax.random.split(jax.random.key(0), self.cell.batch)
         question = (self.params, self.ids, self.lengths, self.pixels, keys, self.sampler)
         decoding = Decoding(room, True, ())

@@ -15,6 +15,7 @@ from typing import Any
 from sparsevlm_jax.checkpoints.safetensors import Tensor
 from sparsevlm_jax.config import refuse_quantised
 from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.inputs.images import clip_settings
 from sparsevlm_jax.inputs.processor import MARKER, PROMPT_END, PROMPT_START
 from sparsevlm_jax.inputs.side_files import TOKENIZER_FILES, read_tokenizer, there
 
@@ -41,7 +42,6 @@ _TEXT_FIELDS = (
 # CLIP models hold more than the tower.
 _NOT_TOWER = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
 _SELECT = {"patch": "default", "cls_patch": "full"}
-_MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
 
 # The Vicuna prompt: a system text, then turns; every answer ends with the end token.
 _SYSTEM, _USER = PROMPT_START.split("USER: ")[0], "USER: "
@@ -135,21 +135,7 @@ def write_processor(source: Path, target: Path, config: Mapping[str, Any], aspec
     tokenizer.chat_template = _CHAT_TEMPLATE
     tokenizer.save_pretrained(str(target))
     side = config["vision_config"]["image_size"]
-    settings = {
-        "image_processor_type": "LlavaImageProcessor",
-        "do_pad": aspect == "pad",
-        "do_resize": True,
-        "size": {"shortest_edge": side},
-        "resample": 3,
-        "do_center_crop": True,
-        "crop_size": {"height": side, "width": side},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": _MEAN,
-        "image_std": _STD,
-        "do_convert_rgb": True,
-    }
+    settings = clip_settings("LlavaImageProcessor", side, do_pad=aspect == "pad")
     (target / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 

@@ -149,7 +149,7 @@ def run_torch(source: Source, question: Question) -> tuple[Parts, str]:
         import torch
         from transformers import AutoConfig, LlavaForConditionalGeneration
     except ImportError as error:
-        raise UserError("--verify runs the source in PyTorch: install torch") from error
+        raise UserError("verifying runs the source in PyTorch: install torch") from error
 
     if source.layout == "hf":
         model: Any = LlavaForConditionalGeneration.from_pretrained(source.folder, dtype="auto").eval()

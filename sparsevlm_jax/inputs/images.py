@@ -32,6 +32,7 @@ ImageLike = str | Path | Image.Image | np.ndarray | OtherArray
 # Formats that hold one picture and decode it in this process: none that starts another program (EPS), none that
 # decodes before its size can be looked at (ICO).
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "AVIF", "JPEG2000", "PPM", "TGA", "PCX", "QOI")
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _ORIENTATION = 0x0112  # the EXIF tag
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -90,6 +91,25 @@ def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
     square = Image.new("RGB", (side, side), (red, green, blue))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
+
+
+def clip_settings(kind: str, side: int, **more: Any) -> dict[str, Any]:
+    """preprocessor_config.json of an image processor of this kind that makes pictures of `side` pixels for CLIP."""
+    return {
+        "image_processor_type": kind,
+        **more,
+        "do_resize": True,
+        "size": {"shortest_edge": side},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": side, "width": side},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+        "do_convert_rgb": True,
+    }
 
 
 def picture_name(source: Any) -> str:

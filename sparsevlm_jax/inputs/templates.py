@@ -3,7 +3,8 @@
 The sandbox keeps a template from reaching Python. It does not keep it from looping for hours or from asking for
 terabytes, so this one counts: every block that runs is a step, every value that is made is charged by its size, and
 what can grow out of small arguments (a width, a repetition) is estimated before it is done. A template that goes too
-far ends with an error.
+far ends with an error. It is one long file because its parts hold only together: what one leaves uncounted, another
+must not let through.
 """
 
 from __future__ import annotations

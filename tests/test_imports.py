@@ -1,0 +1,64 @@
+"""Imports run one way: what stands later in ORDER may import what stands earlier; neighbours in a row never meet."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "sparsevlm_jax"
+ORDER = (
+    *("errors", "bounds", "process", "data", "text", "files", "config", "ops"),
+    *("pruning inputs", "models", "parallel checkpoints", "generation", "explain evaluate bench"),
+    "methods __init__",  # names for users
+    *("cli", "__main__"),
+)
+RANK = {name: rank for rank, row in enumerate(ORDER) for name in row.split()}
+TORCH = ("checkpoints/torch_bin.py", "checkpoints/verify.py", "bench/torch_")
+
+
+def faults(file: str, source: str) -> list[str]:
+    """What a module of the package must not import; imports in functions and for type checkers count too."""
+    own, found = Path(file).parts[0].removesuffix(".py"), []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}: a relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            top, _, rest = name.partition(".")
+            part = rest.split(".")[0] if rest.split(".")[0] in RANK else "__init__"
+            if (
+                top == "sparsevlm_jax"
+                and part != own
+                and RANK[part] >= RANK[own]
+                and name != "sparsevlm_jax.__version__"
+            ):
+                found.append(f"{file} imports {name}")
+            if top in ("convert", "benchmarks", "training", "tests") or (top == "torch" and not file.startswith(TORCH)):
+                found.append(f"{file} imports {name}")
+    return found
+
+
+def test_imports_run_one_way() -> None:
+    files = [file.relative_to(PACKAGE).as_posix() for file in sorted(PACKAGE.rglob("*.py"))]
+    assert len(files) > 60 and {Path(file).parts[0].removesuffix(".py") for file in files} <= RANK.keys()
+    assert not [fault for file in files for fault in faults(file, (PACKAGE / file).read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize(
+    "file, source",
+    [
+        ("ops/rope.py", "from sparsevlm_jax.config import TextConfig\nfrom sparsevlm_jax.pruning import plan"),
+        ("pruning/plan.py", "if TYPE_CHECKING:\n    from sparsevlm_jax.models.llava import LlavaConfig"),
+        ("pruning/plan.py", "from sparsevlm_jax.inputs.packing import pack"),
+        ("bench/report.py", "def late():\n    import sparsevlm_jax.explain.page"),
+        ("checkpoints/load.py", "from sparsevlm_jax import generate"),
+        ("generation/api.py", "import torch.nn"),
+        ("cli/bench.py", "from benchmarks.retention import run"),
+    ],
+)
+def test_an_import_that_runs_up_or_sideways_is_found(file: str, source: str) -> None:
+    assert len(faults(file, source)) == 1
