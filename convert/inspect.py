@@ -13,7 +13,7 @@ import numpy as np
 from convert import original
 from convert.source import list_tensors
 from sparsevlm_jax import store
-from sparsevlm_jax.config import LlavaConfig, read_config
+from sparsevlm_jax.config import LlavaConfig, read_config, refuse_adapter
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.files import user_path
 from sparsevlm_jax.weights import TABLE, canonical
@@ -43,6 +43,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         held = [_Held(r.path.split("/")[0], r.stored_dtype, math.prod(r.shape)) for r in manifest.records]
         origin = {**manifest.source, "versions": manifest.versions, "groups": len(manifest.groups)}
         return {"format": "orbax", "config": _config(folder), "parts": _sums(held), "origin": origin}
+    refuse_adapter(folder)
     tensors = list_tensors(folder)
     suffix = next(iter(tensors.values())).file.suffix.removeprefix(".") if tensors else "empty"
     held = [_Held(_part(name), tensor.dtype, math.prod(tensor.shape)) for name, tensor in tensors.items()]

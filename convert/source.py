@@ -15,7 +15,7 @@ from sparsevlm_jax import shards
 from sparsevlm_jax.checkpoint import locate
 from sparsevlm_jax.config import LlavaConfig, check_depth, read_config
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.files import inside, user_path
+from sparsevlm_jax.files import inside, open_regular, refuse_pointer, user_path
 from sparsevlm_jax.llava import abstract_params
 from sparsevlm_jax.shards import Tensor
 from sparsevlm_jax.store import file_digest
@@ -34,7 +34,7 @@ FILES = (
     "chat_template.json",
     "chat_template.jinja",
 )
-
+_START = 64  # bytes that tell what a file is
 
 Stamp = tuple[int, int] | None  # size and time of change of a file; None where there is none
 
@@ -143,11 +143,18 @@ def _beside(folder: Path, tower: Path | None) -> dict[str, str]:
     """sha256 of what stands beside the weights.
 
     Raises:
-      UserError: a file is a link out of the folder, no regular one, or cannot be read.
+      UserError: a file is a link out of the folder, no regular one, cannot be read, or is a Git LFS pointer.
     """
     files = [inside(folder, name) for name in ("config.json", *FILES)]
     files += [inside(tower, "config.json")] if tower else []
-    return {str(file): file_digest(file) for file in files if os.path.lexists(file)}
+    return {str(file): _whole_digest(file) for file in files if os.path.lexists(file)}
+
+
+def _whole_digest(file: Path) -> str:
+    """sha256 of a file that is there, not only in Git's books."""
+    with open_regular(file) as stream:
+        refuse_pointer(stream.read(_START), file)
+    return file_digest(file)
 
 
 def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
