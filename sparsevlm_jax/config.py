@@ -33,6 +33,7 @@ _TOP = (
 )
 _BESIDE = ("model_type", "rope_theta", "rope_parameters", "rope_scaling", "eos_token_id", "pad_token_id")
 # One of these is in a folder that holds more than an adapter.
+_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _WHOLE_MODELS = ("model*.safetensors", "pytorch_model*.bin", "manifest.json")
 
 
@@ -127,10 +128,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
       UserError: there is none, or it cannot be read.
     """
-    adapter, file = folder / "adapter_config.json", inside(folder, "config.json")
-    if adapter.exists() and not any(any(folder.glob(pattern)) for pattern in _WHOLE_MODELS):
+    refuse_adapter(folder)
+    return read_json(inside(folder, "config.json"))
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Which holds what was trained of a model, and not the model.
+
+    Raises:
+      UserError: the folder has an adapter's files and no others.
+    """
+    adapter = any((folder / name).exists() for name in _ADAPTERS)
+    if adapter and not any(any(folder.glob(pattern)) for pattern in _WHOLE_MODELS):
         raise UserError(f"{folder}: an adapter (LoRA, PEFT), not a model: merge it into its base first")
-    return read_json(file)
 
 
 def complete(config: dict[str, Any], source: str) -> dict[str, Any]:
@@ -246,7 +256,7 @@ def typed(value: Any, kind: Any, name: str) -> Any:
         _size(value, bounds.SIZES[name.rpartition(".")[2]], name)
     elif kind == "float":
         if type(value) not in (int, float) or not 0 < value <= bounds.NUMBER:
-            raise UserError(f"{name} is {shown(value)}, expected a positive number")
+            raise UserError(f"{name} is {shown(value)}, expected a positive number, at most {bounds.NUMBER:g}")
         return float(value)
     elif type(value).__name__ != kind:
         raise UserError(f"{name} is {shown(value)}, expected {'true or false' if kind == 'bool' else 'a name'}")

@@ -34,18 +34,19 @@ def read_json(file: Path, *, missing: dict[str, Any] | None = None) -> dict[str,
     return parse_json(read_bytes(file, bounds.JSON_BYTES), str(file))
 
 
-def parse_json(content: bytes, name: str) -> dict[str, Any]:
+def parse_json(content: bytes, name: str, most: int = bounds.JSON_BYTES) -> dict[str, Any]:
     """A JSON object of bytes, as `read_json` takes it.
 
     Args:
       name: what to call it in errors.
+      most: bytes that it may have.
 
     Raises:
       UserError: it is anything else.
     """
     try:
-        if len(content) > bounds.JSON_BYTES:
-            raise ValueError(f"{len(content):,} bytes, expected at most {bounds.JSON_BYTES:,}")
+        if len(content) > most:
+            raise ValueError(f"{len(content):,} bytes, expected at most {most:,}")
         text = content.decode("utf-8-sig")
         found = json.loads(text, object_pairs_hook=_without_repeats, parse_int=_integer, parse_float=_float)
         _check_values(found)
@@ -133,7 +134,7 @@ def user_path(path: str | Path) -> Path:
         pass
     except OSError as error:
         raise UserError(f"{text}: cannot be looked up: {error.strerror}") from None
-    except (RuntimeError, ValueError) as error:  # no such user; a NUL in the name, or a lone surrogate
+    except (RuntimeError, TypeError, ValueError) as error:  # no such user; a NUL or a lone surrogate; no path at all
         raise UserError(f"{text!r}: cannot be the name of a file: {error}") from None
     return found
 
@@ -173,11 +174,13 @@ def require_writable(path: Path) -> None:
     """Finds out before a long computation that its file could not be written.
 
     Raises:
-      UserError: its folder is not there or closed, or the name is a folder's or none at all.
+      UserError: its folder is not there or closed, or the name is that of anything but a file, or none at all.
     """
     path = user_path(path)
     if path.is_dir():
         raise UserError(f"{path}: is a folder, give the name of a file")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: a pipe, socket or device is there, which a file would replace")
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}, make it first")
     if not os.access(path.parent, os.W_OK):

@@ -301,6 +301,15 @@ def test_what_no_conversion_made_is_neither_emptied_nor_filled(tmp_path, whole, 
     assert not (home / "orbax").exists() and not (home / "nowhere").exists()
 
 
+def test_a_target_that_is_a_link_to_nothing_is_in_the_way_from_the_start(monkeypatch, tmp_path, whole):
+    monkeypatch.setattr(run, "_convert_group", lambda *a: pytest.fail("a group was converted"))
+    (tmp_path / "orbax").symlink_to(tmp_path / "nowhere")
+    for attempt in (lambda: convert(HF, tmp_path / "orbax"), lambda: to_hf(whole, tmp_path / "orbax")):
+        with pytest.raises(UserError, match="orbax: exists already"):
+            attempt()
+    assert [item.name for item in tmp_path.iterdir()] == ["orbax"]
+
+
 def test_a_link_in_the_folder_of_an_earlier_run_is_not_followed(monkeypatch, tmp_path):
     with monkeypatch.context() as patch, pytest.raises(UserError):
         patch.setattr(run, "publish", stop)
@@ -424,6 +433,34 @@ def test_a_pipe_in_a_source_is_never_opened(tmp_path, source, name):
     (source / name).unlink(missing_ok=True)
     os.mkfifo(source / name)
     with pytest.raises(UserError, match=f"{name}: .*not a regular file"):
+        convert(source, tmp_path / "orbax")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "config.json", "model.safetensors", BIN])
+def test_what_git_lfs_left_is_named_and_not_copied(tmp_path, source, name):
+    if name == BIN:
+        only_bin(source)
+    (source / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 14\n")
+    with pytest.raises(UserError, match=f"{name}: a Git LFS pointer, not the file itself"):
+        convert(source, tmp_path / "orbax")
+    assert [item.name for item in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("names", [["adapter_config.json"], ["adapter_config.json", "a.bin"], ["adapter_model.bin"]])
+def test_an_adapter_is_named_and_not_sent_to_and_fro(tmp_path, source, names):
+    for file in source.glob("model*"):
+        file.unlink()
+    for name in names:
+        (source / name).write_text("{}")
+    for attempt in (load, describe, lambda folder: convert(folder, tmp_path / "orbax")):
+        with pytest.raises(UserError, match="an adapter"):
+            attempt(source)
+
+
+def test_a_bin_of_another_name_is_not_sent_to_the_converter_by_the_converter(tmp_path, source):
+    only_bin(source)
+    (source / "pytorch_model-00001-of-00001.bin").write_text("")
+    with pytest.raises(UserError, match="holds no weights"):
         convert(source, tmp_path / "orbax")
 
 

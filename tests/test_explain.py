@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -362,3 +363,10 @@ def test_bad_input_is_one_line_and_no_page(
     assert (code, out) == (2, "")
     assert said in err and len(err.splitlines()) == 1
     assert [file.name for file in tmp_path.iterdir()] == ["picture.png"]
+
+
+def test_a_pipe_by_the_name_of_the_page_is_not_replaced(run: Run, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "page.html")
+    code, _, err = run("-o", tmp_path / "page.html", "--image", tmp_path / "picture.png")
+    assert code == 2 and "page.html: a pipe, socket or device is there" in err
+    assert (tmp_path / "page.html").is_fifo()

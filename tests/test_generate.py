@@ -227,6 +227,9 @@ def test_pictures_in_two_places_or_in_a_later_message_are_refused(model: Model, 
     later = [said("what"), said("a cat", role="assistant"), said("and", {"type": "image", "image": pictures[0]})]
     with pytest.raises(UserError, match="a picture in a later message"):
         sv.generate(model, None, later)
+    first = said("look at this", {"type": "image", "image": pictures[0]}, role="system")
+    with pytest.raises(UserError, match="a picture in the system's message"):
+        sv.generate(model, None, [first, said("what")])
 
 
 # Settings

@@ -339,6 +339,12 @@ def test_pickled_weights_are_sent_to_the_converter(folder):
     assert "holds .bin weights only; convert them with `sparsevlm convert`" in error_of(folder)
 
 
+@pytest.mark.parametrize("source", [None, 5, [], b"x" * 3])
+def test_what_is_no_path_is_refused(unchecked, source):
+    with pytest.raises(UserError, match="cannot be the name of a file"):
+        load(source)
+
+
 def test_an_original_folder_is_sent_to_the_converter():
     assert "the original LLaVA layout; convert it with `sparsevlm convert`" in error_of(ORIGINAL)
 
@@ -530,10 +536,10 @@ def test_a_deeper_config_than_the_weights_is_refused_before_it_is_traced(folder,
     assert "config.json describes 259 layers" in error_of(folder)
 
 
-def test_an_adapter_is_named(folder):
-    (folder / "config.json").unlink()
-    (folder / "adapter_config.json").write_text("{}")
-    (folder / "adapter_model.safetensors").write_bytes(b"")
+@pytest.mark.parametrize("names", [["adapter_config.json", "adapter_model.safetensors"], ["adapter_model.bin"]])
+def test_an_adapter_is_named(folder, names):
+    for name in names:
+        (folder / name).write_text("{}")
     assert "an adapter (LoRA, PEFT), not a model: merge it into its base first" in error_of(folder)
 
 

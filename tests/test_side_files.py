@@ -12,17 +12,20 @@ import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from sparsevlm_jax import bounds
 from sparsevlm_jax.data import demo_model
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.files import inside
+from sparsevlm_jax.inputs import templates
 from sparsevlm_jax.inputs.images import open_image
 from sparsevlm_jax.inputs.processor import Processor
 from sparsevlm_jax.models.llava import LlavaConfig
@@ -199,6 +202,39 @@ def test_a_template_that_does_not_end_is_an_error(folder, config, template):
     assert "the chat template" in refused(folder, config)
 
 
+def test_a_template_that_does_not_end_is_not_tried_twice(folder, config, monkeypatch):
+    (folder / "chat_template.jinja").write_text("{{ 'a' * 10**10 }}")
+    tried, render = [], templates.render
+    monkeypatch.setattr(templates, "render", lambda source, **given: tried.append(source) or render(source, **given))
+    assert "the chat template fails: it makes a value of more than" in refused(folder, config)
+    assert len(tried) == 1
+
+
+def test_a_tokenizer_may_begin_with_a_byte_order_mark(folder, config):
+    plain = Processor.from_pretrained(folder, config).tokenizer("a cat")["input_ids"]
+    file = folder / "tokenizer.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert Processor.from_pretrained(folder, config).tokenizer("a cat")["input_ids"] == plain
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{}", "holds no tokenizer: model is None"),
+        ("[]", "expected a JSON object, found list"),
+        ("", "cannot be read as JSON"),
+        ('{"a": ' * 200_000, "nested more than 40 deep"),
+        (f'{{"a": {"1" * 5_000}}}', "a number of 5000 digits"),
+        ('{"model": {}, "model": {}}', "repeats 'model'"),
+    ],
+    ids=["empty", "list", "nothing", "deep", "digits", "twice"],
+)
+def test_what_is_no_tokenizer_is_named(folder, config, content, message):
+    (folder / "tokenizer.json").write_text(content)
+    error = refused(folder, config)
+    assert error.startswith(f"{folder / 'tokenizer.json'}: ") and message in error
+
+
 def test_rules_that_multiply_a_text_are_refused(folder, config):
     settings = json.loads((folder / "tokenizer.json").read_text())
     rule = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
@@ -250,7 +286,16 @@ def test_what_is_no_picture_is_named(source):
         open_image(source)
 
 
-@pytest.mark.parametrize("source", ["https://example.com/cat.jpg", "file:///cat.jpg", "data:image/png;base64,AAAA"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "https://example.com/cat.jpg",
+        "file:///cat.jpg",
+        "data:image/png;base64,AAAA",
+        Path("https://example.com/cat.jpg"),  # as the command line has it: of two slashes one is left
+        Path("s3://bucket/cat.jpg"),
+    ],
+)
 def test_a_url_is_not_read(source):
     with pytest.raises(UserError, match="a URL, and only files are read"):
         open_image(source)
@@ -262,6 +307,23 @@ def test_a_url_is_not_read(source):
 def test_a_name_that_cannot_be_is_an_error(name):
     with pytest.raises(UserError, match="cannot be|no such file"):
         open_image(name)
+
+
+class Unwilling:
+    def __array__(self, *args, **kwargs):
+        raise TypeError("copy the tensor to host memory first")
+
+
+@pytest.mark.parametrize("source", [Unwilling(), torch.zeros(4, 4, 3, requires_grad=True)], ids=["device", "gradient"])
+def test_an_array_that_cannot_be_taken_is_not_called_damaged(source):
+    with pytest.raises(UserError, match=rf"picture: {type(source).__name__} cannot be taken as an array: \w+"):
+        open_image(source)
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
+def test_a_picture_without_pixels_is_an_error(size):
+    with pytest.raises(UserError, match="picture: has no pixels"):
+        open_image(Image.new("RGB", size))
 
 
 def test_a_pipe_is_no_picture(tmp_path):

@@ -79,8 +79,8 @@ def check(folder: str | Path, watch: Watch = lambda done, total: None) -> int:
     problems = orbax.changed_files(opened.folder, manifest)
     for number, group in enumerate(manifest.groups):
         try:
+            orbax.require_whole(opened.folder, number, manifest)  # first: what orbax says of damaged chunks is long
             opened.tensors(number)
-            orbax.require_whole(opened.folder, number, manifest)
         except UserError as error:
             problems.append(str(error))
         done += sum(record.nbytes for record in group)

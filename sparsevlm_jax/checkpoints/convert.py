@@ -263,7 +263,7 @@ def _job(source: Source, dtype: str | None) -> str:
 
 
 def _check_target(target: Path, source: Path) -> None:
-    if target.exists():
+    if os.path.lexists(target):  # a link to nothing would be in the way as well, at the very end
         raise UserError(f"{target}: exists already, and is not the result of this conversion; choose another folder")
     if target.resolve().is_relative_to(source.resolve()):
         raise UserError(f"{target}: lies inside the source, which is never touched; choose another folder")

@@ -14,7 +14,7 @@ from sparsevlm_jax.checkpoints import llava_original
 from sparsevlm_jax.checkpoints.manifest import is_converted, read_manifest
 from sparsevlm_jax.checkpoints.names import TABLE, canonical
 from sparsevlm_jax.checkpoints.source import list_tensors
-from sparsevlm_jax.config import read_config
+from sparsevlm_jax.config import read_config, refuse_adapter
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.files import user_path
 from sparsevlm_jax.models.llava import LlavaConfig
@@ -45,6 +45,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         held = [_Held(r.path.split("/")[0], r.stored_dtype, math.prod(r.shape)) for r in manifest.records]
         origin = {**manifest.source, "versions": manifest.versions, "groups": len(manifest.groups)}
         return {"format": "orbax", "config": _config(folder), "parts": _sums(held), "origin": origin}
+    refuse_adapter(folder)
     tensors = list_tensors(folder)
     suffix = next(iter(tensors.values())).file.suffix.removeprefix(".") if tensors else "empty"
     held = [_Held(_part(name), tensor.dtype, math.prod(tensor.shape)) for name, tensor in tensors.items()]

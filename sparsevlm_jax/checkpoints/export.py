@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,7 +46,7 @@ def to_hf(checkpoint: str | Path, target: str | Path, watch: Watch = lambda done
       UserError: no converted checkpoint, a damaged one, a target that exists, a full disk.
     """
     opened, target = open_converted(checkpoint), user_path(target)
-    if target.exists():
+    if os.path.lexists(target):
         raise UserError(f"{target}: exists already; choose another folder")
     if target.resolve().is_relative_to(opened.folder.resolve()):
         raise UserError(f"{target}: lies inside the checkpoint, which is never touched; choose another folder")

@@ -22,6 +22,7 @@ from sparsevlm_jax.files import open_regular, parse_json, plain_name, read_json,
 from sparsevlm_jax.text import shortlist
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_BINS = "pytorch_model.bin", "pytorch_model.bin.index.json"
 STORED_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 # Bits of a value of every dtype that the format knows; weights are of STORED_DTYPES, buffers may be of others.
 _BITS = {"C64": 64, "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16}
@@ -182,6 +183,6 @@ def _beside(folder: Path, name: str, index_file: Path) -> Path:
 
 
 def _no_weights(folder: Path) -> str:
-    if any(folder.glob("*.bin")):
+    if any((folder / name).exists() for name in _BINS):  # what is converted; others have no names known here
         return "holds .bin weights only; convert them with `sparsevlm convert`"
     return f"holds no weights ({SINGLE}, or {INDEX} and its shards)"

@@ -17,7 +17,7 @@ from sparsevlm_jax.checkpoints.orbax import file_digest
 from sparsevlm_jax.checkpoints.safetensors import Tensor
 from sparsevlm_jax.config import check_depth, read_config
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.files import inside, user_path
+from sparsevlm_jax.files import inside, open_regular, refuse_pointer, user_path
 from sparsevlm_jax.models.llava import LlavaConfig, abstract_params
 
 # What stands beside the weights and belongs to the model.
@@ -33,7 +33,7 @@ FILES = (
     "chat_template.json",
     "chat_template.jinja",
 )
-
+_START = 64  # bytes that tell what a file is
 
 Stamp = tuple[int, int] | None  # size and time of change of a file; None where there is none
 
@@ -146,11 +146,18 @@ def _beside(folder: Path, tower: Path | None) -> dict[str, str]:
     """sha256 of what stands beside the weights.
 
     Raises:
-      UserError: a file is a link out of the folder, no regular one, or cannot be read.
+      UserError: a file is a link out of the folder, no regular one, cannot be read, or is a Git LFS pointer.
     """
     files = [inside(folder, name) for name in ("config.json", *FILES)]
     files += [inside(tower, "config.json")] if tower else []
-    return {str(file): file_digest(file) for file in files if os.path.lexists(file)}
+    return {str(file): _whole_digest(file) for file in files if os.path.lexists(file)}
+
+
+def _whole_digest(file: Path) -> str:
+    """sha256 of a file that is there, not only in Git's books."""
+    with open_regular(file) as stream:
+        refuse_pointer(stream.read(_START), file)
+    return file_digest(file)
 
 
 def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

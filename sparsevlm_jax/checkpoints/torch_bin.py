@@ -11,10 +11,11 @@ import numpy as np
 
 from sparsevlm_jax.checkpoints.safetensors import Tensor, list_shards
 from sparsevlm_jax.errors import UserError, first_line
-from sparsevlm_jax.files import open_regular
+from sparsevlm_jax.files import open_regular, refuse_pointer
 from sparsevlm_jax.text import shortlist
 
 SINGLE, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+_START = 64  # bytes that tell what a file is
 
 
 def holds_bins(folder: Path) -> bool:
@@ -77,7 +78,8 @@ def _open(file: Path) -> dict[str, Any]:
     except ImportError:
         raise UserError(f"{file}: reading .bin weights needs torch; install it, or use safetensors") from None
 
-    open_regular(file).close()
+    with open_regular(file) as stream:
+        refuse_pointer(stream.read(_START), file)
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # unpickling has no error type of its own

@@ -12,6 +12,7 @@ import jax
 import typer
 
 from sparsevlm_jax import __version__
+from sparsevlm_jax.checkpoints.orbax import silence_orbax
 from sparsevlm_jax.cli.ask import ask
 from sparsevlm_jax.cli.bench import bench
 from sparsevlm_jax.cli.convert import convert, inspect
@@ -67,6 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it misses torch, and finds long prompts too long
     _keep_compiled_programs()
     silence_pillow()
+    silence_orbax()
     sys.exit(_run(sys.argv[1:] if arguments is None else arguments))
 
 

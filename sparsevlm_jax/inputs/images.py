@@ -43,7 +43,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/|data:")  # a Path has one slash of two left; C:/ is a drive
 _PREFIX = 64  # bytes that tell what a file is
 
 
@@ -78,8 +78,10 @@ def check_pixels(width: int, height: int) -> None:
     """Before memory is taken for a picture of that size.
 
     Raises:
-      UserError: it has more pixels than `bounds.PIXELS`.
+      UserError: it has none, or more than `bounds.PIXELS`.
     """
+    if width < 1 or height < 1:
+        raise UserError("has no pixels")
     if width * height > bounds.PIXELS:
         raise UserError(f"has more pixels than are taken ({bounds.PIXELS:,}), scale it down or cut it first")
 
@@ -140,7 +142,7 @@ def _opened(source: Any, name: str) -> Iterator[Image.Image]:
         with open_regular(Path(source)) as stream:
             yield identify(stream, Path(source))
     elif isinstance(source, OtherArray):
-        yield _from_array(np.asarray(source))
+        yield _from_array(_taken(source))
     else:
         raise UserError(f"{type(source).__name__} is none: give the name of a file, a Pillow picture or an array")
 
@@ -159,6 +161,13 @@ def identify(stream: BinaryIO | io.BytesIO, file: Path) -> Image.Image:
             stream.seek(0)
             return factory(stream, str(file))
     raise UserError("not a picture, or of a kind that is not read")
+
+
+def _taken(source: Any) -> np.ndarray:
+    try:
+        return np.asarray(source)
+    except Exception as error:  # of whose library it is; torch wants gradients and other devices left behind first
+        raise UserError(f"{type(source).__name__} cannot be taken as an array: {first_line(error)}") from error
 
 
 def _from_array(array: np.ndarray) -> Image.Image:

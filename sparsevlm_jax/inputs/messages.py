@@ -61,6 +61,8 @@ def _read(prompt: Any) -> Asked:
     messages = [(message.get("role"), *_content(message)) for message in prompt]
     system = None
     if messages[0][0] == "system":
+        if messages[0][2]:
+            raise UserError("a picture in the system's message: all pictures come with the first question")
         system, messages = messages[0][1], messages[1:]
     roles = [role for role, _, _ in messages]
     if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:

@@ -254,7 +254,9 @@ class Processor:
         """Whether the chat template wants a list of pictures and texts (LLaVA's) or one string (a language model's)."""
         try:
             text = self._render([{"type": "image"}, {"type": "text", "text": "probe"}])
-        except UserError:
+        except UserError as error:
+            if isinstance(error.__cause__, templates.TooMuch):  # a second try would take as long
+                raise
             text = ""
         # A template for strings either fails on a list or prints it as Python would.
         if text.count(MARKER) == 1 and "probe" in text and "'text'" not in text:

@@ -6,6 +6,7 @@ have, follows their links and the names in them, and can load a model or run cod
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from typing import Any
 
 from sparsevlm_jax import bounds
 from sparsevlm_jax.errors import UserError, first_line, shown
-from sparsevlm_jax.files import inside, read_bytes, read_json
+from sparsevlm_jax.files import inside, parse_json, read_bytes, read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
@@ -91,9 +92,13 @@ def read_tokenizer(folder: Path, model_type: str | None = None) -> Any:
         if there(folder, (name,)):
             copies[name] = json.dumps(read_json(inside(folder, name))).encode()
     copies["tokenizer_config.json"] = json.dumps(_tokenizer_settings(folder)).encode()
+    whole = None
+    if "tokenizer.json" in copies:
+        whole = _parse_tokenizer(folder / "tokenizer.json", copies["tokenizer.json"])
+        copies["tokenizer.json"] = copies["tokenizer.json"].removeprefix(codecs.BOM_UTF8)  # its reader takes none
     try:
-        if "tokenizer.json" in copies:
-            _check_growth(json.loads(copies["tokenizer.json"]))
+        if whole is not None:
+            _check_growth(whole)
         with TemporaryDirectory() as place:
             for name, content in copies.items():
                 (Path(place) / name).write_bytes(content)
@@ -157,6 +162,18 @@ def read_chat_template(folder: Path, tokenizer: Any) -> str | None:
     if template is not None and not isinstance(template, str):
         raise UserError(f"{folder}: chat_template is {shown(template)}, expected a text")
     return template
+
+
+def _parse_tokenizer(file: Path, content: bytes) -> dict[str, Any]:
+    """tokenizer.json, which no other reader looks at twice for depth, repeats and a byte order mark.
+
+    Raises:
+      UserError: no JSON, or not that of a tokenizer.
+    """
+    found = parse_json(content, str(file), bounds.TOKENIZER_BYTES)
+    if not isinstance(found.get("model"), dict):
+        raise UserError(f"{file}: holds no tokenizer: model is {shown(found.get('model'))}, expected a JSON object")
+    return found
 
 
 def _tokenizer_settings(folder: Path) -> dict[str, Any]:
