@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.core import TyperGroup
 
 from sparsevlm_jax import cli
 
@@ -24,9 +25,9 @@ every_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path:
 
 
 @pytest.fixture(scope="module")
-def program() -> typer.core.TyperGroup:
+def program() -> TyperGroup:
     group = typer.main.get_command(getattr(cli, "app", None) or importlib.import_module("sparsevlm_jax.cli.main").app)
-    assert isinstance(group, typer.core.TyperGroup)
+    assert isinstance(group, TyperGroup)
     return group
 
 
@@ -85,7 +86,7 @@ def test_python_blocks_are_python(document: Path) -> None:
 
 
 @every_document
-def test_commands_take_the_options_they_are_shown_with(document: Path, program: typer.core.TyperGroup) -> None:
+def test_commands_take_the_options_they_are_shown_with(document: Path, program: TyperGroup) -> None:
     for name, *arguments in filter(None, commands(document)):
         if name == "sparsevlm":
             # It raises for an unknown command, option or argument, and for one that is missing.
@@ -94,7 +95,7 @@ def test_commands_take_the_options_they_are_shown_with(document: Path, program: 
 
 
 @every_document
-def test_options_in_running_text_are_those_of_a_command(document: Path, program: typer.core.TyperGroup) -> None:
+def test_options_in_running_text_are_those_of_a_command(document: Path, program: TyperGroup) -> None:
     options = [option for command in program.commands.values() for option in command.params]
     known = {name for option in options for name in [*option.opts, *option.secondary_opts]}
     others = {"--golden", "--scenes", "--version", "--help"}
@@ -120,7 +121,9 @@ def test_modules_make_targets_and_tests_are_there(document: Path) -> None:
 @pytest.mark.skipif(not (ROOT / "sparsevlm_jax" / "pruning").is_dir(), reason="modules are not in packages yet")
 @every_document
 def test_files_named_in_documents_are_there(document: Path) -> None:
-    for name in re.findall(r"`((?:sparsevlm_jax|benchmarks|tests|training|examples|convert)/[\w/.]*)`", prose(document)):
+    for name in re.findall(
+        r"`((?:sparsevlm_jax|benchmarks|tests|training|examples|convert)/[\w/.]*)`", prose(document)
+    ):
         assert (ROOT / name).exists(), name
 
 
