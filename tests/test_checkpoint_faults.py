@@ -133,10 +133,10 @@ def test_what_cannot_be_read_is_one_line_without_digests_too(copy, group, spoil)
 
 def test_a_check_looks_at_digests_before_anything_is_restored(copy, group, monkeypatch):
     (group / QUERY / CHUNK).write_bytes(b"")
-    restore = store.restore_group
+    restore = orbax.restore_group
     restored: list[int] = []
     monkeypatch.setattr(
-        store, "restore_group", lambda folder, number: restored.append(number) or restore(folder, number)
+        orbax, "restore_group", lambda folder, number: restored.append(number) or restore(folder, number)
     )
     assert f"missing or changed: {QUERY}/{CHUNK}" in error_of(check, copy)
     assert restored and GROUP not in restored
@@ -144,7 +144,7 @@ def test_a_check_looks_at_digests_before_anything_is_restored(copy, group, monke
 
 def test_what_is_logged_of_reads_that_were_left_behind_is_not_shown(monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("asyncio"), "level", logging.NOTSET)
-    store.silence_orbax()
+    orbax.silence_orbax()
     logging.getLogger("asyncio").error("Task exception was never retrieved")
     logging.getLogger().warning("TensorStore data files not found in checkpoint path /x")
     logging.getLogger().warning("anything else")
