@@ -25,6 +25,7 @@ SIZES = {
     "head_dim": 1_024,
     "vocab_size": 1_000_000,
     "max_position_embeddings": 16_777_216,
+    "sliding_window": 16_777_216,
     "image_size": 2_048,  # pixels per side: 50 MB as float32
     "patch_size": 2_048,
     "num_channels": 3,  # pictures are RGB

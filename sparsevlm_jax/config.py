@@ -6,7 +6,7 @@ The dataclasses are hashable so that a configuration can be a static argument of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -31,7 +31,8 @@ _TOP = (
     "eos_token_id",
     "pad_token_id",
 )
-_BESIDE = ("model_type", "rope_theta", "rope_parameters", "rope_scaling", "eos_token_id", "pad_token_id")
+_BESIDE = ("model_type", "eos_token_id", "pad_token_id")
+_OF_TEXT = ("rope_theta", "rope_parameters", "rope_scaling", "attention_bias", "sliding_window", "use_sliding_window")
 # One of these is in a folder that holds more than an adapter.
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _WHOLE_MODELS = ("model*.safetensors", "pytorch_model*.bin", "manifest.json")
@@ -68,7 +69,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A Llama decoder (Hugging Face `llama`), multi-head or grouped-query."""
+    """A Llama decoder, or one that differs from it by what is said here: see `TEXT_MODELS`."""
 
     vocab_size: int
     hidden_size: int
@@ -81,8 +82,10 @@ class TextConfig:
     rms_norm_eps: float
     rope: Rope
     max_position_embeddings: int
-    attention_bias: bool
+    qkv_bias: bool
+    out_bias: bool
     mlp_bias: bool
+    qk_norm: bool  # queries and keys are normalised over the head dim before they are rotated
     tie_word_embeddings: bool
 
     def __post_init__(self) -> None:
@@ -94,6 +97,56 @@ class TextConfig:
             raise UserError(f"text_config.head_dim is {self.head_dim}: rotary position embeddings need an even number")
         if self.rope.head_dim != self.head_dim:
             raise UserError(f"text_config.head_dim is {self.head_dim}, the rotary embedding has {self.rope.head_dim}")
+
+
+@dataclass(frozen=True)
+class TextModel:
+    """How the decoders of one Hugging Face `model_type` differ from Llama's. None: the configuration says it.
+
+    Attributes:
+      qkv_bias, out_bias: biases of the attention's projections.
+      qk_norm: see `TextConfig`.
+      window: whether the entry `sliding_window` holds, given the configuration.
+    """
+
+    qkv_bias: bool | None = None
+    out_bias: bool | None = None
+    qk_norm: bool = False
+    window: Callable[[Mapping[str, Any]], bool] = lambda text: False
+
+
+TEXT_MODELS = {
+    "llama": TextModel(),
+    "mistral": TextModel(qkv_bias=False, out_bias=False, window=lambda text: True),
+    "qwen2": TextModel(qkv_bias=True, out_bias=False, window=lambda text: bool(text.get("use_sliding_window"))),
+    "qwen3": TextModel(qk_norm=True, window=lambda text: bool(text.get("use_sliding_window"))),
+}
+
+
+def text_config(text: Mapping[str, Any], source: str) -> TextConfig:
+    """A decoder's configuration out of a complete `text_config`.
+
+    Every layer sees the whole prompt here. A model with a window that is shorter than its context therefore takes
+    prompts up to its window only, within which both are the same.
+
+    Raises:
+      UserError: a value that is none, or a rotary embedding that is not computed.
+    """
+    part, kind = f"{source}: text_config", TEXT_MODELS[text["model_type"]]
+    heads = typed(text["num_attention_heads"], "int", f"{part}.num_attention_heads")
+    values = {
+        **text,
+        "head_dim": text.get("head_dim") or typed(text["hidden_size"], "int", f"{part}.hidden_size") // heads,
+    }
+    stated = text.get("attention_bias", False)
+    values["qkv_bias"] = stated if kind.qkv_bias is None else kind.qkv_bias
+    values["out_bias"] = stated if kind.out_bias is None else kind.out_bias
+    values["mlp_bias"], values["qk_norm"] = text.get("mlp_bias", False), kind.qk_norm
+    window = text.get("sliding_window")
+    if window is not None and kind.window(text):
+        window = typed(window, "int", f"{part}.sliding_window")
+        values["max_position_embeddings"] = min(window, values["max_position_embeddings"])
+    return pick(TextConfig, {**values, "rope": rope_of(values, source)}, part)
 
 
 @runtime_checkable
@@ -154,11 +207,12 @@ def complete(config: dict[str, Any], source: str) -> dict[str, Any]:
     """
     refuse_quantised(config, source)
     given = {key: config[key] for key in _TOP if key in config}
-    for part, cls, model_type in (
-        ("vision_config", VisionConfig, "clip_vision_model"),
-        ("text_config", TextConfig, "llama"),
+    for part, cls, model_types, beside in (
+        ("vision_config", VisionConfig, ("clip_vision_model",), ()),
+        ("text_config", TextConfig, tuple(TEXT_MODELS), _OF_TEXT),
     ):
-        given[part] = _known(config.get(part) or {}, cls, model_type, f"{source}: {part}")
+        keys = (*(field.name for field in fields(cls)), *_BESIDE, *beside)
+        given[part] = _known(config.get(part) or {}, keys, model_types, f"{source}: {part}")
     from transformers import AutoConfig  # here, not above: it imports torch where torch is installed
 
     try:
@@ -211,16 +265,17 @@ def check_depth(config: ModelConfig, tensors: int, source: str) -> None:
         )
 
 
-def _known(values: Any, cls: type, model_type: str, part: str) -> dict[str, Any]:
+def _known(values: Any, keys: Sequence[str], model_types: Sequence[str], part: str) -> dict[str, Any]:
     """The entries of a part of config.json that are used, each within its bound."""
     if not isinstance(values, dict):
         raise UserError(f"{part} is {shown(values)}, expected a JSON object")
-    if values.get("model_type", model_type) != model_type:
-        raise UserError(f'{part}.model_type is {shown(values["model_type"])}, expected "{model_type}"')
+    if values.get("model_type", model_types[0]) not in model_types:
+        expected = " or ".join(f'"{name}"' for name in model_types)
+        raise UserError(f"{part}.model_type is {shown(values['model_type'])}, expected {expected}")
     for key, most in bounds.SIZES.items():
         if values.get(key) is not None:
             _size(values[key], most, f"{part}.{key}")
-    return {key: values[key] for key in (*(field.name for field in fields(cls)), *_BESIDE) if key in values}
+    return {key: values[key] for key in keys if key in values}
 
 
 def _size(value: Any, most: int, name: str) -> None:

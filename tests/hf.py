@@ -33,14 +33,18 @@ def tiny_llava(
     seed: int = 0,
     max_position: int = 2048,
     processor: bool = True,
+    decoder: str = "llama",
+    **text: Any,
 ) -> Path:
     """Saves a random LlavaForConditionalGeneration, float32, with or without its tokenizer and image processor.
+
+    The decoder is of any model type that transformers has; `text` are entries of its configuration beside the sizes.
 
     Weights are drawn wider than transformers does, so that logits are well apart and a wrong step shows. No token
     ends an answer: random weights would end it anywhere.
     """
     import torch
-    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
     tokenizer = llama_tokenizer()
     assert len(tokenizer) <= vocab, f"the tokenizer has {len(tokenizer)} tokens, vocab is {vocab}"
@@ -54,7 +58,8 @@ def tiny_llava(
             image_size=image_size,
             patch_size=patch_size,
         ),
-        text_config=LlamaConfig(
+        text_config=AutoConfig.for_model(
+            decoder,
             vocab_size=vocab,
             hidden_size=hidden,
             intermediate_size=ffn,
@@ -63,6 +68,7 @@ def tiny_llava(
             num_key_value_heads=kv_heads,
             max_position_embeddings=max_position,
             rms_norm_eps=1e-5,
+            **text,
         ),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=(image_size // patch_size) ** 2,

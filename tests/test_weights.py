@@ -24,7 +24,15 @@ LAYOUTS = json.loads((GOLDEN / "tiny_llava_key_layouts.json").read_text())  # [5
 TINY = tiny()
 UNUSUAL = replace(
     TINY,
-    text=replace(TINY.text, attention_bias=True, mlp_bias=True, tie_word_embeddings=True, num_key_value_heads=2),
+    text=replace(
+        TINY.text,
+        qkv_bias=True,
+        out_bias=True,
+        mlp_bias=True,
+        qk_norm=True,
+        tie_word_embeddings=True,
+        num_key_value_heads=2,
+    ),
     projector_bias=False,
 )
 HARMLESS = (

@@ -21,6 +21,7 @@ CHUNK = 2**22  # elements drawn at a time
 def load(config: LlavaConfig, dtype: str, device: torch.device, attention: str) -> Any:
     """transformers' LLaVA of a configuration with the hash's weights, made on the device."""
     text = asdict(config.text)
+    text["attention_bias"] = text.pop("qkv_bias")
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": text.pop("rope")["theta"]}
     settings: dict[str, Any] = {
         "vision_config": {**asdict(config.vision), "model_type": "clip_vision_model"},

@@ -64,6 +64,8 @@ TABLE = (
     (_TEXT_LAYER + "self_attn.k_proj", "language_model/layers_{i}/self_attn/k_proj", _DENSE),
     (_TEXT_LAYER + "self_attn.v_proj", "language_model/layers_{i}/self_attn/v_proj", _DENSE),
     (_TEXT_LAYER + "self_attn.o_proj", "language_model/layers_{i}/self_attn/o_proj", _DENSE),
+    (_TEXT_LAYER + "self_attn.q_norm", "language_model/layers_{i}/self_attn/q_norm", _NORM),
+    (_TEXT_LAYER + "self_attn.k_norm", "language_model/layers_{i}/self_attn/k_norm", _NORM),
     (_TEXT_LAYER + "post_attention_layernorm", "language_model/layers_{i}/post_attention_layernorm", _NORM),
     (_TEXT_LAYER + "mlp.gate_proj", "language_model/layers_{i}/mlp/gate_proj", _DENSE),
     (_TEXT_LAYER + "mlp.up_proj", "language_model/layers_{i}/mlp/up_proj", _DENSE),

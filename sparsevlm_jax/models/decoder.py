@@ -28,10 +28,12 @@ class Attention(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.q_proj = linear(c.num_attention_heads * c.head_dim, c.attention_bias)
-        self.k_proj = linear(c.num_key_value_heads * c.head_dim, c.attention_bias)
-        self.v_proj = linear(c.num_key_value_heads * c.head_dim, c.attention_bias)
-        self.o_proj = linear(c.hidden_size, c.attention_bias)
+        self.q_proj = linear(c.num_attention_heads * c.head_dim, c.qkv_bias)
+        self.k_proj = linear(c.num_key_value_heads * c.head_dim, c.qkv_bias)
+        self.v_proj = linear(c.num_key_value_heads * c.head_dim, c.qkv_bias)
+        self.o_proj = linear(c.hidden_size, c.out_bias)
+        if c.qk_norm:
+            self.q_norm, self.k_norm = RMSNorm(c.rms_norm_eps), RMSNorm(c.rms_norm_eps)
 
     def __call__(
         self, x: Float[Array, "b l d"], positions: Int[Array, "b l a"], attend: Attend
@@ -47,8 +49,10 @@ class Attention(nn.Module):
         """Rotated, by head. Both get one input, `apart`."""
         c = self.config
         heads = (*for_query.shape[:2], -1, c.head_dim)
-        query = apply_rope(self.q_proj(for_query).reshape(heads), positions, c.rope)
-        return query, apply_rope(self.k_proj(for_key).reshape(heads), positions, c.rope)
+        query, key = self.q_proj(for_query).reshape(heads), self.k_proj(for_key).reshape(heads)
+        if c.qk_norm:
+            query, key = self.q_norm(query), self.k_norm(key)
+        return apply_rope(query, positions, c.rope), apply_rope(key, positions, c.rope)
 
 
 class MLP(nn.Module):

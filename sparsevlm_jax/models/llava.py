@@ -24,7 +24,7 @@ from sparsevlm_jax.config import (
     complete,
     pick,
     read_config,
-    rope_of,
+    text_config,
     token_id,
     typed,
 )
@@ -107,7 +107,7 @@ class LlavaConfig:
         vision, text = full["vision_config"], full["text_config"]
         made = cls(
             vision=pick(VisionConfig, vision, f"{source}: vision_config"),
-            text=pick(TextConfig, {**text, "rope": rope_of(text, source)}, f"{source}: text_config"),
+            text=text_config(text, source),
             image_token_id=token_id(full["image_token_index"], f"{source}: image_token_index"),
             vision_feature_layer=_feature_layer(full["vision_feature_layer"], source),
             vision_feature_select_strategy=full["vision_feature_select_strategy"],
