@@ -25,8 +25,8 @@ def check(folder: str | Path, watch: Watch = lambda done, total: None) -> int:
     problems = store.changed_files(opened.folder, manifest)
     for number, group in enumerate(manifest.groups):
         try:
+            store.require_whole(opened.folder, number, manifest)  # first: what orbax says of damaged chunks is long
             opened.tensors(number)
-            store.require_whole(opened.folder, number, manifest)
         except UserError as error:
             problems.append(str(error))
         done += sum(record.nbytes for record in group)

@@ -36,6 +36,7 @@ from sparsevlm_jax.options import (
 )
 from sparsevlm_jax.pictures import silence_pillow
 from sparsevlm_jax.schedule import Plan, Sparsity, make_plan
+from sparsevlm_jax.store import silence_orbax
 from sparsevlm_jax.units import in_bytes, in_si
 from sparsevlm_jax.walkthrough import walk_through
 
@@ -174,6 +175,7 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else it misses torch, and finds long prompts too long
     _keep_compiled_programs()
     silence_pillow()
+    silence_orbax()
     sys.exit(_run())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -126,6 +127,26 @@ def test_load_and_check_name_a_group_that_is_not_what_was_written(copy, group, s
 def test_what_cannot_be_read_is_one_line_without_digests_too(copy, group, spoil):
     spoil(group)
     assert "group_00003: cannot be restored" in error_of(load, copy, check=False)
+
+
+def test_a_check_looks_at_digests_before_anything_is_restored(copy, group, monkeypatch):
+    (group / QUERY / CHUNK).write_bytes(b"")
+    restore = store.restore_group
+    restored: list[int] = []
+    monkeypatch.setattr(
+        store, "restore_group", lambda folder, number: restored.append(number) or restore(folder, number)
+    )
+    assert f"missing or changed: {QUERY}/{CHUNK}" in error_of(check, copy)
+    assert restored and GROUP not in restored
+
+
+def test_what_is_logged_of_reads_that_were_left_behind_is_not_shown(monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("asyncio"), "level", logging.NOTSET)
+    store.silence_orbax()
+    logging.getLogger("asyncio").error("Task exception was never retrieved")
+    logging.getLogger().warning("TensorStore data files not found in checkpoint path /x")
+    logging.getLogger().warning("anything else")
+    assert caplog.messages == ["anything else"]
 
 
 def test_digests_need_not_be_compared(copy, group):
