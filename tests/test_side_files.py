@@ -335,7 +335,9 @@ def test_a_pipe_is_no_picture(tmp_path):
 def test_the_orientation_tag_alone_turns_a_picture(tmp_path):
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "wide"
-    data = exif.tobytes().replace(b"\x0e\x01\x02\x00", b"\x00\x01\x02\x00")  # the text becomes that of ImageWidth
+    plain = exif.tobytes()
+    data = plain.replace(b"\x01\x0e\x00\x02", b"\x01\x00\x00\x02")  # the text becomes that of ImageWidth
+    assert data != plain
     Image.fromarray(COLOURS).save(tmp_path / "turned.png", exif=data)
     np.testing.assert_array_equal(np.asarray(open_image(tmp_path / "turned.png")), np.rot90(COLOURS, -1))
 
