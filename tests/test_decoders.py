@@ -54,7 +54,8 @@ def prompt(config: LlavaConfig) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_answers_are_those_of_transformers(folder: Any) -> None:
-    ours, theirs = load(folder), LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    theirs: Any = LlavaForConditionalGeneration.from_pretrained(folder).eval()
+    ours = load(folder)
     ids, pixels = prompt(ours.config)
     inputs = torch.from_numpy(ids.astype(np.int64))[None]
     with torch.no_grad():

@@ -151,17 +151,6 @@ def _not_of_orbax(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("TensorStore data files not found")
 
 
-def silence_orbax() -> None:
-    """For a program that owns its process: where one chunk cannot be read, the reads that were under way beside it
-    log a traceback each, some as late as they are collected. Our own error says it."""
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    logging.getLogger().addFilter(_not_of_orbax)
-
-
-def _not_of_orbax(record: logging.LogRecord) -> bool:
-    return not record.getMessage().startswith("TensorStore data files not found")
-
-
 def file_digest(file: Path) -> str:
     """sha256 of a regular file.
 
