@@ -21,14 +21,15 @@ from sparsevlm_jax.rotary import plain_rope
 LENGTH, HEAD_DIM = 27, 8
 LENGTHS = np.array([27, 11, 1], np.int32)
 # On an NVIDIA machine (JAX_PLATFORMS=cuda) the fused kernel is held against the same reference.
-IN_16_BIT = ["xla", "blockwise", *(["cudnn"] if attention._default_backend_is_nvidia() else [])]
+IN_16_BIT = ["xla", "blockwise", "tiled", *(["cudnn"] if attention._default_backend_is_nvidia() else [])]
 HEADS = [(4, 4), (4, 2), (4, 1)]  # query heads, key-value heads
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two full blocks and a remainder."""
+    """Two full blocks and a remainder; a full tile, which is a multiple of 16, and a remainder."""
     monkeypatch.setattr(attention, "BLOCK", 10)
+    monkeypatch.setattr(attention, "TILE", 16)
 
 
 def inputs(heads: int, kv_heads: int, dtype: str = "float32") -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -64,7 +65,7 @@ def valid(x: Any) -> np.ndarray:
     return np.asarray(x, np.float64)[np.arange(LENGTH)[None] < LENGTHS[:, None]]
 
 
-@pytest.mark.parametrize("implementation", ["xla", "blockwise"])
+@pytest.mark.parametrize("implementation", ["xla", "blockwise", "tiled"])
 @pytest.mark.parametrize("heads", HEADS)
 def test_prefill_attention_is_softmax(implementation: str, heads: tuple[int, int]) -> None:
     qkv = inputs(*heads)
@@ -124,14 +125,64 @@ def shapes(jaxpr: Any) -> Iterator[tuple[int, ...]]:
                 yield from shapes(inner)
 
 
-@pytest.mark.parametrize("implementation, squares", [("blockwise", False), ("xla", True)])
-def test_only_blockwise_avoids_length_by_length(implementation: str, squares: bool) -> None:
+@pytest.mark.parametrize("implementation, squares", [("blockwise", False), ("tiled", False), ("xla", True)])
+def test_only_the_written_out_one_is_length_by_length(implementation: str, squares: bool) -> None:
     run = partial(attend, causal=True, implementation=implementation)
     found = shapes(jax.make_jaxpr(run)(*inputs(4, 2), jnp.asarray(LENGTHS)).jaxpr)
     assert any(sum(size >= LENGTH for size in shape) > 1 for shape in found) == squares
 
 
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 255, 256, 257, 511, 513, 664, 1500, 3001, 4097, 6000])
+def test_tiles_of_every_length_are_softmax(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
+    """Rows at borders of tiles, and some others, against float64; a short row beside the full one."""
+    monkeypatch.setattr(attention, "TILE", 256)
+    random = np.random.default_rng(length)
+    query, key, value = (random.normal(0, 1, (2, length, count, HEAD_DIM)).astype(np.float32) for count in (2, 1, 1))
+    lengths = np.array([length, max(1, length // 3)], np.int32)
+    given = (jnp.asarray(x) for x in (query, key, value, lengths))
+    out = np.asarray(jax.jit(partial(attend, causal=True, implementation="tiled"))(*given))
+    assert np.all(np.isfinite(out))
+    for b, valid_tokens in enumerate(lengths):
+        borders = np.arange(0, valid_tokens, 16)[:, None] + np.array([-1, 0])
+        rows = np.unique(np.clip(np.append(borders[:: 1 + len(borders) // 40], valid_tokens - 1), 0, valid_tokens - 1))
+        visible = (np.arange(length) <= rows[:, None])[None]
+        one = slice(b, b + 1)
+        expected, _ = reference(query[one, rows], key[one], value[one], visible)
+        np.testing.assert_allclose(out[one, rows], expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("length, expected", [(1, 2), (256, 2), (257, 4), (664, 4), (6000, 4), (100_000, 4)])
+def test_the_tiled_program_does_not_grow_with_the_length(
+    monkeypatch: pytest.MonkeyPatch, length: int, expected: int
+) -> None:
+    monkeypatch.setattr(attention, "TILE", 256)
+    x = jax.ShapeDtypeStruct((2, length, 4, HEAD_DIM), jnp.float32)
+    run = partial(attend, causal=True, implementation="tiled")
+    jaxpr = jax.make_jaxpr(run)(x, x, x, jax.ShapeDtypeStruct((2,), jnp.int32))
+    assert str(jaxpr).count("dot_general[") == expected
+
+
+def test_the_tiled_path_has_the_gradients_of_the_written_out_one() -> None:
+    valid_tokens = jnp.asarray(np.arange(LENGTH)[None] < LENGTHS[:, None])[:, :, None, None]
+
+    def loss(inputs: tuple[jax.Array, jax.Array, jax.Array], implementation: str) -> jax.Array:
+        out = attend(*inputs, jnp.asarray(LENGTHS), causal=True, implementation=implementation)
+        return jnp.sum(jnp.where(valid_tokens, out, 0.0) ** 2)
+
+    found, expected = (jax.jit(jax.grad(partial(loss, implementation=name)))(inputs(4, 2)) for name in ("tiled", "xla"))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-4, rtol=1e-5), found, expected)
+
+
+@pytest.mark.parametrize("length, expected", [(2, "tiled"), (6000, "tiled"), (1, "xla")])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_cpu_tiles_its_prefills(dtype: str, length: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_default_backend_is_cpu", lambda: True)
+    monkeypatch.setattr(attention, "_default_backend_is_nvidia", lambda: False)
+    assert choose_implementation((1, length, 4, 16), (1, 6000, 4, 16), jnp.dtype(dtype)) == expected
+
+
 def test_large_logits_go_blockwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_default_backend_is_cpu", lambda: False)
     query, key = (1, 64, 4, 16), (1, 64, 4, 16)
     monkeypatch.setattr(attention, "LOGITS_LIMIT", 4 * 4 * 64 * 64)
     assert choose_implementation(query, key, jnp.dtype("float32")) == "xla"
@@ -155,6 +206,7 @@ def test_cudnn_takes_16_bit_prefills_on_nvidia(
     monkeypatch: pytest.MonkeyPatch, nvidia: bool, dtype: str, length: int, head_dim: int, expected: str
 ) -> None:
     monkeypatch.setattr(attention, "_default_backend_is_nvidia", lambda: nvidia)
+    monkeypatch.setattr(attention, "_default_backend_is_cpu", lambda: False)
     query, key = (1, length, 4, head_dim), (1, 64, 4, head_dim)
     assert choose_implementation(query, key, jnp.dtype(dtype)) == expected
 
@@ -176,6 +228,7 @@ def test_cudnn_is_asked_for_causal_attention_over_packed_rows(monkeypatch: pytes
 
 
 def test_auto_computes_what_it_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here tiles; on another backend blocks."""
     monkeypatch.setattr(attention, "LOGITS_LIMIT", 0)
     qkv = inputs(4, 2)
     jaxpr = jax.make_jaxpr(partial(attend, causal=True, implementation="auto"))(*qkv, jnp.asarray(LENGTHS))
