@@ -173,16 +173,7 @@ def test_the_tiled_path_has_the_gradients_of_the_written_out_one() -> None:
     jax.tree.map(partial(np.testing.assert_allclose, atol=2e-4, rtol=1e-5), found, expected)
 
 
-@pytest.mark.parametrize("length, expected", [(2, "tiled"), (6000, "tiled"), (1, "xla")])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_cpu_tiles_its_prefills(dtype: str, length: int, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_default_backend_is_cpu", lambda: True)
-    monkeypatch.setattr(attention, "_default_backend_is_nvidia", lambda: False)
-    assert choose_implementation((1, length, 4, 16), (1, 6000, 4, 16), jnp.dtype(dtype)) == expected
-
-
 def test_large_logits_go_blockwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_default_backend_is_cpu", lambda: False)
     query, key = (1, 64, 4, 16), (1, 64, 4, 16)
     monkeypatch.setattr(attention, "LOGITS_LIMIT", 4 * 4 * 64 * 64)
     assert choose_implementation(query, key, jnp.dtype("float32")) == "xla"
@@ -206,7 +197,6 @@ def test_cudnn_takes_16_bit_prefills_on_nvidia(
     monkeypatch: pytest.MonkeyPatch, nvidia: bool, dtype: str, length: int, head_dim: int, expected: str
 ) -> None:
     monkeypatch.setattr(attention, "_default_backend_is_nvidia", lambda: nvidia)
-    monkeypatch.setattr(attention, "_default_backend_is_cpu", lambda: False)
     query, key = (1, length, 4, head_dim), (1, 64, 4, head_dim)
     assert choose_implementation(query, key, jnp.dtype(dtype)) == expected
 

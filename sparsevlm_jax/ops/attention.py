@@ -72,15 +72,14 @@ def choose_implementation(query: tuple[int, ...], key: tuple[int, ...], dtype: j
     """What "auto" means for these shapes on the default backend.
 
     cuDNN's fused kernel takes a prefill in bfloat16 or float16 with a head dim that is a multiple of 8 up to 128.
-    One decoded token reads the cache once whatever the kernel, so it stays with XLA. Any other prefill is tiled on a
-    CPU; elsewhere it is written out, in blocks where its logits are large.
+    One decoded token reads the cache once whatever the kernel, so it stays with XLA. Any other prefill is written
+    out, in blocks where its logits are large. "tiled" is asked for by name: it is as fast as PyTorch's on one thread,
+    on two it has not been measured on a quiet machine (benchmarks/attention.py).
     """
     batch, length, heads, head_dim = query
     fits_cudnn = dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
     if length > 1 and fits_cudnn and _default_backend_is_nvidia():
         return "cudnn"
-    if length > 1 and _default_backend_is_cpu():
-        return "tiled"
     logits_bytes = 4 * batch * heads * length * key[1]
     return "blockwise" if logits_bytes > LOGITS_LIMIT else "xla"
 
@@ -226,10 +225,6 @@ def _dot_product_attention(query: Array, key: Array, value: Array, **options) ->
         jax.default_matmul_precision(precision),
     ):
         return jax.nn.dot_product_attention(query, key, value, **options).astype(dtype)
-
-
-def _default_backend_is_cpu() -> bool:
-    return jax.default_backend() == "cpu"
 
 
 def _default_backend_is_nvidia() -> bool:
