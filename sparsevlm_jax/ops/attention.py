@@ -161,7 +161,7 @@ def _attend_tiled(
         x = x.reshape(batch, tiles, tile, kv_heads, groups, head_dim)
         return jnp.transpose(x, (0, 3, 1, 4, 2, 5)).reshape(batch * kv_heads, tiles, groups * tile, head_dim)
 
-    scaled = query.astype(jnp.float32) * np.float32(1 / math.sqrt(head_dim))
+    scaled = query.astype(jnp.float32) * jnp.float32(1 / math.sqrt(head_dim))
     # Apart, or the loops would read what is transposed for each of their products.
     by_head = jax.lax.optimization_barrier((by_tile(scaled, groups), by_tile(key, 1), by_tile(value, 1)))
     places = jnp.arange(tile)
