@@ -403,7 +403,7 @@ def test_the_commands_convert_check_verify_inspect_and_go_back(monkeypatch, caps
 
 
 def test_verify_ends_with_an_error_where_it_finds_a_difference(monkeypatch, capsys, copy):
-    monkeypatch.setattr("convert.verify.TOLERANCES", {"float32": 1e-9})
+    monkeypatch.setattr("sparsevlm_jax.checkpoints.verify.TOLERANCES", {"float32": 1e-9})
     monkeypatch.setattr(sys, "argv", ["sparsevlm", "convert", str(HF), str(copy), "--verify"])
     with pytest.raises(SystemExit) as stop:
         main.main()
