@@ -42,7 +42,7 @@ def main() -> None:
     for threads in options.threads:
         cells += _start(threads, options)
     if options.out:
-        from benchmarks.machine import environment
+        from sparsevlm_jax.bench.machine import environment
 
         result = {"machine": environment("cpu"), "load": os.getloadavg(), "cells": cells}
         options.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -121,7 +121,7 @@ def _sides(threads: int, heads: int, head_dim: int, tokens: int) -> dict[str, Ca
     import jax.numpy as jnp
     import numpy as np
     import torch
-    from sparsevlm_jax.attention import attend
+    from sparsevlm_jax.ops.attention import attend
 
     torch.set_num_threads(threads)
     random = np.random.default_rng(0)
