@@ -121,6 +121,7 @@ def _sides(threads: int, heads: int, head_dim: int, tokens: int) -> dict[str, Ca
     import jax.numpy as jnp
     import numpy as np
     import torch
+
     from sparsevlm_jax.ops.attention import attend
 
     torch.set_num_threads(threads)
