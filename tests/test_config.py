@@ -113,7 +113,7 @@ def test_tokens_per_image(strategy, tokens):
         ("model_type", "llava_next", 'model_type is "llava_next"'),
         ("model_type", "llava_llama", "original LLaVA layout; convert it"),
         ("mm_vision_tower", "openai/clip-vit-large-patch14-336", "original LLaVA layout; convert it"),
-        ("text_config.model_type", "mistral", 'text_config.model_type is "mistral"'),
+        ("text_config.model_type", "gemma", 'text_config.model_type is "gemma"'),
         ("vision_config.model_type", "siglip_vision_model", 'vision_config.model_type is "siglip_vision_model"'),
         ("text_config.rope_scaling", {"type": "dynamic", "factor": 2.0}, 'rope type "dynamic" is not supported'),
         ("text_config.rope_theta", -1.0, "rope_theta of text_config is -1.0"),

@@ -308,7 +308,7 @@ def test_check_names_what_was_changed(copy):
     damaged[100] ^= 1
     chunk.write_bytes(damaged)
     with pytest.raises(
-        UserError, match=r"generation_config.json: missing or changed; .*group_00003: damaged: .*q_proj"
+        UserError, match=r"generation_config.json: missing or changed; .*group_00003: .*missing or changed: .*q_proj"
     ):
         check(copy)
 

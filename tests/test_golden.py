@@ -13,6 +13,7 @@ import pytest
 
 from sparsevlm_jax import Sparsity, decode_step, embed, encode_images, make_plan, prefill
 from sparsevlm_jax.models.llava import Llava
+from sparsevlm_jax.models.stages import decoder_of
 from sparsevlm_jax.pruning import sparsify
 from sparsevlm_jax.pruning.budgets import paper_flops
 from sparsevlm_jax.pruning.methods.sparsevlm import gravity, kept_by_rank, numerical_rank, select_heads
@@ -262,7 +263,7 @@ def test_llava_from_pixels_agrees_with_transformers(dense_llava: tuple[Path, str
     plan = make_plan(Sparsity.dense(), config, config.tokens_per_image)
     tokens = arrays[f"{prefix}tokens"]
     logits, cache, trace = prefill(params, prompt, config, plan, trace=True, max_new_tokens=len(tokens))
-    everywhere = Llava(config).apply({"params": params}, trace.hidden, method="logits")
+    everywhere = decoder_of(params, config).logits(trace.hidden)
     np.testing.assert_allclose(everywhere[0], arrays[f"{prefix}logits"], atol=HIDDEN, rtol=0)
     for step, token in enumerate(tokens):
         np.testing.assert_allclose(logits[0], arrays[f"{prefix}step_logits"][step], atol=HIDDEN, rtol=0)

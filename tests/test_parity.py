@@ -17,7 +17,7 @@ from sparsevlm_jax import LlavaConfig, Sparsity, embed, load, make_plan, prefill
 from sparsevlm_jax.checkpoints.load import Model
 from sparsevlm_jax.generation.api import generate_ids
 from sparsevlm_jax.inputs.packing import pack
-from sparsevlm_jax.models.llava import Llava
+from sparsevlm_jax.models.stages import decoder_of
 from tests.hf import tiny_llava
 
 SIZE, NEW_TOKENS = 364, 16  # 26 × 26 patches: 676 visual tokens a picture
@@ -73,7 +73,7 @@ def our_logits(model: Model, rows: list[Row]) -> np.ndarray:
     def run(params: Any, ids: jax.Array, lengths: jax.Array, pixels: jax.Array | None) -> Any:
         prompt = embed(params, ids, lengths, pixels, config)
         last, _, trace = prefill(params, prompt, config, plan, trace=True, max_new_tokens=0)
-        return last, Llava(config).apply({"params": params}, trace.hidden, method="logits")
+        return last, decoder_of(params, config).logits(trace.hidden)
 
     pixels = jnp.asarray(np.concatenate(pictures)) if pictures else None
     last, logits = run(model.params, jnp.asarray(packed.input_ids), jnp.asarray(packed.lengths), pixels)

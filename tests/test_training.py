@@ -268,7 +268,7 @@ def test_patches_that_are_the_sum_of_their_words_are_aligned_however_long_they_a
     decoder = params["language_model"] | {"embed_tokens": {"embedding": 3 * words}}
     for size in (0.1, 10.0):
         projected = size * rows @ words
-        monkeypatch.setattr("sparsevlm_jax.vision.Projector.__call__", lambda *_, found=projected: found)
+        monkeypatch.setattr("sparsevlm_jax.models.llava.Projector.__call__", lambda *_, found=projected: found)
         arrays = jax.tree.map(jnp.asarray, batch)
         found = losses(params | {"language_model": decoder}, config(), arrays, with_questions=False)
         assert found.alignment < 0.05 and found.presence < 5 and found.recognition == 1

@@ -106,7 +106,7 @@ def answer_logits(
             return _attend_packed(query, key, value, prefix, sees_scene, there), None
 
         own = positions if there is None else renumbered(positions, there)
-        hidden, _ = layer(hidden, own, attend_packed)
+        hidden, _ = layer(hidden, own[..., None], attend_packed)
     asked = hidden[:, prefix:].reshape(scenes, count, length, -1)
     last = ends[:, :, None] + jnp.arange(2)[None, None, :]
     return decoder.logits(jnp.take_along_axis(asked, last[..., None], axis=2))
