@@ -347,7 +347,7 @@ def test_the_command_replaces_the_page_and_leaves_nothing_else(run: Run, tmp_pat
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["-o", "page.html"], "give at least one"),
+        (["-o", "page.html"], "give at least one --image"),
         (["-o", "page.txt", "--image", "picture.png"], "-o page.txt: a page is written"),
         (["-o", "gone/page.html", "--image", "picture.png"], "there is no folder gone"),
         (["-o", "page.html", "--image", "gone.png"], "gone.png: no such file"),

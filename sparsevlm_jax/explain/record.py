@@ -116,7 +116,7 @@ def require_picture(images: Sequence[ImageLike]) -> None:
       UserError: there is no picture.
     """
     if not images:
-        raise UserError("explain shows what becomes of a picture's patches: give at least one")
+        raise UserError("explain shows what becomes of a picture's patches: give at least one `image`")
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
