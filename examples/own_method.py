@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 import sparsevlm_jax as sv
-from sparsevlm_jax.methods import Layer, Method, Scores
+from sparsevlm_jax.pruning.methods import Layer, Method, Scores
 
 
 def score_by_length(layer: Layer, sparsity: sv.Sparsity) -> Scores:

@@ -117,8 +117,6 @@ def test_modules_make_targets_and_tests_are_there(document: Path) -> None:
         assert (ROOT / file).exists(), file
 
 
-# The documents name modules as they stand in packages.
-@pytest.mark.skipif(not (ROOT / "sparsevlm_jax" / "pruning").is_dir(), reason="modules are not in packages yet")
 @every_document
 def test_files_named_in_documents_are_there(document: Path) -> None:
     for name in re.findall(
@@ -127,7 +125,6 @@ def test_files_named_in_documents_are_there(document: Path) -> None:
         assert (ROOT / name).exists(), name
 
 
-@pytest.mark.skipif(not (ROOT / "sparsevlm_jax" / "pruning").is_dir(), reason="modules are not in packages yet")
 @every_document
 def test_functions_named_behind_a_file_are_in_it(document: Path) -> None:
     for file, names in re.findall(r"`(sparsevlm_jax/[\w/]+\.py)`: ((?:`\w+`(?:, )?)+)", prose(document)):
