@@ -4,6 +4,10 @@ Each bound lies well above what any published LLaVA checkpoint holds, and low en
 accepted, takes less than two seconds and a gigabyte.
 """
 
+from __future__ import annotations
+
+from sparsevlm_jax.errors import UserError, shown
+
 # Text.
 JSON_BYTES = 4_000_000  # an index of LLaVA-1.5-13B has 0.08 MB, a manifest 0.4 MB; Python takes up to 100 times as much
 JSON_DEPTH = 40  # nested lists and objects; a config.json has 4 levels
@@ -34,6 +38,18 @@ VISUAL_TOKENS = 16_384  # of one picture; LLaVA-1.5 has 576
 TOKEN_ID = 2**31 - 1  # ids are int32
 END_TOKENS = 1_000  # of one model
 NUMBER = 1e18  # rotary base and norms' epsilon, which are computed with in float32
+
+
+def positive(value: object, name: str) -> float:
+    """A number as a file states it.
+
+    Raises:
+      UserError: it is no number, not above zero, or above `NUMBER`.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= NUMBER:
+        raise UserError(f"{name} is {shown(value)}, expected a positive number, at most {NUMBER:g}")
+    return float(value)
+
 
 # Pictures.
 # 8192 x 6144, the largest that common telephones take; also of what a picture is padded or enlarged to. Decoding takes

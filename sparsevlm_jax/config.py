@@ -145,7 +145,8 @@ def text_config(text: Mapping[str, Any], source: str) -> TextConfig:
     window = text.get("sliding_window")
     if window is not None and kind.window(text):
         window = typed(window, "int", f"{part}.sliding_window")
-        values["max_position_embeddings"] = min(window, values["max_position_embeddings"])
+        context = typed(values["max_position_embeddings"], "int", f"{part}.max_position_embeddings")
+        values["max_position_embeddings"] = min(window, context)
     return pick(TextConfig, {**values, "rope": rope_of(values, source)}, part)
 
 
@@ -310,9 +311,7 @@ def typed(value: Any, kind: Any, name: str) -> Any:
     if kind == "int":
         _size(value, bounds.SIZES[name.rpartition(".")[2]], name)
     elif kind == "float":
-        if type(value) not in (int, float) or not 0 < value <= bounds.NUMBER:
-            raise UserError(f"{name} is {shown(value)}, expected a positive number, at most {bounds.NUMBER:g}")
-        return float(value)
+        return bounds.positive(value, name)
     elif type(value).__name__ != kind:
         raise UserError(f"{name} is {shown(value)}, expected {'true or false' if kind == 'bool' else 'a name'}")
     return value

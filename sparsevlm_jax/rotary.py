@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from sparsevlm_jax import bounds
 from sparsevlm_jax.errors import UserError, shown
 
 TYPES = ("default", "linear", "llama3", "yarn")  # "dynamic" and "longrope" hang on the running length
@@ -62,10 +63,7 @@ def rope_from_hf(parameters: Mapping[str, Any], head_dim: int, source: str) -> R
 
     def number(key: str, default: float | None = None) -> float:
         value = parameters.get(key)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e12:
-            raise UserError(f"{source}: {key} of text_config is {shown(value)}, expected a positive number")
-        return float(value)
+        return bounds.positive(default if value is None else value, f"{source}: {key} of text_config")
 
     theta = number("rope_theta")
     frequencies = _inverse_powers(head_dim, theta)
@@ -74,8 +72,12 @@ def rope_from_hf(parameters: Mapping[str, Any], head_dim: int, source: str) -> R
     if kind == "llama3":
         reach = number("original_max_position_embeddings")
         low, high = number("low_freq_factor"), number("high_freq_factor")
+        if not low < high:
+            raise UserError(f"{source}: high_freq_factor of text_config is {high}, expected more than {low}")
         return _one_axis(_llama3(frequencies, number("factor"), low, high, reach), theta)
     if kind == "yarn":
+        if theta == 1:
+            raise UserError(f"{source}: rope_theta of text_config is 1: with yarn its logarithm must not be zero")
         return _yarn(head_dim, parameters, number)
     return _one_axis(frequencies, theta)
 

@@ -68,6 +68,9 @@ def test_yarn_at_factor_4_scales_as_the_paper_says() -> None:
         ({"rope_type": "default"}, "rope_theta"),
         ({"rope_type": "default", "rope_theta": float("nan")}, "rope_theta"),
         ({"rope_type": "llama3", "rope_theta": 1e4, "factor": "8"}, "original_max_position_embeddings"),
+        (PARAMETERS[1] | {"high_freq_factor": 1.0}, "high_freq_factor"),
+        (PARAMETERS[2] | {"rope_theta": 1}, "rope_theta"),
+        (PARAMETERS[0] | {"factor": True}, "factor"),
     ],
 )
 def test_what_cannot_be_computed_is_named(parameters: dict[str, Any], named: str) -> None:
