@@ -308,7 +308,9 @@ def test_check_names_what_was_changed(copy):
     damaged[100] ^= 1
     chunk.write_bytes(damaged)
     with pytest.raises(
-        UserError, match=r"generation_config.json: missing or changed; .*group_00003: .*missing or changed: .*q_proj"
+        UserError,
+        match=r"generation_config.json: missing or changed; .*group_00003: cannot be restored, "
+        r"convert the source again: 1 of 22 files are missing or changed: .*q_proj",
     ):
         check(copy)
 
