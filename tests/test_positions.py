@@ -62,6 +62,12 @@ def test_other_positions_give_another_answer_and_are_kept_while_decoding() -> No
     assert np.abs(stretched - expected).max() > 1e-2
 
 
+def test_positions_of_another_number_of_axes_are_refused() -> None:
+    counted = jnp.zeros((2, TEXT + VISUAL, 1), jnp.int32)
+    with pytest.raises(ValueError, match=r"positions are \(2, 24, 1\), expected \(2, 24, 3\)"):
+        answers(with_axes((0, 1, 2, 0, 1, 2, 0, 1)), Sparsity.dense(), BATCH._replace(positions=counted))
+
+
 def test_each_pair_of_channels_follows_its_own_axis() -> None:
     """The second axis stands still: its channels turn nothing, as if their frequencies were zero."""
     pairs = len(ONE_AXIS.text.rope.frequencies)

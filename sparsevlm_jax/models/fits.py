@@ -36,6 +36,9 @@ def require_prompt(params: Any, prompt: Prompt, config: ModelConfig, plan: Plan,
             f"the prompt's embeddings are {prompt.embeddings.shape}, but visual is {prompt.visual.shape} and lengths "
             f"{prompt.lengths.shape}: expected {(batch, columns)} and {(batch,)}"
         )
+    wanted = (batch, columns, config.text.rope.position_axes)
+    if prompt.positions is not None and prompt.positions.shape != wanted:
+        raise ValueError(f"the prompt's positions are {prompt.positions.shape}, expected {wanted}")
     if width != config.text.hidden_size:
         raise ValueError(f"the prompt's embeddings have width {width}, the decoder has {config.text.hidden_size}")
     if columns < plan.visual_tokens:
