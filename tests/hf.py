@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import string
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from sparsevlm_jax import Model, load
+from sparsevlm_jax.checkpoints.load import GenerationDefaults
+from sparsevlm_jax.inputs.processor import Processor
 
 # The template of the published llava-1.5 checkpoints in substance: pictures first, then texts, no system prompt.
 CHAT_TEMPLATE = (
@@ -93,6 +98,17 @@ def tiny_llava(
         tokenizer.save_pretrained(path)
         image_processor(image_size).save_pretrained(path)
     return path
+
+
+def endless_llava(path: Path) -> Model:
+    """A loaded `tiny_llava` of two layers, asked in Vicuna's words, whose answers no token ends."""
+    return replace(load(tiny_llava(path, layers=2)), generation=GenerationDefaults((), 0))
+
+
+def with_template(model: Model) -> Model:
+    """The same with a chat template."""
+    old = model.processor
+    return replace(model, processor=Processor(old.tokenizer, old.image_processor, CHAT_TEMPLATE, model.config))
 
 
 def tiny_processor(path: Path, *, image_size: int = 56) -> Path:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from tokenizers import normalizers
 
-from sparsevlm_jax import Chat, Model, Sparsity, UserError, embed, load, make_plan, sparsity
+from sparsevlm_jax import Chat, Model, Sparsity, UserError, embed, make_plan, sparsity
 from sparsevlm_jax.checkpoints.load import GenerationDefaults
 from sparsevlm_jax.generation import chat as chat_module
 from sparsevlm_jax.generation.api import generate_ids
@@ -51,15 +51,13 @@ class Turn(NamedTuple):
 
 @pytest.fixture(scope="module")
 def vicuna(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    loaded = load(hf.tiny_llava(tmp_path_factory.mktemp("chat"), layers=2))
-    return replace(loaded, generation=GenerationDefaults((), 0))  # no token ends an answer
+    return hf.endless_llava(tmp_path_factory.mktemp("chat"))
 
 
 @pytest.fixture(scope="module")
 def model(vicuna: Model) -> Model:
     """With a chat template; its prompts are short, so its programs are small."""
-    old = vicuna.processor
-    return replace(vicuna, processor=Processor(old.tokenizer, old.image_processor, hf.CHAT_TEMPLATE, vicuna.config))
+    return hf.with_template(vicuna)
 
 
 @pytest.fixture(scope="module")

@@ -16,14 +16,12 @@ import pytest
 from PIL import Image
 
 import sparsevlm_jax as sv
-from sparsevlm_jax import Chat, Model, Sparsity, UserError, load, sparsity
-from sparsevlm_jax.checkpoints.load import GenerationDefaults
+from sparsevlm_jax import Chat, Model, Sparsity, UserError, sparsity
 from sparsevlm_jax.generation import api, request
 from sparsevlm_jax.generation.api import generate_ids, pictures_by_prompt
 from sparsevlm_jax.generation.loop import Decoding, Sampler, decode, start
 from sparsevlm_jax.inputs.messages import Conversation, read_prompts
 from sparsevlm_jax.inputs.packing import pack
-from sparsevlm_jax.inputs.processor import Processor
 from sparsevlm_jax.pruning.methods import METHODS
 from tests import hf, models
 
@@ -34,15 +32,13 @@ NEW = 3
 
 @pytest.fixture(scope="module")
 def vicuna(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    loaded = load(hf.tiny_llava(tmp_path_factory.mktemp("generate"), layers=2))
-    return replace(loaded, generation=GenerationDefaults((), 0))  # no token ends an answer
+    return hf.endless_llava(tmp_path_factory.mktemp("generate"))
 
 
 @pytest.fixture(scope="module")
 def model(vicuna: Model) -> Model:
     """With a chat template."""
-    old = vicuna.processor
-    return replace(vicuna, processor=Processor(old.tokenizer, old.image_processor, hf.CHAT_TEMPLATE, vicuna.config))
+    return hf.with_template(vicuna)
 
 
 @pytest.fixture(scope="module")
