@@ -85,12 +85,12 @@ def survivors(kept: np.ndarray, centers: np.ndarray | None, visual: slice) -> np
 
 @partial(jax.jit, static_argnames=("config", "plan", "room"))
 def prefill_given(
-    params: Params, prompt: Prompt, places: Sequence[Int[Array, "b i"]], *, config: LlavaConfig, plan: Plan, room: int
+    params: Params, prompt: Prompt, places: Sequence[Int[Array, "b _"]], *, config: LlavaConfig, plan: Plan, room: int
 ) -> tuple[Float[Array, "b vocab"], list[tuple[Array, Array]]]:
     """The prefill's stages with every choice made beforehand: no rating, scoring, top-k or clustering.
 
     Args:
-      places: per pruning layer, which tokens of its output go on; for a merged token, its cluster's centre.
+      places: per pruning layer [b, i], which tokens of its output go on; for a merged token, its cluster's centre.
       room: as `max_new_tokens` of `prefill`.
 
     Returns:
