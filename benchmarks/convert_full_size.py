@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from sparsevlm_jax.checkpoints.names import spec
-from sparsevlm_jax.models.llava import LlavaConfig, abstract_params
+from sparsevlm_jax.models.llava import LlavaConfig
+from sparsevlm_jax.models.parameters import entries
 from sparsevlm_jax.models.presets import PRESETS
 
 RESULTS = Path(__file__).parent / "results"
@@ -64,18 +64,18 @@ def main() -> None:
 
 def make_checkpoint(folder: Path, config: LlavaConfig) -> int:
     """Writes random float16 weights in the published form: names of transformers 4.x, shards and index; its bytes."""
-    entries = list(spec(abstract_params(config, np.dtype(np.float16))).values())
-    sizes = [2 * int(np.prod(entry.shape)) for entry in entries]
+    stored = list(entries(config).values())
+    sizes = [2 * int(np.prod(entry.shape)) for entry in stored]
     total, random = sum(sizes), np.random.default_rng(0)
     shards: list[list[int]] = [[] for _ in range(SHARDS)]
-    for number in range(len(entries)):
+    for number in range(len(stored)):
         shards[min(SHARDS - 1, sum(sizes[:number]) * SHARDS // total)].append(number)
     places = {}
     for index, members in enumerate(shards):
         file = f"model-{index + 1:05}-of-{SHARDS:05}.safetensors"
         header, end = {}, 0
         for number in members:
-            entry, size = entries[number], sizes[number]
+            entry, size = stored[number], sizes[number]
             header[entry.name] = {"dtype": "F16", "shape": entry.hf_shape, "data_offsets": [end, end + size]}
             places[entry.name], end = file, end + size
         text = json.dumps(header).encode()

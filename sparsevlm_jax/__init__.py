@@ -5,7 +5,9 @@ from sparsevlm_jax.config import TextConfig, VisionConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.generation.api import generate, generate_ids, stream, stream_ids
 from sparsevlm_jax.generation.chat import Chat
-from sparsevlm_jax.models.llava import LlavaConfig, abstract_params, embed, encode_images, init_params
+from sparsevlm_jax.models.embedding import embed, encode_images
+from sparsevlm_jax.models.llava import LlavaConfig
+from sparsevlm_jax.models.parameters import abstract_params, init_params
 from sparsevlm_jax.models.presets import PRESETS, llava_15_7b, llava_15_13b, tiny
 from sparsevlm_jax.models.stages import Cache, Prompt, decode_step, prefill
 from sparsevlm_jax.pruning.budgets import make_plan

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from sparsevlm_jax import bounds
 from sparsevlm_jax.errors import UserError, shown
 from sparsevlm_jax.files import inside, read_json
+from sparsevlm_jax.layout import ImageLayout, Size
 from sparsevlm_jax.rotary import Rope, rope_from_hf
 
 DTYPES = ("float32", "bfloat16", "float16")  # to compute in and to store weights in
@@ -23,9 +24,12 @@ _TOP = (
     "model_type",
     "image_token_index",
     "image_token_id",
+    "image_grid_pinpoints",
     "vision_feature_layer",
+    "vision_feature_layers",
     "vision_feature_select_strategy",
     "projector_hidden_act",
+    "projector_layernorm_eps",
     "multimodal_projector_bias",
     "tie_word_embeddings",
     "eos_token_id",
@@ -152,7 +156,14 @@ def text_config(text: Mapping[str, Any], source: str) -> TextConfig:
 
 @runtime_checkable
 class ModelConfig(Protocol):
-    """What planning, packing, the processor and the decoder ask of a model, whatever its family."""
+    """What planning, packing, the processor and the decoder ask of a model, whatever its family: a frozen dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def model_type(self) -> str:
+        """The family, as config.json names it."""
+        ...
 
     @property
     def text(self) -> TextConfig: ...
@@ -167,12 +178,44 @@ class ModelConfig(Protocol):
 
     @property
     def tokens_per_image(self) -> int:
-        """Visual tokens that one picture becomes."""
+        """Visual tokens that an image becomes, where that is one number.
+
+        Raises:
+          UserError: it depends on the image's size.
+        """
         ...
 
     @property
     def image_grid(self) -> int | None:
-        """Visual tokens per side of a picture; None where they are no square."""
+        """Visual tokens per side of an image; None where they are no square of patches."""
+        ...
+
+    @property
+    def feature_layers(self) -> tuple[int, ...]:
+        """Hidden states of the tower that feed the projector: 0 is its embedding, -1 its last layer."""
+        ...
+
+    @property
+    def tile_tokens(self) -> int:
+        """Features that the projector makes of one tile."""
+        ...
+
+    @property
+    def canvases(self) -> tuple[Size, ...]:
+        """What images are scaled to before they are cut into tiles; empty where an image is one tile."""
+        ...
+
+    @property
+    def most_tiles(self) -> int | None:
+        """Tiles that an image becomes at most; None where it is always one, and needs no packing."""
+        ...
+
+    def image_layout(self, size: Size) -> ImageLayout:
+        """The visual tokens of an image of this size."""
+        ...
+
+    def visual_bucket(self, tokens: int) -> int:
+        """To how many visual tokens a row with so many is padded."""
         ...
 
 

@@ -14,7 +14,8 @@ import numpy as np
 from flax import traverse_util
 
 from sparsevlm_jax import Cache, LlavaConfig, Plan, Prompt, abstract_params, decode_step, prefill, tiny
-from sparsevlm_jax.checkpoints.names import spec
+from sparsevlm_jax.config import ModelConfig
+from sparsevlm_jax.models.llava import NAMES
 from tests import oracle
 
 LAYERS, WIDTH, VOCAB = 6, 64, 192
@@ -71,18 +72,18 @@ def one_row(batch: Prompt, i: int) -> Prompt:
 
 
 @cache
-def compiled_prefill(model: LlavaConfig, plan: Plan, room: int, trace: bool = False) -> Any:
+def compiled_prefill(model: ModelConfig, plan: Plan, room: int, trace: bool = False) -> Any:
     run = partial(prefill, config=model, plan=plan, max_new_tokens=room, trace=trace)
     return jax.jit(run, compiler_options=QUICK)
 
 
 @cache
-def compiled_step(model: LlavaConfig, plan: Plan) -> Any:
+def compiled_step(model: ModelConfig, plan: Plan) -> Any:
     return jax.jit(partial(decode_step, config=model, plan=plan), compiler_options=QUICK)
 
 
 def forced_logits(
-    weights: dict[str, Any], model: LlavaConfig, plan: Plan, batch: Prompt, tokens: np.ndarray
+    weights: dict[str, Any], model: ModelConfig, plan: Plan, batch: Prompt, tokens: np.ndarray
 ) -> tuple[np.ndarray, Cache]:
     """Logits [b, steps + 1, vocab] of a prompt followed by given tokens [b, steps], and the cache behind them."""
     logits, cache, _ = compiled_prefill(model, plan, tokens.shape[1])(weights, batch)
@@ -98,7 +99,7 @@ def oracle_decoder(weights: dict[str, Any], model: LlavaConfig) -> oracle.Decode
     flat = dict(traverse_util.flatten_dict(weights))
     named = {
         name.removeprefix("language_model."): entry.to_hf(np.asarray(flat[entry.path]))
-        for name, entry in spec(weights).items()
+        for name, entry in NAMES.entries(weights).items()
         if name.startswith("language_model.")
     }
     text = model.text

@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
-from sparsevlm_jax.inputs.any_resolution import NEWLINE, best_canvas, cut_tiles, lay_out
+from sparsevlm_jax.inputs.any_resolution import best_canvas, lay_out
+from sparsevlm_jax.layout import NEWLINE
 
 CANVASES = [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]
 TILE, GRID = 336, 24
@@ -35,7 +34,7 @@ def test_patches_stand_where_transformers_puts_them(size: tuple[int, int]) -> No
     layout = lay_out(size, TILE, GRID, CANVASES)
     features = torch.arange(layout.tiles * GRID**2, dtype=torch.float64).reshape(layout.tiles, GRID**2, 1)
     packed = packed_by_transformers(size, features, torch.tensor([float(NEWLINE)], dtype=torch.float64))
-    np.testing.assert_array_equal(layout.rows, packed[:, 0].numpy())
+    np.testing.assert_array_equal(layout.index[:, 0], packed[:, 0].numpy())
 
 
 @pytest.mark.parametrize(
@@ -58,19 +57,10 @@ def test_counts_are_those_of_published_tables(size: tuple[int, int], tokens: int
     assert best_canvas(size, CANVASES) == canvas
 
 
-@pytest.mark.parametrize("size", [(80, 100), (50, 200), (30, 30), (211, 97), (700, 512)])
-def test_tiles_are_those_of_transformers(size: tuple[int, int]) -> None:
-    image = Image.fromarray(RANDOM.integers(0, 256, (*size, 3), np.uint8))
-    processor = LlavaNextImageProcessorPil(size={"shortest_edge": TILE}, crop_size={"height": TILE, "width": TILE})
-    expected = processor([image], return_tensors="np", do_rescale=False, do_normalize=False)["pixel_values"][0]
-    tiles = cut_tiles(image, TILE, CANVASES, Image.Resampling.BICUBIC)
-    assert len(tiles) == lay_out(size, TILE, GRID, CANVASES).tiles
-    np.testing.assert_array_equal(np.stack([np.asarray(tile) for tile in tiles]).transpose(0, 3, 1, 2), expected)
-
-
 def test_places_name_the_patch() -> None:
     layout = lay_out((480, 640), TILE, GRID, CANVASES)
     base, rest = layout.places[: GRID**2], layout.places[GRID**2 :]
     assert base[25].tolist() == [0, 1, 1]
-    newlines = rest[layout.rows[GRID**2 :] == NEWLINE]
+    newlines = rest[layout.index[GRID**2 :, 0] == NEWLINE]
+    assert np.all(layout.line[layout.index[:, 0] == NEWLINE] == np.flatnonzero(layout.index[:, 0] == NEWLINE))
     assert newlines[:, 1].tolist() == list(range(36)) and set(newlines[:, 2]) == {48}

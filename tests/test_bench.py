@@ -35,9 +35,9 @@ from sparsevlm_jax.bench.sitting import Settings, Sitting
 from sparsevlm_jax.bench.torch_side import runner
 from sparsevlm_jax.bench.torch_weights import fill, load
 from sparsevlm_jax.bench.worker import Worker, WorkerError
-from sparsevlm_jax.checkpoints.names import canonical, spec
 from sparsevlm_jax.cli.main import main
 from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.models.llava import NAMES
 
 CELL = Cell("tiny", 1, 48, 16, "float32")
 DENSE, PRUNED = Side("jax", "dense"), Side("jax", "v1.5", 8)
@@ -85,9 +85,9 @@ def test_both_sides_draw_the_same_weights_bit_for_bit(dtype: str) -> None:
     params = jax_programs.draw_params(CELL.config, dtype)
     flat: dict[Any, Any] = dict(traverse_util.flatten_dict(params))
     model = load(CELL.config, dtype, torch.device("cpu"), "sdpa")
-    entries = spec(params)
+    entries = NAMES.entries(params)
     for name, parameter in model.named_parameters():
-        entry = entries.pop(canonical(name) or name)
+        entry = entries.pop(NAMES.canonical(name) or name)
         ours = np.asarray(flat[entry.path].astype(jnp.float32))
         np.testing.assert_array_equal(entry.to_hf(ours), parameter.detach().float().numpy())
     assert not entries

@@ -244,7 +244,7 @@ def test_an_answer_that_would_be_tokenized_otherwise_stays_in_the_cache_as_it_wa
     chat.ask("what")
     first = asked[0].tolist()
     chat.ask("why")
-    whole, behind = chat.processor.next_turn(Conversation("why", (("what", "the"),)), 0)
+    whole, behind = chat.processor.next_turn(Conversation("why", (("what", "the"),)), [])
     assert asked[1].tolist() == first + letters + behind.tolist()
     assert whole.tolist()[-len(behind) :] == behind.tolist()
     written = (chat.processor.decode(ids).replace(" ", "") for ids in (asked[1], whole))

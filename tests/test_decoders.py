@@ -11,9 +11,10 @@ import torch
 from safetensors.numpy import load_file
 from transformers import LlavaForConditionalGeneration
 
-from sparsevlm_jax import LlavaConfig, Sparsity, embed, load, make_plan, prefill
+from sparsevlm_jax import Sparsity, embed, load, make_plan, prefill
 from sparsevlm_jax.checkpoints.convert import convert
 from sparsevlm_jax.checkpoints.export import to_hf
+from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.generation.api import generate_ids
 from tests.hf import tiny_llava
@@ -45,7 +46,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return tiny_llava(path, layers=2, image_size=SIZE, processor=False, **DECODERS[request.param])
 
 
-def prompt(config: LlavaConfig) -> tuple[np.ndarray, np.ndarray]:
+def prompt(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
     random = np.random.default_rng(3)
     image = np.full(config.tokens_per_image, config.image_token_id)
     before, after = (random.integers(0, 250, count) for count in WORDS)

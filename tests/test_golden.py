@@ -257,7 +257,7 @@ def test_llava_from_pixels_agrees_with_transformers(dense_llava: tuple[Path, str
     tower = Llava(config).apply({"params": params}, pixels, method=lambda m, x: m.vision_tower(x))
     np.testing.assert_allclose(tower[0][0], arrays[f"{prefix}vision_hidden_m2"], atol=HIDDEN, rtol=0)
     features = encode_images(params, pixels, config)
-    np.testing.assert_allclose(features.tokens[0], arrays[f"{prefix}image_features"], atol=HIDDEN, rtol=0)
+    np.testing.assert_allclose(features.tokens, arrays[f"{prefix}image_features"], atol=HIDDEN, rtol=0)
     prompt = embed(params, ids, lengths, pixels, config)
     np.testing.assert_allclose(prompt.embeddings[0], arrays[f"{prefix}inputs_embeds"], atol=HIDDEN, rtol=0)
     plan = make_plan(Sparsity.dense(), config, config.tokens_per_image)

@@ -21,7 +21,7 @@ from sparsevlm_jax import tiny
 from sparsevlm_jax.checkpoints.load import GenerationDefaults, load
 from sparsevlm_jax.checkpoints.safetensors import INDEX, SINGLE, Tensor, list_tensors
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.models.llava import abstract_params
+from sparsevlm_jax.models.parameters import abstract_params
 
 GOLDEN = Path(__file__).parent / "golden"
 HF, ORIGINAL = GOLDEN / "tiny_llava_hf", GOLDEN / "tiny_llava_original"

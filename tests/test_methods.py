@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsevlm_jax import METHODS, LlavaConfig, Prompt, Sparsity, encode_images, load, make_plan, sparsity
+from sparsevlm_jax import METHODS, Prompt, Sparsity, encode_images, load, make_plan, sparsity
 from sparsevlm_jax.generation.api import generate_ids
 from sparsevlm_jax.generation.request import Generation
 from sparsevlm_jax.models.towers.clip import _interpolate_positions
@@ -226,8 +226,8 @@ def test_shrunk_pictures_have_as_many_tokens_as_the_plan_says(method: str, keep:
     pixels = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 56, 56)), jnp.float32)
     encode = jax.jit(encode_images, static_argnames=("config", "plan"), compiler_options=models.QUICK)
     pictures = encode(models.params(MODEL), pixels, config=MODEL, plan=plan)
-    assert pictures.tokens.shape == (2, plan.visual_tokens, models.WIDTH)
-    assert pictures.saliency.shape == (2, plan.visual_tokens)
+    assert pictures.tokens.shape == (2 * plan.visual_tokens, models.WIDTH)
+    assert pictures.saliency.shape == (2 * plan.visual_tokens,)
     assert np.isfinite(np.asarray(pictures.tokens)).all()
 
 
@@ -268,13 +268,12 @@ def test_saliency_is_the_class_tokens_attention_in_the_last_layer_that_runs(tmp_
 
     folder = hf.tiny_llava(tmp_path, layers=1, processor=False)
     model = load(folder)
-    config: LlavaConfig = model.config
+    config = model.config
     pixels = np.random.default_rng(0).normal(size=(2, 3, 56, 56)).astype(np.float32)
     reference = LlavaForConditionalGeneration.from_pretrained(folder, attn_implementation="eager").eval()
     with torch.no_grad():
         tower = reference.model.vision_tower(torch.from_numpy(pixels), output_attentions=True)
-    assert isinstance(config.vision_feature_layer, int)
-    last = config.vision_feature_layer % (config.vision.num_hidden_layers + 1) - 1
+    last = config.feature_layers[0] % (config.vision.num_hidden_layers + 1) - 1
     expected = tower.attentions[last][:, :, 0, 1:].mean(1).numpy()
-    found = encode_images(model.params, jnp.asarray(pixels), config).saliency
+    found = encode_images(model.params, jnp.asarray(pixels), config).saliency.reshape(2, -1)
     np.testing.assert_allclose(found, expected, atol=1e-6)

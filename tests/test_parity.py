@@ -13,8 +13,9 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration
 
-from sparsevlm_jax import LlavaConfig, Sparsity, embed, load, make_plan, prefill
+from sparsevlm_jax import Sparsity, embed, load, make_plan, prefill
 from sparsevlm_jax.checkpoints.load import Model
+from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.generation.api import generate_ids
 from sparsevlm_jax.inputs.packing import pack
 from sparsevlm_jax.models.stages import decoder_of
@@ -47,7 +48,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return Pair(LlavaForConditionalGeneration.from_pretrained(path).eval(), load(path))
 
 
-def row(name: str, config: LlavaConfig) -> Row:
+def row(name: str, config: ModelConfig) -> Row:
     random = np.random.default_rng(list(CASES).index(name))
     image = np.full(config.tokens_per_image, config.image_token_id)
     parts = [random.integers(0, 250, part) if isinstance(part, int) else image for part in CASES[name]]

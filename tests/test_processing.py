@@ -134,8 +134,13 @@ package = types.ModuleType("sparsevlm_jax")  # in place of the real one, which i
 package.__path__ = [{str(demo_model.photo().parents[1])!r}]
 sys.modules.update(sparsevlm_jax=package, jax=None, torch=None, torchvision=None)
 from sparsevlm_jax.inputs import processor
-vision = types.SimpleNamespace(image_size=56)
-tiny = types.SimpleNamespace(image_token_id={config.image_token_id}, tokens_per_image=16, vision=vision)
+from sparsevlm_jax.layout import one_tile
+tiny = types.SimpleNamespace(
+    image_token_id={config.image_token_id},
+    vision=types.SimpleNamespace(image_size=56),
+    most_tiles=None,
+    image_layout=lambda size: one_tile(4, False),
+)
 processor = processor.Processor.from_pretrained({str(folder)!r}, tiny)
 print(processor([[{str(demo_model.photo())!r}]], ["what?"]).pixel_values.shape)
 """

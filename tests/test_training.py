@@ -13,7 +13,8 @@ import pytest
 
 import sparsevlm_jax as sv
 from sparsevlm_jax.checkpoints.load import load
-from sparsevlm_jax.models.llava import Llava, encode_images
+from sparsevlm_jax.models.embedding import encode_images
+from sparsevlm_jax.models.llava import Llava
 from training import scenes as scenes_module
 from training.batches import make_batch, patch_words
 from training.export import export
@@ -208,7 +209,7 @@ def test_a_thinned_scene_gets_the_logits_of_the_package_for_what_is_left(params,
     plan = sv.make_plan(sv.Sparsity.dense(), model, left)
     for scene in range(2):
         pictures = encode_images(params, jnp.asarray(batch.pixels[scene : scene + 1]), model)
-        pictures = pictures._replace(tokens=pictures.tokens[:, kept], saliency=pictures.saliency[:, kept])
+        pictures = pictures._replace(tokens=pictures.tokens[kept], saliency=pictures.saliency[kept])
         words = batch.questions[scene, 0, : batch.ends[scene, 0] + 1].tolist()
         ids = np.asarray([[ID["<s>"], ID["user:"], *[ID["<image>"]] * left, *words]], np.int32)
         prompt = sv.embed(params, jnp.asarray(ids), jnp.asarray([ids.shape[1]]), pictures, model)

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from sparsevlm_jax import LlavaConfig, tiny
-from sparsevlm_jax.checkpoints import names
-from sparsevlm_jax.checkpoints.names import Entry, Transform, all_finite, assign, canonical, harmless, spec
+from sparsevlm_jax.checkpoints.assign import all_finite, assign
 from sparsevlm_jax.checkpoints.safetensors import Tensor, list_tensors
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.models.llava import abstract_params
+from sparsevlm_jax.models.llava import NAMES
+from sparsevlm_jax.models.names import Entry, Table, Transform
+from sparsevlm_jax.models.parameters import abstract_params
 
 GOLDEN = Path(__file__).parent / "golden"
 LAYOUTS = json.loads((GOLDEN / "tiny_llava_key_layouts.json").read_text())  # [5.x, 4.x, original] of every tensor
@@ -44,7 +45,7 @@ HARMLESS = (
 
 
 def entries(of: LlavaConfig = TINY) -> dict[str, Entry]:
-    return spec(abstract_params(of, np.dtype(np.float32)))
+    return NAMES.entries(abstract_params(of, np.dtype(np.float32)))
 
 
 def unread(shape: tuple[int, ...], dtype: str = "float32") -> Tensor:
@@ -60,7 +61,7 @@ def complete_checkpoint() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("layout", [0, 1, 2], ids=["transformers 5", "transformers 4", "original"])
 def test_every_name_of_a_layout_has_one_canonical_name(layout):
-    assert [canonical(names[layout]) for names in LAYOUTS] == [names[1] for names in LAYOUTS]
+    assert [NAMES.canonical(names[layout]) for names in LAYOUTS] == [names[1] for names in LAYOUTS]
 
 
 def test_names_of_the_model_that_transformers_builds_are_known():
@@ -69,14 +70,14 @@ def test_names_of_the_model_that_transformers_builds_are_known():
 
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(LlavaConfig.from_pretrained(GOLDEN / "tiny_llava_hf"))
-    names = [canonical(name) for name in model.state_dict()]
+    names = [NAMES.canonical(name) for name in model.state_dict()]
     assert sorted(str(name) for name in names) == sorted(entries())
 
 
 def test_a_tower_of_its_own_fills_the_tower_and_nothing_else():
     tower = {name for name in entries() if name.startswith("vision_tower.")}
     alone = {name.replace("vision_tower.vision_model.", "vision_model.") for name in tower}
-    assert {canonical(name) for name in alone} == tower
+    assert {NAMES.canonical(name) for name in alone} == tower
 
 
 @pytest.mark.parametrize("of", [TINY, UNUSUAL], ids=["as published", "biases, tied"])
@@ -86,12 +87,12 @@ def test_every_parameter_has_a_name_of_its_own(of):
 
 
 def test_every_name_of_the_table_is_its_own_canonical_name():
-    assert all(canonical(name) == name for name in entries() | entries(UNUSUAL))
+    assert all(NAMES.canonical(name) == name for name in entries() | entries(UNUSUAL))
 
 
 @pytest.mark.parametrize("folder", ["tiny_llava_hf", "tiny_llava_original"])
 def test_shapes_are_those_of_the_stored_tensors(folder):
-    stored = {canonical(name): tensor.shape for name, tensor in list_tensors(GOLDEN / folder).items()}
+    stored = {NAMES.canonical(name): tensor.shape for name, tensor in list_tensors(GOLDEN / folder).items()}
     assert stored == {name: entry.hf_shape for name, entry in entries().items()}
 
 
@@ -122,12 +123,12 @@ def test_to_hf_undoes_to_param(transform, shape):
 
 @pytest.mark.parametrize("name", HARMLESS)
 def test_known_extras_are_harmless(name):
-    known = canonical(name)
-    assert known is not None and harmless(known)
+    known = NAMES.canonical(name)
+    assert known is not None and NAMES.is_harmless(known)
 
 
 def test_no_weight_counts_as_harmless():
-    assert not any(harmless(name) for name in entries() | entries(UNUSUAL))
+    assert not any(NAMES.is_harmless(name) for name in entries() | entries(UNUSUAL))
 
 
 @pytest.mark.parametrize(
@@ -144,25 +145,24 @@ def test_no_weight_counts_as_harmless():
     ],
 )
 def test_other_names_are_unknown(name):
-    known = canonical(name)
+    known = NAMES.canonical(name)
     assert known is None or known not in entries()
 
 
-def test_a_name_that_two_rows_claim_is_an_error(monkeypatch):
+def test_a_name_that_two_rows_claim_is_an_error():
     twice = {first: (first, "x.") for first in ("multi_modal_projector.linear_1.", "multi_modal_projector.linear_2.")}
-    monkeypatch.setattr(names, "SPELLINGS", twice)
     with pytest.raises(ValueError, match="in more than one way"):
-        canonical("x.weight")
+        Table(NAMES.rows, twice).canonical("x.weight")
 
 
 def test_a_parameter_without_row_is_an_error():
     with pytest.raises(ValueError, match="language_model/gate"):
-        spec({"language_model": {"gate": jax.ShapeDtypeStruct((1,), jnp.float32)}})
+        NAMES.entries({"language_model": {"gate": jax.ShapeDtypeStruct((1,), jnp.float32)}})
 
 
 def test_a_complete_checkpoint_is_paired_in_its_own_order():
     tensors = dict(reversed(complete_checkpoint().items())) | {name: unread((4,), "I64") for name in HARMLESS}
-    pairs = assign(entries(), tensors, "here")
+    pairs = assign(NAMES, entries(), tensors, "here")
     assert [name for name, _ in pairs] == list(reversed(entries()))
     assert all(name == entry.name for name, entry in pairs)
 
@@ -176,7 +176,7 @@ def test_everything_that_does_not_fit_is_in_one_message():
     tensors["multi_modal_projector.linear_1.weight"] = unread((32, 64))  # already transposed
     tensors["multi_modal_projector.linear_2.bias"] = unread((64,), "I8")
     with pytest.raises(UserError) as raised:
-        assign(entries(), tensors, "here")
+        assign(NAMES, entries(), tensors, "here")
     assert str(raised.value).split(": ", 2)[:2] == ["here", "tensors do not fit the configuration"]
     for problem in (
         "2 missing: language_model.model.norm.weight, multi_modal_projector.linear_1.bias",
@@ -191,7 +191,7 @@ def test_everything_that_does_not_fit_is_in_one_message():
 
 def test_a_long_list_is_cut_and_counted():
     with pytest.raises(UserError, match=r"107 missing: .* and 97 more$") as raised:
-        assign(entries(), {}, "here")
+        assign(NAMES, entries(), {}, "here")
     assert str(raised.value).count(",") == 9
 
 

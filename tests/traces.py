@@ -173,6 +173,7 @@ def tiny_llava(folder: Path) -> tuple[LlavaConfig, dict[str, Any]]:
     from sparsevlm_jax.checkpoints.load import load
 
     loaded = load(folder / "tiny_llava_hf")
+    assert isinstance(loaded.config, LlavaConfig)
     return loaded.config, loaded.params
 
 

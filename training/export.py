@@ -10,8 +10,8 @@ import numpy as np
 from flax import traverse_util
 from safetensors.numpy import save_file
 
-from sparsevlm_jax.checkpoints.names import spec
 from sparsevlm_jax.inputs.images import clip_settings
+from sparsevlm_jax.models.llava import NAMES
 from sparsevlm_jax.models.stages import Params
 from training.model import CONFIG
 from training.scenes import PIXELS
@@ -30,7 +30,7 @@ def export(params: Params, folder: Path) -> None:
     leaves = traverse_util.flatten_dict(params)
     tensors = {
         name: np.ascontiguousarray(entry.to_hf(np.asarray(leaves[entry.path])).astype(DTYPE))
-        for name, entry in spec(params).items()
+        for name, entry in NAMES.entries(params).items()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sparsevlm_jax.models.llava import LlavaConfig
+from sparsevlm_jax.config import ModelConfig
 from training.batches import LONGEST
 from training.questions import KINDS, Question, ask
 from training.scenes import CELLS, Scene, draw_scene
@@ -40,7 +40,7 @@ def held_out(scenes: int, seed: int = SEED) -> HeldOut:
     return HeldOut(tuple(drawn), tuple(asked), np.asarray(scene_of))
 
 
-def prompts(questions: Sequence[Question], config: LlavaConfig) -> tuple[np.ndarray, np.ndarray]:
+def prompts(questions: Sequence[Question], config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
     """Prompts as the processor makes them, all of one padded length.
 
     Returns:

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsevlm_jax.config import VisionConfig
-from sparsevlm_jax.models.llava import LlavaConfig, encode_images, init_params
+from sparsevlm_jax.models.embedding import encode_images
+from sparsevlm_jax.models.llava import LlavaConfig
+from sparsevlm_jax.models.parameters import init_params
 from sparsevlm_jax.models.stages import Params
 from training.scenes import COLOURS, PATCH, PIXELS, PLACES
 from training.words import BEGIN, END, ID, IMAGE, PAD, VOCABULARY
@@ -99,8 +101,8 @@ def balance(params: Params, config: LlavaConfig, pixels: np.ndarray) -> Params:
       pixels: pictures to measure on, float32 [m, 3, h, w].
     """
     found = jax.jit(encode_images, static_argnums=2)(params, jnp.asarray(pixels), config).tokens
-    mean = jnp.mean(found, axis=(0, 1))
-    scale = NORM / jnp.mean(jnp.linalg.norm(found - mean[None, None], axis=-1))
+    mean = jnp.mean(found, axis=0)
+    scale = NORM / jnp.mean(jnp.linalg.norm(found - mean[None], axis=-1))
     projector, decoder = params["multi_modal_projector"], params["language_model"]
     last = projector["linear_2"]
     last = {"kernel": last["kernel"] * scale, "bias": (last["bias"] - mean) * scale}

@@ -17,8 +17,9 @@ import sparsevlm_jax as sv
 from benchmarks.retention.variants import Variant
 from sparsevlm_jax.checkpoints.load import Model
 from sparsevlm_jax.inputs.packing import shrink_markers
-from sparsevlm_jax.models.llava import LlavaConfig, encode_images
-from sparsevlm_jax.models.stages import Params, Pictures
+from sparsevlm_jax.models.embedding import encode_images
+from sparsevlm_jax.models.llava import LlavaConfig
+from sparsevlm_jax.models.stages import ImageFeatures, Params
 from sparsevlm_jax.pruning.plan import Plan
 from sparsevlm_jax.pruning.settings import Sparsity
 from training.batches import normalise
@@ -87,9 +88,10 @@ class Study:
         right, kept, entering = [], [], []
         for start in range(0, len(lengths), BATCH):
             rows = np.minimum(np.arange(start, start + BATCH), len(lengths) - 1)  # the last batch is filled up
-            seen = jax.tree.map(lambda leaf, rows=rows: leaf[self.data.scene_of[rows]], pictures)
+            tokens, looked_at = (leaf[self.data.scene_of[rows]] for leaf in pictures)
             if saliency is not None:
-                seen = seen._replace(saliency=saliency[rows].astype(np.float32))
+                looked_at = saliency[rows].astype(np.float32)
+            seen = ImageFeatures(tokens.reshape(-1, tokens.shape[-1]), looked_at.reshape(-1))
             token, chosen, visual = _answer_batch(self.params, ids[rows], lengths[rows], seen, self.config, plan)
             real = len(set(rows.tolist()))
             right.append((np.asarray(token) == self.answers[rows])[:real])
@@ -97,11 +99,13 @@ class Study:
             entering += [plan.entering_tokens(row) for row in np.asarray(visual).T.tolist()[:real]]
         return Outcome(np.concatenate(right), np.concatenate(kept) if kept else None, float(np.mean(entering)))
 
-    def _encode(self, plan: Plan) -> Pictures:
-        """Visual tokens of all scenes."""
+    def _encode(self, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+        """Visual tokens [scenes, v, d] of all scenes, and how much the tower looks at each [scenes, v]."""
         encode = jax.jit(encode_images, static_argnums=(2, 3))
         parts = [encode(self.params, part, self.config, plan) for part in np.array_split(self.pixels, PARTS)]
-        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+        tokens, looked_at = (np.concatenate([part[i] for part in parts]) for i in range(2))
+        scenes = len(self.pixels)
+        return tokens.reshape(scenes, -1, tokens.shape[-1]), looked_at.reshape(scenes, -1)
 
 
 @partial(jax.jit, static_argnames=("config", "plan"))
@@ -109,7 +113,7 @@ def _answer_batch(
     params: Params,
     ids: Int[Array, "n l"],
     lengths: Int[Array, "n"],
-    pictures: Pictures,
+    pictures: ImageFeatures,
     config: LlavaConfig,
     plan: Plan,
 ) -> tuple[Int[Array, "n"], Bool[Array, "n v"] | None, Int[Array, "stages n"]]:

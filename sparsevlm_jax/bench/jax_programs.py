@@ -17,8 +17,8 @@ from flax import traverse_util
 from jaxtyping import Array, Float, Int
 
 from sparsevlm_jax.bench.hash_weights import draw_of, numbers, values
-from sparsevlm_jax.checkpoints.names import spec
-from sparsevlm_jax.models.llava import LlavaConfig, abstract_params
+from sparsevlm_jax.config import ModelConfig
+from sparsevlm_jax.models.parameters import entries
 from sparsevlm_jax.models.stages import Cache, Params, Prompt, decoder_of, last_logits, prefill, run_stage, start
 from sparsevlm_jax.pruning.budgets import make_plan
 from sparsevlm_jax.pruning.plan import Plan, StagePlan
@@ -27,10 +27,10 @@ from sparsevlm_jax.pruning.sparsify import take
 
 
 @lru_cache(maxsize=1)
-def draw_params(config: LlavaConfig, dtype: str) -> Params:
+def draw_params(config: ModelConfig, dtype: str) -> Params:
     """The hash's weights as a parameter tree, made on the device; sides of one process share them."""
     tree = {}
-    for name, entry in spec(abstract_params(config, jnp.dtype(dtype))).items():
+    for name, entry in entries(config).items():
         draw = draw_of(name, entry.hf_shape)
         tree[entry.path] = _draw(
             jnp.int32(draw.seed),
@@ -54,7 +54,7 @@ def _draw(
 
 @partial(jax.jit, static_argnames=("config", "plan", "room"))
 def recorded_prefill(
-    params: Params, prompt: Prompt, *, config: LlavaConfig, plan: Plan, room: int
+    params: Params, prompt: Prompt, *, config: ModelConfig, plan: Plan, room: int
 ) -> tuple[Float[Array, "b vocab"], Cache, list[tuple[Array, Array | None]]]:
     """The prefill, and per pruning layer: which visual tokens are kept [b, l], and the places of the clusters' centres
     [b, c]."""
@@ -85,7 +85,7 @@ def survivors(kept: np.ndarray, centers: np.ndarray | None, visual: slice) -> np
 
 @partial(jax.jit, static_argnames=("config", "plan", "room"))
 def prefill_given(
-    params: Params, prompt: Prompt, places: Sequence[Int[Array, "b _"]], *, config: LlavaConfig, plan: Plan, room: int
+    params: Params, prompt: Prompt, places: Sequence[Int[Array, "b _"]], *, config: ModelConfig, plan: Plan, room: int
 ) -> tuple[Float[Array, "b vocab"], list[tuple[Array, Array]]]:
     """The prefill's stages with every choice made beforehand: no rating, scoring, top-k or clustering.
 

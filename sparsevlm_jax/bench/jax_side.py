@@ -16,8 +16,9 @@ from sparsevlm_jax.bench.shapes import SHAPES, Cell, Side
 from sparsevlm_jax.bench.timing import timed
 from sparsevlm_jax.generation.loop import Decoding, Sampler, decode, start
 from sparsevlm_jax.inputs.packing import shrink_markers
-from sparsevlm_jax.models import llava, stages
+from sparsevlm_jax.models import stages
 from sparsevlm_jax.models.cost import tower_xla_flops, xla_flops
+from sparsevlm_jax.models.embedding import embed, encode_images
 from sparsevlm_jax.models.stages import Prompt
 from sparsevlm_jax.ops.attention import exact
 from sparsevlm_jax.pruning.budgets import make_plan
@@ -181,15 +182,15 @@ class JaxRunner:
     @cached_property
     def prompt(self) -> Prompt:
         """The rows' embeddings. Compiled when first asked for: while workers start, others may be busy."""
-        embed = jax.jit(llava.embed, static_argnames=("config", "plan"))
-        return embed(self.params, self.ids, self.lengths, self.pixels, config=self.config, plan=self.plan)
+        program = jax.jit(embed, static_argnames=("config", "plan"))
+        return program(self.params, self.ids, self.lengths, self.pixels, config=self.config, plan=self.plan)
 
     @cached_property
     def programs(self) -> dict[str, Program]:
         """What can be run, by name; see `describe`."""
         config, plan, room = self.config, self.plan, self.room
         static = {"config": config, "plan": plan}
-        encode = jax.jit(llava.encode_images, static_argnames=("config", "plan"))
+        encode = jax.jit(encode_images, static_argnames=("config", "plan"))
         prefill = jax.jit(stages.prefill, static_argnames=("config", "plan", "max_new_tokens"))
         keys = jax.random.split(jax.random.key(0), self.cell.batch)
         question = (self.params, self.ids, self.lengths, self.pixels, keys, self.sampler)

@@ -13,7 +13,7 @@ import jax
 
 from sparsevlm_jax.bench.shapes import Cell, Side
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.models.llava import abstract_params
+from sparsevlm_jax.models.parameters import abstract_params
 
 RESERVE = 0.9  # of the free memory; the rest is for what nobody counted
 

@@ -12,8 +12,7 @@ from transformers import LlavaForConditionalGeneration
 from transformers.initialization import no_init_weights
 
 from sparsevlm_jax.bench import hash_weights
-from sparsevlm_jax.checkpoints.names import canonical
-from sparsevlm_jax.models.llava import LlavaConfig
+from sparsevlm_jax.models.llava import NAMES, LlavaConfig
 
 CHUNK = 2**22  # elements drawn at a time
 
@@ -37,7 +36,7 @@ def load(config: LlavaConfig, dtype: str, device: torch.device, attention: str) 
         described._attn_implementation = attention
         model = LlavaForConditionalGeneration(described).to(getattr(torch, dtype)).eval()
     for name, parameter in model.named_parameters():
-        fill(parameter.data, canonical(name) or name)
+        fill(parameter.data, NAMES.canonical(name) or name)
     return model
 
 

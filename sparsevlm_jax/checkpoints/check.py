@@ -11,10 +11,11 @@ import numpy as np
 from sparsevlm_jax.checkpoints import orbax
 from sparsevlm_jax.checkpoints.load import entries_of
 from sparsevlm_jax.checkpoints.manifest import Manifest, Record, read_manifest
-from sparsevlm_jax.checkpoints.names import Entry
+from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.files import user_path
-from sparsevlm_jax.models.llava import LlavaConfig
+from sparsevlm_jax.models.family import config_of
+from sparsevlm_jax.models.names import Entry
 from sparsevlm_jax.text import shortlist
 
 # Called with the bytes that are done and with all of them.
@@ -26,7 +27,7 @@ class Converted(NamedTuple):
 
     folder: Path
     manifest: Manifest
-    config: LlavaConfig
+    config: ModelConfig
     entries: dict[str, Entry]  # by path in the tree
 
     def tensors(self, group: int) -> list[tuple[Record, np.ndarray]]:
@@ -60,7 +61,7 @@ def open_converted(folder: str | Path) -> Converted:
       UserError: it is none, or manifest and config.json do not belong together.
     """
     folder = user_path(folder)
-    manifest, config = read_manifest(folder), LlavaConfig.from_file(folder)
+    manifest, config = read_manifest(folder), config_of(folder)
     return Converted(folder, manifest, config, entries_of(folder, manifest, config))
 
 

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import numpy as np
 
 from sparsevlm_jax.checkpoints import llava_original, orbax, torch_bin
+from sparsevlm_jax.checkpoints.assign import all_finite
 from sparsevlm_jax.checkpoints.check import Watch
 from sparsevlm_jax.checkpoints.groups import Pair, group
 from sparsevlm_jax.checkpoints.manifest import MANIFEST, VERSION, Manifest, Record, is_converted, read_manifest
-from sparsevlm_jax.checkpoints.names import all_finite
 from sparsevlm_jax.checkpoints.source import FILES, Source, open_source, with_dtype
 from sparsevlm_jax.config import DTYPES, read_config
 from sparsevlm_jax.errors import UserError

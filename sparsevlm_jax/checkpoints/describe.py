@@ -12,12 +12,11 @@ import numpy as np
 
 from sparsevlm_jax.checkpoints import llava_original
 from sparsevlm_jax.checkpoints.manifest import is_converted, read_manifest
-from sparsevlm_jax.checkpoints.names import TABLE, canonical
 from sparsevlm_jax.checkpoints.source import list_tensors
 from sparsevlm_jax.config import read_config, refuse_adapter
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.files import user_path
-from sparsevlm_jax.models.llava import LlavaConfig
+from sparsevlm_jax.models.family import FAMILIES, config_from_hf
 from sparsevlm_jax.text import printable
 
 _PARTS = ("vision_tower", "multi_modal_projector", "language_model")
@@ -46,10 +45,14 @@ def describe(path: str | Path) -> dict[str, Any]:
         origin = {**manifest.source, "versions": manifest.versions, "groups": len(manifest.groups)}
         return {"format": "orbax", "config": _config(folder), "parts": _sums(held), "origin": origin}
     refuse_adapter(folder)
-    tensors = list_tensors(folder)
+    tensors, config = list_tensors(folder), _config(folder)
     suffix = next(iter(tensors.values())).file.suffix.removeprefix(".") if tensors else "empty"
-    held = [_Held(_part(name), tensor.dtype, math.prod(tensor.shape)) for name, tensor in tensors.items()]
-    return {"format": suffix, "config": _config(folder), "parts": _sums(held)}
+    # The original layout has the names of "llava", whatever it calls itself.
+    names = FAMILIES["llava" if "layout" in config else config["model_type"]].names
+    held = [
+        _Held(names.part(name) or "other", tensor.dtype, math.prod(tensor.shape)) for name, tensor in tensors.items()
+    ]
+    return {"format": suffix, "config": config, "parts": _sums(held)}
 
 
 def print_description(found: dict[str, Any]) -> None:
@@ -73,13 +76,7 @@ def _config(folder: Path) -> dict[str, Any]:
     config = read_config(folder)
     if llava_original.is_original(config):
         return {"layout": "original", **config}
-    return asdict(LlavaConfig.from_hf(config, str(folder / "config.json")))
-
-
-def _part(name: str) -> str:
-    """The part of the tree that a tensor belongs to."""
-    known = canonical(name) or ""
-    return next((path.split("/")[0] for module, path, _ in TABLE if known.startswith(module.split("{")[0])), "other")
+    return asdict(config_from_hf(config, str(folder / "config.json")))
 
 
 def _sums(held: list[_Held]) -> list[dict[str, Any]]:

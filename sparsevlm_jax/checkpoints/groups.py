@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from sparsevlm_jax.checkpoints.names import Entry
 from sparsevlm_jax.checkpoints.source import Source
+from sparsevlm_jax.models.names import Entry
 
 Pair = tuple[str, Entry]
 

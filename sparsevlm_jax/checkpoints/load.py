@@ -15,15 +15,17 @@ from flax import traverse_util
 
 from sparsevlm_jax import bounds
 from sparsevlm_jax.checkpoints import orbax
+from sparsevlm_jax.checkpoints.assign import all_finite, assign
 from sparsevlm_jax.checkpoints.hub import locate
 from sparsevlm_jax.checkpoints.manifest import Manifest, is_converted, read_manifest
-from sparsevlm_jax.checkpoints.names import Entry, all_finite, assign, spec
 from sparsevlm_jax.checkpoints.safetensors import list_tensors
-from sparsevlm_jax.config import DTYPES, check_depth, complete, read_config, token_id
+from sparsevlm_jax.config import DTYPES, ModelConfig, check_depth, complete, read_config, token_id
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.files import inside, read_json, user_path
 from sparsevlm_jax.inputs.processor import Processor
-from sparsevlm_jax.models.llava import LlavaConfig, abstract_params
+from sparsevlm_jax.models.family import config_of, family_of
+from sparsevlm_jax.models.names import Entry
+from sparsevlm_jax.models.parameters import entries
 from sparsevlm_jax.text import shortlist
 
 # Where a parameter goes: one sharding for all, or path and shape -> sharding.
@@ -42,7 +44,7 @@ class GenerationDefaults:
 class Model:
     """A loaded model: static configuration, parameters (a plain nested dict), and what goes with them."""
 
-    config: LlavaConfig
+    config: ModelConfig
     params: dict[str, Any]
     processor: Processor | None  # None where the checkpoint has no processor files: token ids and pixels only
     generation: GenerationDefaults
@@ -57,7 +59,7 @@ def load(
     sharding: Placement | None = None,
     check: bool = True,
 ) -> Model:
-    """Loads a LLaVA checkpoint: one that `sparsevlm convert` wrote, or one in the Hugging Face layout.
+    """Loads a checkpoint: one that `sparsevlm convert` wrote, or one in the Hugging Face layout.
 
     Args:
       source: a folder with config.json and either orbax or safetensors weights (one file, or shards and their index),
@@ -79,7 +81,7 @@ def load(
     manifest = read_manifest(folder) if is_converted(folder) else None
     if manifest and check and (problems := orbax.changed_files(folder, manifest)):
         raise UserError(f"{'; '.join(problems)}; convert the source again, or load it unchecked (check=False)")
-    config = LlavaConfig.from_file(folder)
+    config = config_of(folder)
     return Model(
         config=config,
         generation=_generation_defaults(folder),
@@ -91,11 +93,11 @@ def load(
     )
 
 
-def _read_params(folder: Path, config: LlavaConfig, dtype: str | None, sharding: Placement | None) -> dict[str, Any]:
+def _read_params(folder: Path, config: ModelConfig, dtype: str | None, sharding: Placement | None) -> dict[str, Any]:
     """The parameter tree, each tensor on its devices before the next is read."""
     tensors = list_tensors(folder)
     check_depth(config, len(tensors), str(folder))
-    pairs = assign(spec(abstract_params(config, np.dtype(np.float32))), tensors, str(folder))
+    pairs = assign(family_of(config).names, entries(config), tensors, str(folder))
     stored = {tensors[name].dtype for name, _ in pairs}
     if dtype is None:
         dtype = stored.pop() if len(stored) == 1 else "float32"
@@ -114,34 +116,34 @@ def _read_params(folder: Path, config: LlavaConfig, dtype: str | None, sharding:
     return traverse_util.unflatten_dict(params)
 
 
-def entries_of(folder: Path, manifest: Manifest, config: LlavaConfig) -> dict[str, Entry]:
+def entries_of(folder: Path, manifest: Manifest, config: ModelConfig) -> dict[str, Entry]:
     """Every parameter of a converted checkpoint by its path in the tree.
 
     Raises:
       UserError: manifest and configuration do not belong together.
     """
     check_depth(config, len(manifest.records), str(folder))
-    entries = {"/".join(entry.path): entry for entry in spec(abstract_params(config, np.dtype(np.float32))).values()}
+    by_path = {"/".join(entry.path): entry for entry in entries(config).values()}
     found = {record.path: record.shape for record in manifest.records}
-    wanted = {path: entry.hf_shape for path, entry in entries.items()}
+    wanted = {path: entry.hf_shape for path, entry in by_path.items()}
     astray = sorted(path for path in {*found, *wanted} if found.get(path) != wanted.get(path))
     if astray:
         raise UserError(f"{folder}: manifest and config.json describe different parameters: {shortlist(astray)}")
-    return entries
+    return by_path
 
 
 def _restore_params(
-    folder: Path, manifest: Manifest, config: LlavaConfig, dtype: str | None, sharding: Placement | None, check: bool
+    folder: Path, manifest: Manifest, config: ModelConfig, dtype: str | None, sharding: Placement | None, check: bool
 ) -> dict[str, Any]:
     """The parameter tree of a converted checkpoint, group by group, each device reading its own shards."""
-    entries = entries_of(folder, manifest, config)
+    by_path = entries_of(folder, manifest, config)
     stored = {tuple(record.path.split("/")): record.stored_dtype for record in manifest.records}
     if dtype is None:
         dtype = next(iter(stored.values())) if len(set(stored.values())) == 1 else "float32"
     default = jnp.zeros(()).sharding
 
     def abstract(path: tuple[str, ...]) -> jax.ShapeDtypeStruct:
-        shape = entries["/".join(path)].shape
+        shape = by_path["/".join(path)].shape
         where = sharding(path, shape) if callable(sharding) else sharding or default
         return jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=where)
 

@@ -11,14 +11,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparsevlm_jax.checkpoints import llava_original, safetensors, torch_bin
+from sparsevlm_jax.checkpoints.assign import assign
 from sparsevlm_jax.checkpoints.hub import locate
-from sparsevlm_jax.checkpoints.names import Entry, assign, canonical, spec
 from sparsevlm_jax.checkpoints.orbax import file_digest
 from sparsevlm_jax.checkpoints.safetensors import Tensor
-from sparsevlm_jax.config import check_depth, read_config
+from sparsevlm_jax.config import ModelConfig, check_depth, read_config
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.files import inside, open_regular, refuse_pointer, user_path
-from sparsevlm_jax.models.llava import LlavaConfig, abstract_params
+from sparsevlm_jax.models.family import FAMILIES, config_from_hf, family_of
+from sparsevlm_jax.models.names import Entry
+from sparsevlm_jax.models.parameters import entries
 
 # What stands beside the weights and belongs to the model.
 FILES = (
@@ -48,7 +50,7 @@ class Source(NamedTuple):
     tower: Path | None  # the CLIP model that was given
     stamps: dict[str, Stamp]  # of the weight files, when they were listed
     beside: dict[str, str]  # sha256 of every other file, before it was read
-    model: LlavaConfig
+    model: ModelConfig
     pairs: list[tuple[str, Entry]]  # every tensor and its parameter
     tensors: dict[str, Tensor]
     ignored: list[str]  # known extras
@@ -92,14 +94,14 @@ def open_source(source: str | Path, *, revision: str | None = None, vision_tower
         beside |= _beside(folder, tower)
         tower_config = None if tower is None else read_config(tower)
         config = llava_original.hf_config(config, tower_config, str(config_file))
-        if not any((canonical(name) or "").startswith("vision_tower.") for name in tensors):
+        if not any((FAMILIES["llava"].names.canonical(name) or "").startswith("vision_tower.") for name in tensors):
             if tower is None:
                 raise UserError(f"{source}: {llava_original.ask_for_tower(read_config(folder))}")
             tensors |= llava_original.tower_tensors(list_tensors(tower))
         config["image_token_index"] = llava_original.image_token_id(folder, config)
-    model = LlavaConfig.from_hf(config, str(config_file))
+    model = config_from_hf(config, str(config_file))
     check_depth(model, len(tensors), str(source))
-    pairs = assign(spec(abstract_params(model, np.dtype(np.float32))), tensors, str(source))
+    pairs = assign(family_of(model).names, entries(model), tensors, str(source))
     return Source(
         name=folder.resolve().name if user_path(source).is_dir() else str(source),
         folder=folder,

@@ -10,15 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from sparsevlm_jax.checkpoints.load import Model, load
 from sparsevlm_jax.checkpoints.source import Source, open_source
+from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.data import demo_model
 from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.inputs.packing import TiledImages, pack_images
 from sparsevlm_jax.inputs.processor import Processor
-from sparsevlm_jax.models.llava import LlavaConfig, embed, encode_images
+from sparsevlm_jax.layout import Size
+from sparsevlm_jax.models.embedding import embed, encode_images
 from sparsevlm_jax.models.stages import prefill
 from sparsevlm_jax.models.towers.clip import Tower
 from sparsevlm_jax.pruning.budgets import make_plan
@@ -36,7 +40,12 @@ class Question(NamedTuple):
     """What both sides are asked."""
 
     ids: np.ndarray  # int32 [l]
-    pixel_values: np.ndarray  # float32 [1, 3, S, S]
+    images: np.ndarray | TiledImages  # pixels: float32 [t, 3, S, S]
+    size: Size  # of the image
+
+    @property
+    def pixel_values(self) -> np.ndarray:
+        return self.images.pixel_values if isinstance(self.images, TiledImages) else self.images
 
 
 @dataclass(frozen=True)
@@ -88,20 +97,26 @@ def verify(
     return compare(theirs, ours, max(dtype, ours["logits"].dtype.name, key=lambda name: TOLERANCES[name]), model)
 
 
-def ask(processor: Processor | None, config: LlavaConfig) -> Question:
+def ask(processor: Processor | None, config: ModelConfig) -> Question:
     """The photograph and a question; for a checkpoint without tokenizer, any token ids."""
     if processor is not None:
-        inputs = processor([[demo_model.photo()]], [QUESTION], "pad")
-        return Question(inputs.ids[0], inputs.pixel_values)
+        inputs = processor([[demo_model.photo()]], [QUESTION], None if config.canvases else "pad")
+        return Question(inputs.ids[0], inputs.images, _size(demo_model.photo()))
     from PIL import Image
 
     side, random = config.vision.image_size, np.random.default_rng(0)
+    size, tiles = (side, side), config.most_tiles
     with Image.open(demo_model.photo()) as photo:
-        pixels = np.asarray(photo.convert("RGB").resize((side, side)), np.float32)
-    image = np.full(config.tokens_per_image, config.image_token_id)
+        pixels = np.asarray(photo.convert("RGB").resize(size), np.float32)
+    layout = config.image_layout(size)
+    image = np.full(layout.tokens, config.image_token_id)
     words = random.choice(np.delete(np.arange(min(config.text.vocab_size, config.image_token_id)), 0), 30)
     ids = np.concatenate([words[:15], image, words[15:]]).astype(np.int32)
-    return Question(ids, (pixels / 127.5 - 1).transpose(2, 0, 1)[None])
+    images = (pixels / 127.5 - 1).transpose(2, 0, 1)[None]
+    if tiles is None:
+        return Question(ids, images, size)
+    packing = pack_images([layout], tiles, config.tile_tokens, layout.tokens)
+    return Question(ids, TiledImages(np.repeat(images, tiles, axis=0), packing), size)
 
 
 def compare(theirs: Mapping[str, np.ndarray], ours: Mapping[str, np.ndarray], dtype: str, model: Model) -> Report:
@@ -133,12 +148,13 @@ def run_jax(model: Model, question: Question) -> Parts:
     pixels, ids = jnp.asarray(question.pixel_values), jnp.asarray(question.ids)[None]
     tower = Tower(config.vision, config.feature_layers)
     features, _ = tower.apply({"params": params["vision_tower"]}, pixels)
-    pictures = encode_images(params, pixels, config)
-    plan = make_plan(Sparsity.dense(), config, config.tokens_per_image)
-    prompt = embed(params, ids, jnp.asarray([ids.shape[1]]), pictures, config)
+    images = encode_images(params, jax.device_put(question.images), config)
+    visual = int(np.sum(question.ids == config.image_token_id))
+    plan = make_plan(Sparsity.dense(), config, visual)
+    prompt = embed(params, ids, jnp.asarray([ids.shape[1]]), images, config)
     logits, _, trace = prefill(params, prompt, config, plan, trace=True, max_new_tokens=0)
     assert trace is not None
-    parts = {"tower": features[0], "projector": pictures.tokens[0]}
+    parts = {"tower": features, "image features": images.tokens[:visual]}
     parts |= {_layer(i): trace.last_hidden[i, 0] for i in some_layers(config)}
     return {name: np.asarray(x.astype(dtype)) for name, x in (parts | {"logits": logits[0]}).items()}
 
@@ -147,36 +163,52 @@ def run_torch(source: Source, question: Question) -> tuple[Parts, str]:
     """The same in PyTorch, and the dtype that it ran in."""
     try:
         import torch
-        from transformers import AutoConfig, LlavaForConditionalGeneration
+        from transformers import AutoConfig, AutoModelForImageTextToText
     except ImportError as error:
         raise UserError("verifying runs the source in PyTorch: install torch") from error
 
     if source.layout == "hf":
-        model: Any = LlavaForConditionalGeneration.from_pretrained(source.folder, dtype="auto").eval()
+        model: Any = AutoModelForImageTextToText.from_pretrained(source.folder, dtype="auto").eval()
     else:  # transformers cannot read it: tensors under the names that it knows
         state = {entry.name: _tensor(source.tensors[name].read()) for name, entry in source.pairs}
         dtype = next(iter(state.values())).dtype
         config = AutoConfig.for_model(**source.config)
-        model = LlavaForConditionalGeneration.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
+        cls: Any = AutoModelForImageTextToText
+        model = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
     with torch.no_grad():
         pixels = torch.from_numpy(question.pixel_values).to(model.dtype)
         states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
         tower = torch.cat([states[layer] for layer in source.model.feature_layers], -1)
-        chosen = tower[:, 1:] if source.model.vision_feature_select_strategy == "default" else tower
-        visual = model.model.multi_modal_projector(chosen)
+        visual = _image_features(model, pixels, question.size, tiled=bool(source.model.canvases))
         # The marker may lie outside the table, so the embeddings are put together here.
         ids = torch.from_numpy(question.ids).long()[None]
         marker = ids == source.model.image_token_id
         embeddings = model.get_input_embeddings()(ids.masked_fill(marker, 0))
         embeddings = embeddings.masked_scatter(marker[..., None], visual)
         output = model(inputs_embeds=embeddings, output_hidden_states=True, logits_to_keep=1)
-    parts = {"tower": tower[0], "projector": visual[0]}
+    parts = {"tower": tower, "image features": visual}
     parts |= {_layer(i): output.hidden_states[i + 1][0, -1] for i in some_layers(source.model)}
     parts |= {"logits": output.logits[0, -1]}
     return {name: part.float().numpy() for name, part in parts.items()}, str(model.dtype).removeprefix("torch.")
 
 
-def some_layers(config: LlavaConfig) -> list[int]:
+def _image_features(model: Any, pixels: Any, size: Size, *, tiled: bool) -> Any:
+    """The visual tokens [n, d] of one image."""
+    import torch
+
+    images = (pixels[None], [list(size)]) if tiled else (pixels,)
+    found = model.model.get_image_features(*images).pooler_output
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in found])
+
+
+def _size(file: Path) -> Size:
+    from PIL import Image
+
+    with Image.open(file) as image:
+        return image.height, image.width
+
+
+def some_layers(config: ModelConfig) -> list[int]:
     """First, middle and last but one: what transformers returns for the last is normalised already."""
     last = config.text.num_hidden_layers - 2
     return sorted({0, last // 2, last}) if last >= 0 else []

@@ -64,7 +64,7 @@ def ask(
         loaded.params,
         loaded.config,
         inputs.ids,
-        inputs.pixel_values,
+        inputs.images,
         every=1 if stream else max_new_tokens,
         **settings_for(loaded, sparsity, max_new_tokens, temperature, top_p, seed),
     )

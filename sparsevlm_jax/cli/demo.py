@@ -80,7 +80,7 @@ def reply(model: Model, picture: Path, question: str, sparsity: Sparsity) -> Rep
     processor = require_processor(model)
     inputs = processor([[picture]], [question])
     settings = settings_for(model, sparsity, MAX_NEW_TOKENS)
-    run = Run(model.params, model.config, inputs.ids, inputs.pixel_values, **settings)
+    run = Run(model.params, model.config, inputs.ids, inputs.images, **settings)
     state, seconds = run.prefill(), []
     compile_seconds = run.compile_seconds
     for _ in range(PREFILLS):

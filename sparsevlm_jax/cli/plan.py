@@ -14,7 +14,7 @@ from sparsevlm_jax.cli.options import Json, PruningOptions, spread_options
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.files import user_path
 from sparsevlm_jax.models.cost import Cost, cost, tower_xla_flops
-from sparsevlm_jax.models.llava import LlavaConfig
+from sparsevlm_jax.models.family import config_of
 from sparsevlm_jax.models.presets import PRESETS
 from sparsevlm_jax.pruning.budgets import make_plan
 from sparsevlm_jax.pruning.methods import METHODS
@@ -41,7 +41,7 @@ def plan(
     sparsity = pruning.sparsity()
     if model not in PRESETS and not user_path(model).exists():
         raise UserError(f"--model {model}: neither a folder nor one of {', '.join(PRESETS)}")
-    config = PRESETS[model]() if model in PRESETS else LlavaConfig.from_file(user_path(model))
+    config = PRESETS[model]() if model in PRESETS else config_of(user_path(model))
     visual = images * config.tokens_per_image
     dense, pruned = (make_plan(s, config, visual, text_tokens) for s in (Sparsity.dense(), sparsity))
     dense_cost, pruned_cost = (cost(config, p, text_tokens) for p in (dense, pruned))

@@ -16,13 +16,14 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 from sparsevlm_jax.checkpoints.load import Model
+from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.explain.provenance import chosen, fates, scores
 from sparsevlm_jax.explain.words import Words, read_words
 from sparsevlm_jax.generation.api import generate_ids, require_finite, require_processor
 from sparsevlm_jax.generation.request import Generation, Run
 from sparsevlm_jax.inputs.images import ImageLike
-from sparsevlm_jax.models.llava import LlavaConfig, embed
+from sparsevlm_jax.models.embedding import embed
 from sparsevlm_jax.models.stages import Cache, Params, Trace, prefill
 from sparsevlm_jax.pruning.methods import METHODS
 from sparsevlm_jax.pruning.plan import Plan, StagePlan
@@ -89,9 +90,9 @@ def explain(
     processor, config = require_processor(model), model.config
     inputs = processor([list(images)], [question], aspect)
     settings: Any = {"max_new_tokens": max_new_tokens, "end_tokens": model.generation.eos_token_ids}
-    run = Run(model.params, config, inputs.ids, inputs.pixel_values, sparsity=sparsity, **settings)
+    run = Run(model.params, config, inputs.ids, inputs.images, sparsity=sparsity, **settings)
     pruned, trace = _run_traced(run, max_new_tokens)
-    dense = generate_ids(model.params, config, inputs.ids, inputs.pixel_values, sparsity=Sparsity.dense(), **settings)
+    dense = generate_ids(model.params, config, inputs.ids, inputs.images, sparsity=Sparsity.dense(), **settings)
     for generation in (pruned, dense):
         require_finite(generation, model.params)
     packed = pruned.packed
@@ -105,7 +106,7 @@ def explain(
         dense=dense,
         pruned=pruned,
         text_tokens=length - packed.visual,
-        class_tokens=len(images) if config.vision_feature_select_strategy == "full" else 0,
+        class_tokens=sum(int(np.sum(layout.places[:, 1] < 0)) for layout in inputs.layouts),
     )
 
 
@@ -133,7 +134,7 @@ def _prefill_traced(
     pixels: Array,
     seed: Array | None,
     *,
-    config: LlavaConfig,
+    config: ModelConfig,
     plan: Plan,
     room: int,
 ) -> tuple[Array, Cache, Trace]:
@@ -145,7 +146,7 @@ def _prefill_traced(
 
 def _run_traced(run: Run, max_new_tokens: int) -> tuple[Generation, Trace]:
     """Answers on the very cache of the prefill that is recorded."""
-    arrays = jnp.asarray(run.packed.input_ids), jnp.asarray(run.packed.lengths), run.pictures, run.seed
+    arrays = jnp.asarray(run.packed.input_ids), jnp.asarray(run.packed.lengths), run.images, run.seed
     logits, cache, trace = _prefill_traced(run.params, *arrays, config=run.config, plan=run.plan, room=run.room)
     return run.result(run.decode(run.resume(logits, cache), max_new_tokens)), trace
 
@@ -177,7 +178,7 @@ def _stages(trace: Trace, plan: Plan, pictures: int, grid: int) -> list[Stage]:
 
 
 def as_seen(
-    pixels: Float[np.ndarray, "m 3 S S"], image_processor: Any, plan: Plan, config: LlavaConfig
+    pixels: Float[np.ndarray, "m 3 S S"], image_processor: Any, plan: Plan, config: ModelConfig
 ) -> UInt8[np.ndarray, "m s s 3"]:
     """The processor's last steps undone, from what the tower takes back to colours."""
     shrink = METHODS[plan.sparsity.method].shrink_images

@@ -10,13 +10,14 @@ import jax
 import numpy as np
 
 from sparsevlm_jax.checkpoints.load import Model
+from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.generation.request import Generation, Run, Settings, key_of, require_limit
 from sparsevlm_jax.inputs.images import ImageLike
 from sparsevlm_jax.inputs.messages import Asked, read_prompts
+from sparsevlm_jax.inputs.packing import TiledImages
 from sparsevlm_jax.inputs.processor import Processor
-from sparsevlm_jax.models.llava import LlavaConfig
-from sparsevlm_jax.models.stages import Params, Pictures
+from sparsevlm_jax.models.stages import ImageFeatures, Params
 from sparsevlm_jax.pruning.methods import as_sparsity
 from sparsevlm_jax.pruning.settings import Sparsity
 
@@ -25,18 +26,18 @@ Images = ImageLike | Sequence[ImageLike | None] | Sequence[Sequence[ImageLike]] 
 
 def generate_ids(
     params: Params,
-    config: LlavaConfig,
+    config: ModelConfig,
     rows: Sequence[np.ndarray],
-    pictures: np.ndarray | Pictures | None,
+    images: np.ndarray | TiledImages | ImageFeatures | None,
     **settings: Unpack[Settings],
 ) -> Generation:
     """Answers a batch of prompts given as ids and pixels.
 
     Args:
       params, config: the model.
-      rows: ids of each prompt, int32 [l_i], every picture as `config.tokens_per_image` image markers.
-      pictures: those of all rows in order, or those of one row, which every row then shows: pixels, float32
-        [m, 3, height, width], or what `encode_images` made of them.
+      rows: ids of each prompt, int32 [l_i], every visual token of an image as one image marker.
+      images: those of all rows in order, or those of one row, which every row then shows: pixels, float32
+        [m, 3, height, width], the processor's `Inputs.images`, or what `encode_images` made of them.
       settings: see `Settings`.
 
     Returns:
@@ -45,22 +46,22 @@ def generate_ids(
     Raises:
       UserError: prompts longer than the model's context, pictures that do not match the markers, or bad settings.
     """
-    run = Run(params, config, rows, pictures, **settings)
+    run = Run(params, config, rows, images, **settings)
     return run.result(run.decode(run.prefill(), settings["max_new_tokens"]))
 
 
 def stream_ids(
     params: Params,
-    config: LlavaConfig,
+    config: ModelConfig,
     rows: Sequence[np.ndarray],
-    pictures: np.ndarray | Pictures | None,
+    images: np.ndarray | TiledImages | ImageFeatures | None,
     *,
     every: int = 1,
     **settings: Unpack[Settings],
 ) -> Iterator[Generation]:
     """`generate_ids` in instalments of `every` tokens: the same compiled loop, the same tokens."""
     require_limit("every", every)
-    yield from Run(params, config, rows, pictures, **settings).instalments(every)
+    yield from Run(params, config, rows, images, **settings).instalments(every)
 
 
 def generate(
@@ -162,7 +163,7 @@ def require_finite(generation: Generation, params: Params) -> Generation:
 
 def _in_ids(
     model: Model, images: Images, asked: Sequence[Asked], aspect: str | None
-) -> tuple[Params, LlavaConfig, list[np.ndarray], np.ndarray | None]:
+) -> tuple[Params, ModelConfig, list[np.ndarray], np.ndarray | TiledImages]:
     """What `generate_ids` takes, from pictures and questions."""
     rows: list[list[ImageLike]] = [one.pictures for one in asked]
     if not any(rows):
@@ -170,7 +171,7 @@ def _in_ids(
     elif any(pictures_by_prompt(images, 1)[0]):
         raise UserError("pictures in the messages and beside them: give them in one place")
     inputs = require_processor(model)(rows, [one.conversation for one in asked], aspect)
-    return model.params, model.config, inputs.ids, inputs.pixel_values
+    return model.params, model.config, inputs.ids, inputs.images
 
 
 def settings_for(

@@ -20,14 +20,16 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sparsevlm_jax.checkpoints.load import Model
+from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.generation.api import pictures_by_prompt, require_finite, require_processor
 from sparsevlm_jax.generation.request import Generation, Run, require_limit
 from sparsevlm_jax.inputs.images import ImageLike
 from sparsevlm_jax.inputs.messages import Conversation
-from sparsevlm_jax.inputs.packing import TEXT_BUCKETS, bucket
-from sparsevlm_jax.models.llava import LlavaConfig, encode_images
-from sparsevlm_jax.models.stages import Cache, Params, Pictures, decode_step
+from sparsevlm_jax.inputs.packing import TEXT_BUCKETS, TiledImages, bucket
+from sparsevlm_jax.layout import ImageLayout
+from sparsevlm_jax.models.embedding import encode_images
+from sparsevlm_jax.models.stages import Cache, ImageFeatures, Params, decode_step
 from sparsevlm_jax.pruning.budgets import make_plan
 from sparsevlm_jax.pruning.methods import METHODS, as_sparsity
 from sparsevlm_jax.pruning.settings import Sparsity
@@ -84,7 +86,8 @@ class Chat:
         self.aspect = aspect
         self.ids = np.zeros(0, np.int32)
         self.turns: list[tuple[str, str]] = []
-        self._pictures: Pictures | None = None
+        self._features: ImageFeatures | None = None
+        self._layouts: tuple[ImageLayout, ...] = ()
         self._run: Run | None = None
         self._cache: Cache | None = None
         self._prompt_length = 0  # ids of the first prompt
@@ -103,7 +106,8 @@ class Chat:
         else:
             inputs = self.processor([self.images], [question], self.aspect)
             ids = inputs.ids[0]
-            self._pictures = self._encode(inputs.pixel_values) if len(inputs.pixel_values) else None
+            self._layouts = inputs.layouts
+            self._features = self._encode(inputs.images) if inputs.layouts else None
         answer = self._prefill(ids) if self._cache is None else self._go_on(ids)
         if not all(answer.finite):
             self._cache = None
@@ -115,7 +119,7 @@ class Chat:
     def _next_ids(self, question: str) -> np.ndarray:
         """The conversation with another question."""
         talk = Conversation(question, tuple(self.turns))
-        whole, behind = self.processor.next_turn(talk, len(self.images))
+        whole, behind = self.processor.next_turn(talk, self._layouts)
         if self.selection == "again" or np.array_equal(whole[: len(self.ids)], self.ids):
             return whole
         return np.concatenate([self.ids, behind])
@@ -126,7 +130,7 @@ class Chat:
             self.model.params,
             self.model.config,
             [ids],
-            self._pictures,
+            self._features,
             sparsity=self.sparsity,
             max_new_tokens=self.max_new_tokens,
             end_tokens=self.model.generation.eos_token_ids,
@@ -167,11 +171,11 @@ class Chat:
         self._in_cache = len(ids) + int(jax.device_get(state.steps)) - 1
         return run.result(state)
 
-    def _encode(self, pixel_values: np.ndarray) -> Pictures:
+    def _encode(self, images: np.ndarray | TiledImages) -> ImageFeatures:
         config = self.model.config
-        visual = len(pixel_values) * config.tokens_per_image
+        visual = sum(layout.tokens for layout in self._layouts)
         plan = make_plan(self.sparsity, config, visual) if METHODS[self.sparsity.method].shrinks else None
-        return _encode(self.model.params, jax.device_put(pixel_values), config=config, plan=plan)
+        return _encode(self.model.params, jax.device_put(images), config=config, plan=plan)
 
 
 @partial(jax.jit, static_argnames=("config", "stops"), donate_argnames=("cache",))
@@ -181,7 +185,7 @@ def feed(
     count: Int[Array, ""],
     cache: Cache,
     *,
-    config: LlavaConfig,
+    config: ModelConfig,
     stops: tuple[int, ...],
 ) -> tuple[Float[Array, "1 vocab"], Cache]:
     """Runs the first `count` of some given ids through the decoder, one by one, as if they had been generated.

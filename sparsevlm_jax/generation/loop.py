@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sparsevlm_jax.models.llava import LlavaConfig, embed
-from sparsevlm_jax.models.stages import Cache, Params, Pictures, decode_step, prefill
+from sparsevlm_jax.config import ModelConfig
+from sparsevlm_jax.inputs.packing import TiledImages
+from sparsevlm_jax.models.embedding import embed
+from sparsevlm_jax.models.stages import Cache, ImageFeatures, Params, decode_step, prefill
 from sparsevlm_jax.pruning.plan import Plan
 
 
@@ -53,17 +55,17 @@ def start(
     params: Params,
     input_ids: Int[Array, "b l"],
     lengths: Int[Array, "b"],
-    pictures: Float[Array, "m 3 height width"] | Pictures | None,
+    images: Float[Array, "m 3 height width"] | TiledImages | ImageFeatures | None,
     keys: Array,
     sampler: Sampler,
     seed: Array | None = None,
     *,
-    config: LlavaConfig,
+    config: ModelConfig,
     plan: Plan,
     decoding: Decoding,
 ) -> State:
     """Prefill and the first token. `seed` is of methods that draw random numbers."""
-    prompt = embed(params, input_ids, lengths, pictures, config, plan)
+    prompt = embed(params, input_ids, lengths, images, config, plan)
     logits, cache, _ = prefill(params, prompt, config, plan, max_new_tokens=decoding.room, seed=seed)
     return first_token(logits, cache, keys, sampler, decoding=decoding)
 
@@ -75,7 +77,7 @@ def decode(
     limit: Int[Array, ""],
     sampler: Sampler,
     *,
-    config: LlavaConfig,
+    config: ModelConfig,
     stops: tuple[int, ...],
     decoding: Decoding,
 ) -> State:

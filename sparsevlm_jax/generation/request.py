@@ -16,12 +16,13 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.generation.ladder import prefill_by_rungs
 from sparsevlm_jax.generation.loop import Decoding, Sampler, State, decode, first_token, start
-from sparsevlm_jax.inputs.packing import NEW_TOKEN_BUCKETS, Packed, bucket, pack, shrink_markers
-from sparsevlm_jax.models.llava import LlavaConfig, embed
-from sparsevlm_jax.models.stages import Cache, Params, Pictures
+from sparsevlm_jax.inputs.packing import NEW_TOKEN_BUCKETS, Packed, TiledImages, bucket, pack, shrink_markers
+from sparsevlm_jax.models.embedding import embed
+from sparsevlm_jax.models.stages import Cache, ImageFeatures, Params
 from sparsevlm_jax.pruning.budgets import make_plan
 from sparsevlm_jax.pruning.methods import METHODS, as_sparsity
 from sparsevlm_jax.pruning.plan import Plan
@@ -73,9 +74,9 @@ class Run:
     def __init__(
         self,
         params: Params,
-        config: LlavaConfig,
+        config: ModelConfig,
         rows: Sequence[np.ndarray],
-        pictures: np.ndarray | Pictures | None,
+        images: np.ndarray | TiledImages | ImageFeatures | None,
         *,
         sparsity: Sparsity | str,
         max_new_tokens: int,
@@ -85,25 +86,30 @@ class Run:
         key: Array | None = None,
         room: int | None = None,
     ) -> None:
-        _check_settings(config, rows, pictures, max_new_tokens, temperature, top_p)
+        _check_settings(config, rows, max_new_tokens, temperature, top_p)
+        encoded = isinstance(images, ImageFeatures)
+        if not encoded:
+            _check_markers(config, rows, images)
         self.params, self.config = params, config
         self.max_new_tokens = max_new_tokens
-        self.packed = pack(rows, config.image_token_id)
+        self.packed = pack(rows, config.image_token_id, config.visual_bucket)
         sparsity = as_sparsity(sparsity)
         self.seed = _seed(sparsity)
         # The seed is traced: in the plan it would make another program.
         self.plan = make_plan(replace(sparsity, seed=None), config, self.packed.visual, self.packed.text)
         if self.plan.grid is not None:
-            shrunk = [
+            rows = [
                 shrink_markers(row, config.image_token_id, config.tokens_per_image, self.plan.grid**2) for row in rows
             ]
-            self.packed = pack(shrunk, config.image_token_id)
+            self.packed = pack(rows, config.image_token_id)
+        if encoded:
+            _check_markers(config, rows, images)
         self.room = bucket(room or max_new_tokens, NEW_TOKEN_BUCKETS, "max_new_tokens")
         self.decoding = Decoding(self.room, temperature == 0, tuple(end_tokens))
         # Everything from the host is put on the device by name: servers forbid what happens on the side.
         self.sampler = Sampler(*jax.device_put((np.float32(temperature or 1.0), np.float32(top_p))))
         self.keys = _split(key_of(0) if key is None else key, len(rows))
-        self.pictures = jax.device_put(pictures) if self.packed.visual else None
+        self.images = jax.device_put(images) if self.packed.visual else None
         self.visual_tokens: list[list[int]] = []  # known after the prefill
         self.compile_seconds = self.prefill_seconds = self.decode_seconds = 0.0
         self._compiled: dict[Any, Any] = {}
@@ -123,7 +129,7 @@ class Run:
         if self.plan.sparsity.ladder:
             state = self._prefill_by_rungs(ids, lengths)
         else:
-            args = (self.params, ids, lengths, self.pictures, self.keys, self.sampler, self.seed)
+            args = (self.params, ids, lengths, self.images, self.keys, self.sampler, self.seed)
             static = {"config": self.config, "plan": self.plan, "decoding": self.decoding}
             state, self.prefill_seconds = self._timed(start, *args, **static)
         text = np.sum((self.packed.input_ids != self.config.image_token_id) & self.packed.valid, axis=1)
@@ -147,7 +153,7 @@ class Run:
             self.prefill_seconds += seconds
             return out
 
-        prompt = call(_embed, self.params, ids, lengths, self.pictures, config=self.config, plan=self.plan)
+        prompt = call(_embed, self.params, ids, lengths, self.images, config=self.config, plan=self.plan)
         logits, cache, self.plan = prefill_by_rungs(
             self.params, prompt, self.config, self.plan, max_new_tokens=self.room, call=call
         )
@@ -220,9 +226,8 @@ def require_limit(name: str, value: object) -> None:
 
 
 def _check_settings(
-    config: LlavaConfig,
+    config: ModelConfig,
     rows: Sequence[np.ndarray],
-    pictures: np.ndarray | Pictures | None,
     max_new_tokens: int,
     temperature: float,
     top_p: float,
@@ -242,11 +247,26 @@ def _check_settings(
             f"the prompt has {longest} tokens and the answer may take {max_new_tokens}: "
             f"more than the model's context of {context}; shorten the question or use fewer pictures"
         )
+
+
+def _check_markers(
+    config: ModelConfig, rows: Sequence[np.ndarray], images: np.ndarray | TiledImages | ImageFeatures | None
+) -> None:
     markers = [int(np.sum(row == config.image_token_id)) for row in rows]
-    images = pictures.tokens if isinstance(pictures, Pictures) else pictures
-    visual = 0 if images is None else len(images) * config.tokens_per_image
+    visual = _visual_tokens(images, config)
     if sum(markers) != visual and any(count != visual for count in markers):
         raise UserError(
             f"the ids hold {sum(markers)} image markers, but the pictures given become {visual} visual tokens: "
-            f"write {config.tokens_per_image} markers per picture"
+            "write one marker for each visual token of a picture"
         )
+
+
+def _visual_tokens(images: np.ndarray | TiledImages | ImageFeatures | None, config: ModelConfig) -> int:
+    """How many visual tokens images become, all together."""
+    if images is None:
+        return 0
+    if isinstance(images, ImageFeatures):
+        return len(images.tokens) if images.count is None else int(jax.device_get(images.count))
+    if isinstance(images, TiledImages):
+        return int(jax.device_get(images.packing.count))
+    return len(images) * config.tokens_per_image

@@ -1,17 +1,20 @@
 """Ragged rows of token ids into one rectangle, its sides taken from buckets so that few shapes are compiled.
 
-Axis letters: b batch, l packed sequence length.
+Images go the same way: their tiles and visual tokens are padded to sizes that depend on no single image.
+
+Axis letters: b batch, l packed sequence length, m images, t tiles, n visual tokens, k patches that one is made of.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int
 
 from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.layout import NEWLINE, ImageLayout
 
 TEXT_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 NEW_TOKEN_BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -30,19 +33,71 @@ class Packed(NamedTuple):
         return np.arange(self.input_ids.shape[1])[None, :] < self.lengths[:, None]
 
 
-def pack(rows: Sequence[np.ndarray], image_token_id: int) -> Packed:
-    """Pads rows of ids to the bucket of their text and to their largest number of visual tokens.
+class ImagePacking(NamedTuple):
+    """Where every visual token of a batch comes from: its patches among those of all tiles, and their shares.
+
+    Rows of the family's own, such as the newline token, are counted behind all patches. The first `count` tokens are
+    real.
+    """
+
+    index: Any  # int32 [n, k]
+    weight: Any  # float32 [n, k]; None where every token is one patch
+    line: Any  # int32 [n], see `ImageLayout`
+    count: Any  # int32 []
+
+
+class TiledImages(NamedTuple):
+    """Images as the tower and the packer of a family with tiles take them: on the host, on a device, or traced."""
+
+    pixel_values: Any  # float32 [t, 3, S, S]
+    packing: ImagePacking
+
+
+def pack_images(layouts: Sequence[ImageLayout], tiles: int, patches: int, tokens: int) -> ImagePacking:
+    """The packing of some images.
+
+    Args:
+      layouts: of each image.
+      tiles: that each of them is padded to.
+      patches: that a tile becomes.
+      tokens: to which their visual tokens are padded; the padding repeats patch 0.
+    """
+    own = len(layouts) * tiles * patches  # where the family's own rows begin
+    index, line, weight, before = [], [], [], 0
+    for number, layout in enumerate(layouts):
+        index.append(np.where(layout.index == NEWLINE, own, number * tiles * patches + layout.index))
+        line.append(before + layout.line)
+        weight += [] if layout.weight is None else [layout.weight]
+        before += layout.tokens
+    padding = tokens - before
+    return ImagePacking(
+        _padded(index, padding).astype(np.int32),
+        _padded(weight, padding).astype(np.float32) if weight else None,
+        np.concatenate([*line, np.arange(before, tokens)]).astype(np.int32),
+        np.asarray(before, np.int32),
+    )
+
+
+def _padded(parts: Sequence[np.ndarray], padding: int) -> np.ndarray:
+    return np.concatenate([*parts, np.zeros((padding, parts[0].shape[1]), parts[0].dtype)])
+
+
+def pack(rows: Sequence[np.ndarray], image_token_id: int, visual_bucket: Callable[[int], int] = int) -> Packed:
+    """Pads rows of ids to the bucket of their text and to that of their largest number of visual tokens.
+
+    Args:
+      visual_bucket: of a number of visual tokens; by default the number itself.
 
     Raises:
       UserError: more text than the largest bucket.
     """
-    visual = [int(np.sum(row == image_token_id)) for row in rows]
-    most_text = max(len(row) - v for row, v in zip(rows, visual, strict=True))
-    text = bucket(most_text, TEXT_BUCKETS, "the prompt's text")
-    ids = np.zeros((len(rows), text + max(visual)), np.int32)
+    counts = [int(np.sum(row == image_token_id)) for row in rows]
+    most_text = max(len(row) - v for row, v in zip(rows, counts, strict=True))
+    text, visual = bucket(most_text, TEXT_BUCKETS, "the prompt's text"), visual_bucket(max(counts))
+    ids = np.zeros((len(rows), text + visual), np.int32)
     for padded, row in zip(ids, rows, strict=True):
         padded[: len(row)] = row
-    return Packed(ids, np.array([len(row) for row in rows], np.int32), text, max(visual))
+    return Packed(ids, np.array([len(row) for row in rows], np.int32), text, visual)
 
 
 def bucket(size: int, buckets: Sequence[int], what: str) -> int:

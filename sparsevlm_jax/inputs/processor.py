@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from sparsevlm_jax import bounds
 from sparsevlm_jax.config import ModelConfig
@@ -21,6 +22,7 @@ from sparsevlm_jax.errors import UserError, first_line
 from sparsevlm_jax.inputs import templates
 from sparsevlm_jax.inputs.images import ImageLike, open_image, pad_to_square, picture_name
 from sparsevlm_jax.inputs.messages import Conversation, as_texts
+from sparsevlm_jax.inputs.packing import ImagePacking, TiledImages, pack_images
 from sparsevlm_jax.inputs.side_files import (
     PROCESSOR_FILES,
     TOKENIZER_FILES,
@@ -29,6 +31,7 @@ from sparsevlm_jax.inputs.side_files import (
     read_tokenizer,
     there,
 )
+from sparsevlm_jax.layout import ImageLayout
 from sparsevlm_jax.text import count
 
 MARKER = "<image>"
@@ -45,12 +48,22 @@ class Inputs(NamedTuple):
     """What the model takes.
 
     Attributes:
-      ids: a row per question, int32 [l], every image marker expanded to `tokens_per_image` copies of its id.
-      pixel_values: float32 [m, 3, S, S], the pictures of all rows in order; m is 0 where there are none.
+      ids: a row per question, int32 [l], every image marker expanded to a copy of its id for each visual token.
+      pixel_values: float32 [m, 3, S, S], the images of all rows in order; m is 0 where there are none. For a family
+        with tiles these are the tiles [t, 3, S, S], as many for each image.
+      layouts: of each image, what its visual tokens are.
+      packing: of a family with tiles, where each visual token of the batch comes from.
     """
 
     ids: list[np.ndarray]
     pixel_values: np.ndarray
+    layouts: tuple[ImageLayout, ...]
+    packing: ImagePacking | None = None
+
+    @property
+    def images(self) -> np.ndarray | TiledImages:
+        """As `generate_ids` takes them."""
+        return self.pixel_values if self.packing is None else TiledImages(self.pixel_values, self.packing)
 
 
 class Processor:
@@ -170,13 +183,19 @@ class Processor:
             raise UserError(f"{len(images)} lists of pictures for {len(questions)} questions: give one per question")
         if aspect is not None and aspect not in ASPECTS:
             raise UserError(f'aspect is "{aspect}": expected {" or ".join(ASPECTS)}')
-        by_question = list(images) * len(questions) if len(images) == 1 else images
-        ids = [self._ids(question, len(own)) for question, own in zip(questions, by_question, strict=True)]
-        pixels = [self._pixels(picture, aspect) for pictures in images for picture in pictures]
+        prepared = [[self._prepared(image, aspect) for image in own] for own in images]
+        layouts = [[layout for _, layout in own] for own in prepared]
+        by_question = layouts * len(questions) if len(images) == 1 else layouts
+        ids = [
+            self._tokenized(self.prompt(question, len(own)), own)
+            for question, own in zip(questions, by_question, strict=True)
+        ]
+        pixels = [pixels for own in prepared for pixels, _ in own]
         side = self.config.vision.image_size
-        return Inputs(ids, np.stack(pixels) if pixels else np.zeros((0, 3, side, side), np.float32))
+        stacked = np.concatenate(pixels) if pixels else np.zeros((0, 3, side, side), np.float32)
+        return Inputs(ids, stacked, tuple(layout for own in layouts for layout in own), self._packing(layouts))
 
-    def next_turn(self, talk: Conversation, num_images: int) -> tuple[np.ndarray, np.ndarray]:
+    def next_turn(self, talk: Conversation, layouts: Sequence[ImageLayout]) -> tuple[np.ndarray, np.ndarray]:
         """Token ids, int32 [l], of a whole conversation, and those of them that stand behind its last answer.
 
         The text is tokenized as a whole: what a tokenizer puts in front of a text must not come before every turn.
@@ -186,10 +205,11 @@ class Processor:
         """
         last, mark = talk.earlier[-1], "\ue000"
         marked = talk._replace(earlier=(*talk.earlier[:-1], (last[0], mark)))
-        text, tail = self.prompt(talk, num_images), self.prompt(marked, num_images).rpartition(mark)[2]
+        text, tail = (self.prompt(each, len(layouts)) for each in (talk, marked))
+        tail = tail.rpartition(mark)[2]
         if not text.endswith(tail):
             raise UserError("the chat template writes what follows an answer differently from answer to answer")
-        whole, head = self._tokenized(text, num_images), self._tokenized(text.removesuffix(tail), num_images)
+        whole, head = self._tokenized(text, layouts), self._tokenized(text.removesuffix(tail), layouts)
         if np.array_equal(whole[: len(head)], head):
             return whole, whole[len(head) :]
         # A token spans the end of the answer: the tail is tokenized alone then.
@@ -199,26 +219,45 @@ class Processor:
         """Text of token ids, without special tokens and surrounding space."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True).strip()
 
-    def _ids(self, question: str | Conversation, num_images: int) -> np.ndarray:
-        return self._tokenized(self.prompt(question, num_images), num_images)
-
-    def _tokenized(self, text: str, num_images: int) -> np.ndarray:
-        """Token ids of a prompt, int32 [l], markers expanded."""
+    def _tokenized(self, text: str, layouts: Sequence[ImageLayout]) -> np.ndarray:
+        """Token ids of a prompt, int32 [l], the marker of each image expanded to its visual tokens."""
         ids = self.tokenizer(text)["input_ids"]
         if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
             ids = ids[1:]  # written by the chat template, and again by the tokenizer
         row = np.asarray(ids, np.int32)
         marker = row == self.config.image_token_id
-        if marker.sum() != num_images:
+        if marker.sum() != len(layouts):
             raise UserError(
-                f"the prompt has {count(int(marker.sum()), f'{MARKER} token')} for {count(num_images, 'picture')}: "
+                f"the prompt has {count(int(marker.sum()), f'{MARKER} token')} for {count(len(layouts), 'picture')}: "
                 "the chat template or the tokenizer of this checkpoint does not keep the markers"
             )
-        return np.repeat(row, np.where(marker, self.config.tokens_per_image, 1))
+        copies = np.ones(len(row), int)
+        copies[marker] = [layout.tokens for layout in layouts]
+        return np.repeat(row, copies)
 
-    def _pixels(self, source: ImageLike, aspect: str | None) -> np.ndarray:
-        """One picture as the tower takes it, float32 [3, S, S]."""
-        picture, name = open_image(source), picture_name(source)
+    def _packing(self, layouts: Sequence[Sequence[ImageLayout]]) -> ImagePacking | None:
+        """Of the images of each row, padded to sizes that no single image decides; None where nothing is packed."""
+        tiles, flat = self.config.most_tiles, [layout for own in layouts for layout in own]
+        if tiles is None or not flat:
+            return None
+        longest = max(sum(layout.tokens for layout in own) for own in layouts)
+        tokens = len(layouts) * self.config.visual_bucket(longest)
+        return pack_images(flat, tiles, self.config.tile_tokens, tokens)
+
+    def _prepared(self, source: ImageLike, aspect: str | None) -> tuple[np.ndarray, ImageLayout]:
+        """An image as the tower takes it, float32 [tiles, 3, S, S], and its visual tokens."""
+        image, name = open_image(source), picture_name(source)
+        layout, tiles = self.config.image_layout((image.height, image.width)), self.config.most_tiles
+        if tiles is None:
+            return self._pixels(image, name, aspect)[None], layout
+        if aspect is not None:
+            raise UserError(f"{name}: `aspect` is {aspect}, but {self.config.model_type} takes images as they are")
+        canvases = {"image_grid_pinpoints": [list(canvas) for canvas in self.config.canvases]}
+        pixels = self._processed(image, name, canvases, layout.tiles)
+        return np.pad(pixels, ((0, tiles - layout.tiles), *[(0, 0)] * 3)), layout
+
+    def _pixels(self, picture: Image.Image, name: str, aspect: str | None) -> np.ndarray:
+        """An image of one tile, float32 [3, S, S]."""
         side = self.config.vision.image_size
         square = {"height": side, "width": side}
         long, short = max(picture.size), min(picture.size)
@@ -236,14 +275,21 @@ class Processor:
             options = {"size": square, "do_center_crop": False}
         if options:
             options |= {"do_resize": True, "do_pad": False}
+        return self._processed(picture, name, options, None)
+
+    def _processed(self, image: Image.Image, name: str, options: dict[str, Any], tiles: int | None) -> np.ndarray:
+        """What the checkpoint's image processor makes of an image, float32 [3, S, S], or of `tiles` such."""
+        side = self.config.vision.image_size
+        wanted = (3, side, side) if tiles is None else (tiles, 3, side, side)
         try:
-            pixels = self.image_processor([picture], return_tensors="np", **options)["pixel_values"][0]
+            pixels = self.image_processor([image], return_tensors="np", **options)["pixel_values"][0]
         except Exception as error:  # the settings of a file, so any type
             raise UserError(f"{name}: the checkpoint's image processor fails: {first_line(error)}") from error
-        if pixels.shape != (3, side, side):
+        if pixels.shape != wanted:
+            mend = ": choose the aspect crop or pad" if tiles is None else ""
             raise UserError(
                 f"{name}: the checkpoint's image processor makes {list(pixels.shape)}, but the model takes "
-                f"{[3, side, side]}: choose the aspect crop or pad"
+                f"{list(wanted)}{mend}"
             )
         pixels = np.asarray(pixels, np.float32)
         if not np.isfinite(pixels).all():

@@ -31,7 +31,7 @@ TOKENIZERS = (
     "PreTrainedTokenizer",
     "TokenizersBackend",
 )
-IMAGE_PROCESSORS = ("CLIPImageProcessor", "LlavaImageProcessor")
+IMAGE_PROCESSORS = ("CLIPImageProcessor", "LlavaImageProcessor", "LlavaNextImageProcessor", "SiglipImageProcessor")
 
 # Entries of tokenizer_config.json that are about text, beside those named after tokens; the others are about files,
 # classes and code.

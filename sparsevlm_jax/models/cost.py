@@ -12,7 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sparsevlm_jax.models.llava import LlavaConfig, abstract_params, encode_images
+from sparsevlm_jax.config import ModelConfig
+from sparsevlm_jax.models.embedding import encode_images
+from sparsevlm_jax.models.parameters import abstract_params
 from sparsevlm_jax.models.stages import Prompt, prefill
 from sparsevlm_jax.pruning.budgets import cache_bytes, paper_flops
 from sparsevlm_jax.pruning.plan import Plan
@@ -33,7 +35,7 @@ class Cost:
     cache_bytes: int
 
 
-def cost(config: LlavaConfig, plan: Plan, text_tokens: int) -> Cost:
+def cost(config: ModelConfig, plan: Plan, text_tokens: int) -> Cost:
     """Counts a prefill of `text_tokens` + `plan.visual_tokens` tokens, unpadded, layers unrolled, XLA attention."""
     tokens = [text_tokens + visual for visual in plan.entering()]
     return Cost(
@@ -41,7 +43,7 @@ def cost(config: LlavaConfig, plan: Plan, text_tokens: int) -> Cost:
     )
 
 
-def xla_flops(config: LlavaConfig, plan: Plan, text_tokens: int) -> float:
+def xla_flops(config: ModelConfig, plan: Plan, text_tokens: int) -> float:
     """XLA's cost analysis of the lowered decoder."""
     config = replace(config, attention="xla")  # a library's kernel would be opaque
     plan = replace(plan, text_tokens=None)  # it may have been made for a padded prompt
@@ -58,7 +60,7 @@ def xla_flops(config: LlavaConfig, plan: Plan, text_tokens: int) -> float:
     return _flops(run, abstract_params(config, jnp.bfloat16), prompt)
 
 
-def tower_xla_flops(config: LlavaConfig, plan: Plan) -> float:
+def tower_xla_flops(config: ModelConfig, plan: Plan) -> float:
     """XLA's cost analysis of tower and projector for one picture."""
     vision = config.vision
     pixels = jax.ShapeDtypeStruct((1, vision.num_channels, vision.image_size, vision.image_size), jnp.bfloat16)

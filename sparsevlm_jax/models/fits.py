@@ -19,7 +19,7 @@ from sparsevlm_jax.pruning.methods import METHODS
 from sparsevlm_jax.pruning.plan import Plan, require_count
 
 if TYPE_CHECKING:  # it imports this module
-    from sparsevlm_jax.models.stages import Cache, Pictures, Prompt
+    from sparsevlm_jax.models.stages import Cache, ImageFeatures, Prompt
 
 
 def require_prompt(params: Any, prompt: Prompt, config: ModelConfig, plan: Plan, max_new_tokens: int) -> None:
@@ -78,23 +78,33 @@ def require_cache(params: Any, token: Array, cache: Cache, config: ModelConfig, 
             )
 
 
-def require_pictures(pictures: Pictures, rows: int, config: ModelConfig, plan: Plan | None) -> None:
+def require_tiles(packing: Any, config: ModelConfig) -> None:
+    """Refuses plain pixels for a family whose images are tiles, and the other way round.
+
+    Raises:
+      ValueError: naming the family.
+    """
+    if (packing is None) != (config.most_tiles is None):
+        wanted = "pixels [m, 3, S, S]" if config.most_tiles is None else "TiledImages, which the processor makes"
+        raise ValueError(f"images of {config.model_type} are {wanted}")
+
+
+def require_features(images: ImageFeatures, rows: int, config: ModelConfig, plan: Plan | None) -> None:
     """Refuses visual tokens that are not the plan's, or not as wide as the decoder.
 
     Raises:
       ValueError: naming both sides.
     """
-    count, tokens, width = pictures.tokens.shape
+    tokens, width = images.tokens.shape
     if width != config.text.hidden_size:
-        raise ValueError(f"the pictures' tokens have width {width}, the decoder has {config.text.hidden_size}")
-    if plan is None:
+        raise ValueError(f"the images' tokens have width {width}, the decoder has {config.text.hidden_size}")
+    if plan is None or images.count is not None:
         return
-    if plan.grid is not None and tokens != plan.grid**2:
-        raise ValueError(f"a picture has {tokens} visual tokens, the plan shrinks it to {plan.grid**2}")
-    if count * tokens > rows * plan.visual_tokens:
+    if plan.grid is not None and tokens % plan.grid**2:
+        raise ValueError(f"the images have {tokens} visual tokens, the plan shrinks each to {plan.grid**2}")
+    if tokens > rows * plan.visual_tokens:
         raise ValueError(
-            f"{count} pictures have {count * tokens} visual tokens, the plan has {plan.visual_tokens} in each of "
-            f"{rows} rows"
+            f"the images have {tokens} visual tokens, the plan has {plan.visual_tokens} in each of {rows} rows"
         )
 
 

@@ -1,20 +1,16 @@
-"""LLaVA-1.5: its configuration, its parameters, and its way from pixels and ids to a prompt.
+"""LLaVA-1.5 and its relatives: one tile an image, a vision tower, a two-layer projector, a decoder.
 
-Axis letters: b batch, l packed sequence length, v visual tokens, m images, d width.
+Axis letters: t tiles, v visual tokens of a tile, d width.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 import flax.linen as nn
-import jax
-import jax.numpy as jnp
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from sparsevlm_jax import bounds
 from sparsevlm_jax.config import (
@@ -30,18 +26,34 @@ from sparsevlm_jax.config import (
 )
 from sparsevlm_jax.errors import UserError, shown
 from sparsevlm_jax.files import read_json
-from sparsevlm_jax.models import fits
+from sparsevlm_jax.layout import ImageLayout, Size, one_tile
 from sparsevlm_jax.models.decoder import Llama
-from sparsevlm_jax.models.stages import Params, Pictures, Prompt, decoder_of
+from sparsevlm_jax.models.names import (
+    DECODER_SPELLINGS,
+    HARMLESS,
+    VISION_SPELLINGS,
+    Table,
+    decoder_rows,
+    projector_rows,
+    projector_spellings,
+    vision_rows,
+)
+from sparsevlm_jax.models.stages import Params
 from sparsevlm_jax.models.towers.clip import Tower
-from sparsevlm_jax.ops.layers import ACTIVATIONS, linear
-from sparsevlm_jax.pruning.methods import METHODS
-from sparsevlm_jax.pruning.plan import Plan
+from sparsevlm_jax.ops.layers import ACTIVATIONS, LayerNorm, linear
+
+NAMES = Table(
+    (*vision_rows(), *projector_rows("linear_1", "linear_2"), *decoder_rows()),
+    VISION_SPELLINGS
+    | projector_spellings(linear_1="model.mm_projector.0.", linear_2="model.mm_projector.2.")
+    | DECODER_SPELLINGS,
+    HARMLESS,
+)
 
 
 @dataclass(frozen=True)
 class LlavaConfig:
-    """CLIP tower, two-layer projector, Llama decoder.
+    """Vision tower, two-layer projector, decoder.
 
     `attention` names the implementation of the decoder's attention (see `ops.attention.attend`); it is
     the one field that a checkpoint does not decide.
@@ -55,6 +67,9 @@ class LlavaConfig:
     projector_hidden_act: str
     projector_bias: bool
     attention: str
+    projector_norm_eps: float | None = None  # of a norm in front of the projector; None where there is none
+    model_type: str = "llava"
+    canvases: tuple[Size, ...] = ()  # (height, width) in pixels, of families with tiles
 
     def __post_init__(self) -> None:
         check_activation("projector_hidden_act", self.projector_hidden_act)
@@ -74,14 +89,28 @@ class LlavaConfig:
 
     @property
     def image_grid(self) -> int | None:
-        """Visual tokens per side of a picture; None where they are no square (the class token is one of them)."""
+        """Visual tokens per side of an image; None where they are no square (the class token is one of them)."""
         return self.vision.grid if self.vision_feature_select_strategy == "default" else None
 
     @property
-    def tokens_per_image(self) -> int:
-        """Visual tokens that one picture becomes: 576 for LLaVA-1.5 (its class token is dropped)."""
+    def tile_tokens(self) -> int:
         class_token = self.vision_feature_select_strategy == "full"
         return self.vision.grid**2 + class_token
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Visual tokens that an image becomes: 576 for LLaVA-1.5 (its class token is dropped)."""
+        return self.tile_tokens
+
+    @property
+    def most_tiles(self) -> int | None:
+        return None
+
+    def image_layout(self, size: Size) -> ImageLayout:
+        return one_tile(self.vision.grid, class_token=self.image_grid is None)
+
+    def visual_bucket(self, tokens: int) -> int:
+        return tokens
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], source: str = "config.json") -> LlavaConfig:
@@ -95,14 +124,6 @@ class LlavaConfig:
         Raises:
           UserError: another architecture, or a variant of it that this package does not compute.
         """
-        model_type = config.get("model_type")
-        # Early checkpoints of the original layout call themselves "llava" too.
-        if model_type == "llava_llama" or "mm_vision_tower" in config:
-            raise UserError(f"{source}: the original LLaVA layout; convert it with `sparsevlm convert`")
-        if model_type != "llava":
-            raise UserError(
-                f'{source}: model_type is {shown(model_type)}, expected "llava" (LLaVA-1.5 in the Hugging Face layout)'
-            )
         full = complete(config, source)
         vision, text = full["vision_config"], full["text_config"]
         made = cls(
@@ -110,24 +131,32 @@ class LlavaConfig:
             text=text_config(text, source),
             image_token_id=token_id(full["image_token_index"], f"{source}: image_token_index"),
             vision_feature_layer=_feature_layer(full["vision_feature_layer"], source),
-            vision_feature_select_strategy=full["vision_feature_select_strategy"],
             projector_hidden_act=full["projector_hidden_act"],
-            projector_bias=typed(full["multimodal_projector_bias"], "bool", f"{source}: multimodal_projector_bias"),
             attention="auto",
+            **cls.own_fields(full, source),
         )
-        if made.tokens_per_image > bounds.VISUAL_TOKENS:
+        if made.tile_tokens > bounds.VISUAL_TOKENS:
             raise UserError(
-                f"{source}: a picture becomes {made.tokens_per_image:,} visual tokens (image_size and patch_size of "
+                f"{source}: a picture becomes {made.tile_tokens:,} visual tokens (image_size and patch_size of "
                 f"vision_config), expected at most {bounds.VISUAL_TOKENS:,}"
             )
         return made
+
+    @classmethod
+    def own_fields(cls, full: dict[str, Any], source: str) -> dict[str, Any]:
+        """The fields in which a family differs, out of a complete config.json."""
+        return {
+            "model_type": full["model_type"],
+            "vision_feature_select_strategy": full["vision_feature_select_strategy"],
+            "projector_bias": typed(full["multimodal_projector_bias"], "bool", f"{source}: multimodal_projector_bias"),
+        }
 
     @classmethod
     def from_file(cls, path: str | Path) -> LlavaConfig:
         """Reads `config.json`, or the `config.json` of a folder.
 
         Raises:
-          UserError: no such file, not JSON, or not a LLaVA configuration.
+          UserError: no such file, not JSON, or not a configuration of this family.
         """
         path = Path(path)
         file = path / "config.json" if path.is_dir() else path
@@ -135,16 +164,19 @@ class LlavaConfig:
 
 
 class Projector(nn.Module):
-    """Linear, activation, linear: from the tower's width to the decoder's."""
+    """Linear, activation, linear, behind a norm where the family has one: from the tower's width to the decoder's."""
 
     config: LlavaConfig
 
     def setup(self) -> None:
         c = self.config
+        if c.projector_norm_eps is not None:
+            self.projector_layernorm = LayerNorm(c.projector_norm_eps)
         self.linear_1 = linear(c.text.hidden_size, c.projector_bias)
         self.linear_2 = linear(c.text.hidden_size, c.projector_bias)
 
-    def __call__(self, x: Float[Array, "m v d_tower"]) -> Float[Array, "m v d"]:
+    def __call__(self, x: Float[Array, "t v d_tower"]) -> Float[Array, "t v d"]:
+        x = x if self.config.projector_norm_eps is None else self.projector_layernorm(x)
         return self.linear_2(ACTIVATIONS[self.config.projector_hidden_act](self.linear_1(x)))
 
 
@@ -165,16 +197,10 @@ class Llava(nn.Module):
         return self.language_model(input_ids)
 
 
-def encode_images(
-    params: Params, pixel_values: Float[Array, "m 3 height width"], config: LlavaConfig, plan: Plan | None = None
-) -> Pictures:
-    """Pictures to visual tokens: tower, feature selection, projector; shrunk where the plan says so."""
-    grid, shrink_images, shrink_features = None, None, None
-    if plan is not None and plan.grid is not None:
-        grid, method = plan.grid, METHODS[plan.sparsity.method]
-        shrink_images, shrink_features = method.shrink_images, method.shrink_features
-    if grid is not None and shrink_images is not None:
-        pixel_values = shrink_images(pixel_values, grid * config.vision.patch_size)
+def encode_tiles(
+    params: Params, pixel_values: Float[Array, "t 3 height width"], config: LlavaConfig
+) -> tuple[Float[Array, "t v d"], Float[Array, "t v"]]:
+    """Tower, feature selection, projector: the visual tokens of every tile, and how much the tower looks at each."""
     # Under the names that they have in the tree: a profile tells phases by them.
     tower = Tower(config.vision, config.feature_layers, name="vision_tower")
     projector = Projector(config, name="multi_modal_projector")
@@ -182,72 +208,7 @@ def encode_images(
     if config.vision_feature_select_strategy == "default":
         features, saliency = features[:, 1:], saliency[:, 1:]
     tokens: Any = projector.apply({"params": params["multi_modal_projector"]}, features)
-    if grid is not None and shrink_features is not None:
-        tokens, saliency = shrink_features(tokens, grid), shrink_features(saliency[..., None], grid)[..., 0]
-    return Pictures(tokens, saliency)
-
-
-def embed(
-    params: Params,
-    input_ids: Int[Array, "b l"],
-    lengths: Int[Array, "b"],
-    pictures: Float[Array, "m 3 height width"] | Pictures | None,
-    config: LlavaConfig,
-    plan: Plan | None = None,
-) -> Prompt:
-    """Token ids and pictures to a prompt: visual tokens go, in order, where the image markers stand.
-
-    Args:
-      input_ids: packed rows; every visual token stands as one `config.image_token_id`.
-      lengths: valid ids of each row.
-      pictures: those of all rows, in order, or those of one row, which then go with every row: pixels, or what
-        `encode_images` made of them; None for text only.
-      plan: that of the prefill. It has to be given where it shrinks pictures.
-
-    Returns:
-      The prompt. Its embeddings are NaN where the markers are not as many as the visual tokens of the pictures.
-
-    Raises:
-      ValueError: pictures of another model or plan.
-    """
-    if pictures is not None and not isinstance(pictures, Pictures):
-        pictures = encode_images(params, pictures, config, plan) if pictures.shape[0] else None
-    if pictures is not None:
-        fits.require_pictures(pictures, input_ids.shape[0], config, plan)
-    valid = jnp.arange(input_ids.shape[1])[None, :] < lengths[:, None]
-    visual = (input_ids == config.image_token_id) & valid
-    # The marker may lie outside the table (-200 in original LLaVA checkpoints).
-    words = decoder_of(params, config).embed_tokens(jnp.clip(input_ids, 0, config.text.vocab_size - 1))
-    if pictures is None:
-        # A marker without its picture has no embedding.
-        words = fits.or_nan(words, ~jnp.any(visual, axis=1))
-        return Prompt(words, jnp.zeros_like(visual), lengths)
-    tokens = pictures.tokens.reshape(-1, words.shape[-1]).astype(words.dtype)
-    given, marked = tokens.shape[0], jnp.sum(visual, axis=1)
-    # A row's own pictures for each row, or one row's pictures for all: the same index either way.
-    index = jnp.maximum(jnp.cumsum(visual.reshape(-1)) - 1, 0).reshape(visual.shape) % given
-    embeddings = jnp.where(visual[:, :, None], tokens[index], words)
-    matching = (jnp.sum(marked) == given) | jnp.all(marked == given)
-    embeddings = fits.or_nan(embeddings, jnp.broadcast_to(matching, lengths.shape))
-    return Prompt(embeddings, visual, lengths, jnp.where(visual, pictures.saliency.reshape(-1)[index], 0.0))
-
-
-def init_params(config: LlavaConfig, key: Array, dtype: DTypeLike) -> Params:
-    """Random parameters, for tests and benchmarks."""
-    shape = (1, config.vision.num_channels, config.vision.image_size, config.vision.image_size)
-    params = Llava(config).init(key, jnp.zeros(shape, jnp.float32), jnp.zeros((1, 2), jnp.int32))["params"]
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-
-
-def abstract_params(config: LlavaConfig, dtype: DTypeLike) -> Params:
-    """Shapes and dtypes of the parameter tree, without making it."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), _shapes(config))
-
-
-@cache
-def _shapes(config: LlavaConfig) -> Params:
-    """`abstract_params` in float32: tracing a whole model takes a second, and costs are asked for again and again."""
-    return jax.eval_shape(lambda key: init_params(config, key, jnp.float32), jax.random.key(0))
+    return tokens, saliency
 
 
 def _feature_layer(layer: Any, source: str) -> int | tuple[int, ...]:

@@ -38,11 +38,12 @@ class Prompt(NamedTuple):
     next_positions: Int[Array, "b"] | None = None  # that of the first new token; None for `lengths`
 
 
-class Pictures(NamedTuple):
-    """Projected visual tokens of pictures, which several questions can share."""
+class ImageFeatures(NamedTuple):
+    """Projected visual tokens of images, one image behind the other, which several questions can share."""
 
-    tokens: Float[Array, "m v d"]
-    saliency: Float[Array, "m v"]  # how much the tower's class token looks at each, float32
+    tokens: Float[Array, "n d"]
+    saliency: Float[Array, "n"]  # how much the vision tower looks at each, float32
+    count: Int[Array, ""] | None = None  # how many are real, the first ones; None for all
 
 
 class Cache(NamedTuple):

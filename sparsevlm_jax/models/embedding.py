@@ -1,0 +1,120 @@
+"""From images and token ids to a prompt: encode, pack, and put in where the image markers stand.
+
+Axis letters: b batch, l packed sequence length, t tiles, v visual tokens of a tile, n visual tokens of all images, d
+width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from sparsevlm_jax.config import ModelConfig
+from sparsevlm_jax.inputs.packing import ImagePacking, TiledImages
+from sparsevlm_jax.models import fits
+from sparsevlm_jax.models.family import family_of
+from sparsevlm_jax.models.stages import ImageFeatures, Params, Prompt, decoder_of
+from sparsevlm_jax.pruning.methods import METHODS
+from sparsevlm_jax.pruning.plan import Plan
+
+Images = Float[Array, "m 3 height width"] | TiledImages
+
+
+def encode_images(params: Params, images: Images, config: ModelConfig, plan: Plan | None = None) -> ImageFeatures:
+    """Images to visual tokens: tower, projector, packer; shrunk where the plan says so.
+
+    Args:
+      images: pixels [m, 3, S, S], or for a family with tiles what the processor made of them.
+
+    Raises:
+      ValueError: the one where the other is needed.
+    """
+    tiled = images if isinstance(images, TiledImages) else None
+    pixel_values: Any = images if tiled is None else tiled.pixel_values
+    packing = None if tiled is None else tiled.packing
+    fits.require_tiles(packing, config)
+    grid, shrink_images, shrink_features = None, None, None
+    if plan is not None and plan.grid is not None:
+        grid, method = plan.grid, METHODS[plan.sparsity.method]
+        shrink_images, shrink_features = method.shrink_images, method.shrink_features
+    if grid is not None and shrink_images is not None:
+        pixel_values = shrink_images(pixel_values, grid * config.vision.patch_size)
+    family = family_of(config)
+    tokens, saliency = family.encode(params, pixel_values, config)
+    if grid is not None and shrink_features is not None:
+        tokens, saliency = shrink_features(tokens, grid), shrink_features(saliency[..., None], grid)[..., 0]
+    tokens, saliency = tokens.reshape(-1, tokens.shape[-1]), saliency.reshape(-1)
+    if packing is None:
+        return ImageFeatures(tokens, saliency)
+    own = None if family.rows is None else family.rows(params)
+    return ImageFeatures(_packed(tokens, own, packing), _saliency(saliency, packing), packing.count)
+
+
+def embed(
+    params: Params,
+    input_ids: Int[Array, "b l"],
+    lengths: Int[Array, "b"],
+    images: Images | ImageFeatures | None,
+    config: ModelConfig,
+    plan: Plan | None = None,
+) -> Prompt:
+    """Token ids and images to a prompt: visual tokens go, in order, where the image markers stand.
+
+    Args:
+      input_ids: packed rows; every visual token stands as one `config.image_token_id`.
+      lengths: valid ids of each row.
+      images: those of all rows, in order, or those of one row, which then go with every row: as `encode_images` takes
+        them, or what it made of them; None for text only.
+      plan: that of the prefill. It has to be given where it shrinks images.
+
+    Returns:
+      The prompt. Its embeddings are NaN where the markers are not as many as the visual tokens of the images.
+
+    Raises:
+      ValueError: images of another model or plan.
+    """
+    if images is not None and not isinstance(images, ImageFeatures):
+        pixels = images.pixel_values if isinstance(images, TiledImages) else images
+        images = encode_images(params, images, config, plan) if pixels.shape[0] else None
+    if images is not None:
+        fits.require_features(images, input_ids.shape[0], config, plan)
+    valid = jnp.arange(input_ids.shape[1])[None, :] < lengths[:, None]
+    visual = (input_ids == config.image_token_id) & valid
+    # The marker may lie outside the table (-200 in original LLaVA checkpoints).
+    words = decoder_of(params, config).embed_tokens(jnp.clip(input_ids, 0, config.text.vocab_size - 1))
+    if images is None:
+        # A marker without its image has no embedding.
+        words = fits.or_nan(words, ~jnp.any(visual, axis=1))
+        return Prompt(words, jnp.zeros_like(visual), lengths)
+    tokens = images.tokens.astype(words.dtype)
+    given, marked = tokens.shape[0] if images.count is None else images.count, jnp.sum(visual, axis=1)
+    # A row's own images for each row, or one row's images for all: the same index either way.
+    index = jnp.maximum(jnp.cumsum(visual.reshape(-1)) - 1, 0).reshape(visual.shape) % given
+    embeddings = jnp.where(visual[:, :, None], tokens[index], words)
+    matching = (jnp.sum(marked) == given) | jnp.all(marked == given)
+    embeddings = fits.or_nan(embeddings, jnp.broadcast_to(matching, lengths.shape))
+    return Prompt(embeddings, visual, lengths, jnp.where(visual, images.saliency[index], 0.0))
+
+
+def _packed(
+    tokens: Float[Array, "patches d"], own: Float[Array, "r d"] | None, packing: ImagePacking
+) -> Float[Array, "n d"]:
+    """Every visual token as the weighted sum of patches, or of the family's own rows behind them."""
+    rows = tokens if own is None else jnp.concatenate([tokens, own.astype(tokens.dtype)])
+    if packing.weight is None:
+        return rows[packing.index[:, 0]]
+    return jnp.einsum("nk,nkd->nd", packing.weight, rows[packing.index]).astype(tokens.dtype)
+
+
+def _saliency(saliency: Float[Array, "patches"], packing: ImagePacking) -> Float[Array, "n"]:
+    """How much the tower looks at each token; at a newline the mean over the patches of its line."""
+    patches = saliency.shape[0]
+    own = packing.index[:, 0] >= patches
+    padded = jnp.concatenate([saliency, jnp.zeros(1)])
+    taken = padded[jnp.minimum(packing.index, patches)]
+    at = taken[:, 0] if packing.weight is None else jnp.sum(packing.weight * taken, axis=1)
+    in_line = jnp.zeros_like(at).at[packing.line]
+    count = in_line.add(jnp.where(own, 0.0, 1.0))
+    return jnp.where(own, in_line.add(jnp.where(own, 0.0, at)) / jnp.maximum(count, 1.0), at)

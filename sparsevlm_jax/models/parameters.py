@@ -1,0 +1,39 @@
+"""The parameter tree of a model: drawn, as shapes, and as the tensors of a checkpoint."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from sparsevlm_jax.config import ModelConfig
+from sparsevlm_jax.models.family import family_of
+from sparsevlm_jax.models.names import Entry
+from sparsevlm_jax.models.stages import Params
+
+
+def init_params(config: ModelConfig, key: Array, dtype: DTypeLike) -> Params:
+    """Random parameters, for tests and benchmarks."""
+    shape = (1, config.vision.num_channels, config.vision.image_size, config.vision.image_size)
+    module = family_of(config).module(config)
+    params = module.init(key, jnp.zeros(shape, jnp.float32), jnp.zeros((1, 2), jnp.int32))["params"]
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def abstract_params(config: ModelConfig, dtype: DTypeLike) -> Params:
+    """Shapes and dtypes of the parameter tree, without making it."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), _shapes(config))
+
+
+def entries(config: ModelConfig) -> dict[str, Entry]:
+    """Every parameter of a model with the tensor that holds it, by the tensor's canonical name."""
+    return family_of(config).names.entries(_shapes(config))
+
+
+@cache
+def _shapes(config: ModelConfig) -> Params:
+    """`abstract_params` in float32: tracing a whole model takes a second, and costs are asked for again and again."""
+    return jax.eval_shape(lambda key: init_params(config, key, jnp.float32), jax.random.key(0))
