@@ -22,7 +22,7 @@ from sparsevlm_jax.pruning.methods import METHODS, Layer
 from sparsevlm_jax.pruning.plan import Plan, StagePlan
 from sparsevlm_jax.pruning.prune import Event, prune
 from sparsevlm_jax.pruning.settings import Sparsity
-from sparsevlm_jax.pruning.sparsify import Tokens, choose_raters, identity_origins
+from sparsevlm_jax.pruning.sparsify import Tokens, choose_raters
 
 Params = dict[str, Any]
 
@@ -105,7 +105,7 @@ def prefill(
     """
     fits.require_prompt(params, prompt, config, plan, max_new_tokens)
     decoder = decoder_of(params, config)
-    first = tokens = start(prompt, plan, config.text.rope.position_axes, trace)
+    first = tokens = start(prompt, plan, config.text.rope.position_axes)
     seed = plan.sparsity.seed if seed is None else seed
     keys, values, lengths, positions, events, last_hidden = [], [], [], [], [], []
     for index, stage in enumerate(plan.stages):
@@ -171,7 +171,7 @@ def decoder_of(params: Params, config: ModelConfig) -> Llama:
     return Llama(config.text, name="language_model").bind({"params": params["language_model"]})
 
 
-def start(prompt: Prompt, plan: Plan, axes: int, trace: bool = False) -> Tokens:
+def start(prompt: Prompt, plan: Plan, axes: int) -> Tokens:
     """The sequence that enters the first stage, its raters chosen; its positions have so many axes."""
     shape = prompt.visual.shape
     raters = jnp.zeros(shape, bool)
@@ -185,7 +185,6 @@ def start(prompt: Prompt, plan: Plan, axes: int, trace: bool = False) -> Tokens:
         raters=raters,
         lengths=prompt.lengths.astype(jnp.int32),
         saliency=prompt.saliency if METHODS[plan.sparsity.method].needs_saliency else None,
-        origins=identity_origins(prompt.visual, plan.visual_tokens) if trace else None,
     )
 
 
