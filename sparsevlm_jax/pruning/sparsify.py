@@ -4,7 +4,7 @@ Pure functions of arrays and ints; no model, no Flax. Sources: SparseVLM (arXiv 
 authors' released code, which is followed where the two differ.
 
 Axis letters: b batch, l sequence length, v visual tokens, t text tokens, n heads, r raters, m pool of
-recycled tokens, c clusters, d width.
+recycled tokens, c clusters, d width, i layers.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Tokens(NamedTuple):
     raters: Bool[Array, "b l"]
     lengths: Int[Array, "b"]
     saliency: Float[Array, "b l"] | None  # how much the vision tower itself looks at each visual token
+    add: Float[Array, "b l i d"] | None = None  # what the next i layers each add to their output
 
     @property
     def valid(self) -> Bool[Array, "b l"]:
@@ -244,7 +245,8 @@ def rebuild(
         return take(pool, recycled.centers)
 
     def mean(pool: Array, recycled: Recycled) -> Array:
-        return jnp.einsum("bcm,bm...->bc...", recycled.weights, pool, precision=EXACT)
+        merged = jnp.einsum("bcm,bm...->bc...", recycled.weights, pool.astype(jnp.float32), precision=EXACT)
+        return merged.astype(pool.dtype)
 
     in_row = jnp.arange(length)[None, :] < lengths[:, None]
     if renumber:
@@ -259,6 +261,7 @@ def rebuild(
         raters=gather(tokens.raters, of_center) & in_row,
         lengths=lengths,
         saliency=None if tokens.saliency is None else gather(tokens.saliency, mean),
+        add=None if tokens.add is None else gather(tokens.add, mean),
     )
     return shorter, source
 
