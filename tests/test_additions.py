@@ -137,10 +137,13 @@ def test_a_decoded_token_gets_no_addition() -> None:
 
 
 def test_the_ladder_carries_additions_along() -> None:
-    plan = make_plan(sparsity("v1", scale=1.0, bias=2.0, layers=(0, 1)), MODEL, VISUAL, TEXT)
-    weights = models.params(MODEL)
-    logits, *_ = prefill_by_rungs(weights, prompt(), MODEL, plan, max_new_tokens=NEW)
-    expected, *_ = models.compiled_prefill(MODEL, plan, NEW)(weights, prompt())
+    model = models.config(2, layers=2)
+    plan, weights = (
+        make_plan(sparsity("v1", scale=1.0, bias=2.0, layers=(0,)), model, VISUAL, TEXT),
+        models.params(model),
+    )
+    logits, *_ = prefill_by_rungs(weights, prompt(2), model, plan, max_new_tokens=NEW)
+    expected, *_ = models.compiled_prefill(model, plan, NEW)(weights, prompt(2))
     np.testing.assert_allclose(logits, expected, atol=1e-4)
 
 
