@@ -15,6 +15,7 @@ from flax import traverse_util
 
 from sparsevlm_jax import Cache, LlavaConfig, Plan, Prompt, abstract_params, decode_step, prefill, tiny
 from sparsevlm_jax.config import ModelConfig
+from sparsevlm_jax.explain import provenance
 from sparsevlm_jax.models.llava import NAMES
 from tests import oracle
 
@@ -92,6 +93,18 @@ def forced_logits(
         logits, cache = compiled_step(model, plan)(weights, jnp.asarray(column), cache)
         found.append(logits)
     return np.stack([np.asarray(x) for x in found], axis=1), cache
+
+
+def origins(trace: Any, row: int) -> list[np.ndarray]:
+    """Of the sequence that enters each stage, what share of each original visual token is in each token: [l, o]."""
+    sequences = [trace.tokens, *(event.after for event in trace.events)]
+    tables = []
+    for tokens, found in zip(sequences, provenance.origins(trace.tokens, trace.events, row), strict=True):
+        table = np.zeros((tokens.visual.shape[1], len(found.place)), np.float32)
+        standing = np.flatnonzero(found.place != provenance.GONE)
+        table[found.place[standing], standing] = found.share[standing]
+        tables.append(table)
+    return tables
 
 
 def oracle_decoder(weights: dict[str, Any], model: LlavaConfig) -> oracle.Decoder:

@@ -164,13 +164,14 @@ def compare(found: dict[str, Any], expected: oracle.Result, plan: Plan, row: mod
     near(found["logits"][:, i], expected.step_logits, HIDDEN)
     trace = found["trace"]
     near(trace.last_hidden[:, i], expected.layer_last_hidden, HIDDEN)
-    events = [event for event in trace.events if event.before.visual[i].any()]  # none are left where none are kept
-    for event, wanted in zip(events, expected.events, strict=True):
-        compare_event(jax.tree.map(lambda a: a[i] if np.ndim(a) else a, event), wanted, row[0])
+    after = zip(trace.events, models.origins(trace, i)[1:], strict=True)
+    events = [both for both in after if both[0].before.visual[i].any()]  # none are left where none are kept
+    for (event, origins), wanted in zip(events, expected.events, strict=True):
+        compare_event(jax.tree.map(lambda a: a[i] if np.ndim(a) else a, event), origins, wanted, row[0])
 
 
-def compare_event(event: Any, expected: oracle.Event, first: int) -> None:
-    """Events of one row without batch axis; `first` is where its visual tokens begin."""
+def compare_event(event: Any, origins: np.ndarray, expected: oracle.Event, first: int) -> None:
+    """Events of one row without batch axis, and origins [l, o] after them; `first` is where its visual tokens begin."""
     selection = event.selection
     visual = slice(first, first + len(expected.scores))
     assert event.layer == expected.layer
@@ -196,7 +197,7 @@ def compare_event(event: Any, expected: oracle.Event, first: int) -> None:
     np.testing.assert_array_equal(after.positions[:length, 0], wanted.position)
     np.testing.assert_array_equal(np.flatnonzero(after.visual), first + np.arange(wanted.visual))
     near(after.hidden[:length], wanted.hidden, HIDDEN)
-    sources = [set(np.flatnonzero(shares)) for shares in after.origins[first : first + wanted.visual]]
+    sources = [set(np.flatnonzero(shares)) for shares in origins[first : first + wanted.visual]]
     assert sources == [{s - first for s in wanted.sources[first + j]} for j in range(wanted.visual)]
 
 

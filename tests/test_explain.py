@@ -18,7 +18,7 @@ import sparsevlm_jax as sv
 from sparsevlm_jax.cli import main, options
 from sparsevlm_jax.explain import account, drawing, words
 from sparsevlm_jax.explain.page import render
-from sparsevlm_jax.explain.provenance import DROPPED, KEPT, chosen, fates, scores
+from sparsevlm_jax.explain.provenance import DROPPED, KEPT, chosen, fates, origins, scores
 from sparsevlm_jax.explain.record import as_seen, first_difference
 from sparsevlm_jax.explain.sheet import draw_sheet
 from sparsevlm_jax.pruning import sparsify
@@ -39,7 +39,6 @@ def sequence() -> Tokens:
         raters=~visual,
         lengths=jnp.array([8]),
         saliency=None,
-        origins=sparsify.identity_origins(visual, 6),
     )
 
 
@@ -54,8 +53,8 @@ def pruned(before: Tokens, ratings: Sequence[float], keep: int, pool: int) -> Ev
     if pool:
         recycled = sparsify.recycle(sparsify.take(before.hidden, selection.pool), *counts[1:], clusters=1)
     length = 2 + keep + min(pool, 1)
-    after = sparsify.rebuild(before, selection, recycled, length=length, renumber=True)
-    return Event(0, before, Scores(jnp.asarray(values)), selection, recycled, after)
+    after, source = sparsify.rebuild(before, selection, recycled, length=length, renumber=True)
+    return Event(0, before, Scores(jnp.asarray(values)), selection, recycled, source, after)
 
 
 @pytest.fixture(scope="module")
@@ -64,31 +63,45 @@ def first() -> Event:
     return pruned(sequence(), [6, 5, 3, 2, 4, 1], keep=3, pool=2)
 
 
+def fates_of(*events: Event) -> list[np.ndarray]:
+    return fates(events, origins(events[0].before, events))
+
+
 def test_patches_are_kept_merged_and_dropped(first: Event) -> None:
-    before, after = fates([first], 6)
+    before, after = fates_of(first)
     assert before.tolist() == [KEPT] * 6
     assert after.tolist() == [KEPT, KEPT, 1, 1, KEPT, DROPPED]
 
 
 def test_a_merged_token_that_is_kept_keeps_its_number(first: Event) -> None:
     second = pruned(first.after, [1, 2, 3, 4], keep=2, pool=0)
-    assert fates([first, second], 6)[2].tolist() == [DROPPED, DROPPED, 1, 1, KEPT, DROPPED]
+    assert fates_of(first, second)[2].tolist() == [DROPPED, DROPPED, 1, 1, KEPT, DROPPED]
 
 
 def test_a_merged_token_that_is_merged_again_brings_all_its_patches(first: Event) -> None:
     second = pruned(first.after, [4, 2, 1, 3], keep=1, pool=2)
-    assert fates([first, second], 6)[2].tolist() == [KEPT, 2, 2, 2, DROPPED, DROPPED]
+    assert fates_of(first, second)[2].tolist() == [KEPT, 2, 2, 2, DROPPED, DROPPED]
 
 
 def test_a_merged_token_that_is_dropped_takes_its_patches_along(first: Event) -> None:
     second = pruned(first.after, [4, 3, 2, 1], keep=3, pool=0)
-    assert fates([first, second], 6)[2].tolist() == [KEPT, KEPT, DROPPED, DROPPED, KEPT, DROPPED]
+    assert fates_of(first, second)[2].tolist() == [KEPT, KEPT, DROPPED, DROPPED, KEPT, DROPPED]
+
+
+def test_a_token_merged_twice_holds_shares_of_shares(first: Event) -> None:
+    second = pruned(first.after, [4, 2, 1, 3], keep=1, pool=2)
+    *_, after = origins(sequence(), [first, second])
+    inside, shares = after.of(2)
+    assert inside.tolist() == [1, 2, 3], "patch 1, and both of the merged token"
+    np.testing.assert_allclose(shares, [1 / 2, 1 / 4, 1 / 4], atol=1e-5)
+    assert [numbers.tolist() for numbers, _ in map(after.of, (0, 1, 3))] == [[], [0], []]
 
 
 def test_a_patch_has_the_score_of_the_token_it_is_in(first: Event) -> None:
     second = pruned(first.after, [4, 3, 2, 9], keep=2, pool=0)
-    np.testing.assert_array_equal(scores(second), [4, 3, 9, 9, 2, np.nan])
-    assert chosen(second).tolist() == [True, False, True, True, False, False]
+    before = origins(first.before, [first])[1]
+    np.testing.assert_array_equal(scores(second, before), [4, 3, 9, 9, 2, np.nan])
+    assert chosen(second, before).tolist() == [True, False, True, True, False, False]
 
 
 # Drawing

@@ -19,7 +19,7 @@ from sparsevlm_jax.pruning.budgets import paper_flops
 from sparsevlm_jax.pruning.methods.sparsevlm import gravity, kept_by_rank, numerical_rank, select_heads
 from sparsevlm_jax.pruning.prune import Event
 from sparsevlm_jax.rotary import plain_rope
-from tests import traces
+from tests import models, traces
 
 SCORES, HEAD_SUMS, MERGED, HIDDEN = 1e-5, 1e-4, 5e-5, 5e-4
 V20_SCORES = 5e-5  # divided by a weight that can be near zero
@@ -138,9 +138,9 @@ def test_sequence_after_pruning_agrees(pruning_event: tuple[Path, int]) -> None:
 
 def test_provenance_agrees(pruning_event: tuple[Path, int]) -> None:
     path, k = pruning_event
-    case, event, _ = _event(path, k)
+    case, replay = traces.read(path), traces.replay(path)
     recorded = case.arrays[f"p{k}_orig_idx"]
-    origins = event.after.origins[0, : len(recorded)]
+    origins = models.origins(replay.trace, 0)[k + 1][: len(recorded)]
     merged = recorded < 0
     visual = (recorded >= case.visual.start) & (recorded < case.visual.stop)
     np.testing.assert_array_equal(np.argmax(origins[visual], axis=1) + case.visual.start, recorded[visual])

@@ -36,7 +36,6 @@ def layer(distance: int) -> Layer:
         raters=jnp.zeros((1, length), bool).at[0, jnp.asarray(RATERS)].set(True),
         lengths=jnp.array([length]),
         saliency=None,
-        origins=None,
     )
     stage = StagePlan(0, 1, VISUAL, keep=5, standing=5)
     return Layer(

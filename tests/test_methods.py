@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import runpy
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsevlm_jax import METHODS, Prompt, Sparsity, encode_images, load, make_plan, sparsity
+from sparsevlm_jax import METHODS, Prompt, Sparsity, encode_images, load, make_plan, prefill, sparsity
 from sparsevlm_jax.generation.api import generate_ids
 from sparsevlm_jax.generation.request import Generation
 from sparsevlm_jax.models.towers.clip import _interpolate_positions
@@ -114,39 +114,66 @@ def test_a_row_of_a_batch_is_pruned_as_it_is_among_copies_of_itself(method: str)
 @pytest.mark.parametrize("method", SCORING)
 def test_every_survivor_is_made_of_original_patches_in_full(method: str) -> None:
     trace = traced(settings_of(method))
-    for tokens in (trace.tokens, *(event.after for event in trace.events)):
-        assert (tokens.origins >= 0).all()
-        sums = tokens.origins.sum(-1)
-        np.testing.assert_allclose(sums[tokens.visual], 1, atol=1e-5)
-        assert not sums[tokens.valid & ~tokens.visual].any()
+    for i in range(len(BATCH)):
+        sequences = [trace.tokens, *(event.after for event in trace.events)]
+        for tokens, origins in zip(sequences, models.origins(trace, i), strict=True):
+            assert (origins >= 0).all()
+            np.testing.assert_allclose(origins.sum(-1), tokens.visual[i], atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["v1", "v1.5"])
 def test_provenance_of_recycled_tokens_is_the_mean_of_their_clusters(method: str) -> None:
     trace = traced(settings_of(method))
     merged = 0
-    for event in trace.events:
-        selection, recycled = event.selection, event.recycled
-        for i in range(len(BATCH)):
+    for i in range(len(BATCH)):
+        for event, before, after in zip(trace.events, *_before_and_after(trace, i), strict=True):
+            selection, recycled = event.selection, event.recycled
             pool = selection.pool[i, : selection.pool_count[i]]
-            shares = event.before.origins[i, pool]
             assignment = recycled.assignment[i, : len(pool)]
-            after = event.after
-            last = np.flatnonzero(after.visual[i])  # merged tokens stand behind the kept ones
+            last = np.flatnonzero(event.after.visual[i])  # merged tokens stand behind the kept ones
             for cluster in range(selection.cluster_count[i]):
                 place = last[len(last) - selection.cluster_count[i] + cluster]
-                expected = shares[assignment == cluster].mean(0)
-                np.testing.assert_allclose(after.origins[i, place], expected, atol=1e-5)
+                expected = before[pool][assignment == cluster].mean(0)
+                np.testing.assert_allclose(after[place], expected, atol=1e-5)
                 merged += (expected > 0).sum() > 1
     assert merged > 2, "some clusters have several members"
 
 
 def test_provenance_of_kept_tokens_is_carried_over() -> None:
-    for event in traced(settings_of("v1.5")).events:
-        for i in range(len(BATCH)):
+    trace = traced(settings_of("v1.5"))
+    for i in range(len(BATCH)):
+        for event, before, after in zip(trace.events, *_before_and_after(trace, i), strict=True):
             kept = np.flatnonzero(event.selection.kept[i])
             places = np.flatnonzero(event.after.visual[i])[: len(kept)]
-            np.testing.assert_array_equal(event.after.origins[i, places], event.before.origins[i, kept])
+            np.testing.assert_array_equal(after[places], before[kept])
+
+
+def _before_and_after(trace: Any, row: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Origins [l, o] around every event."""
+    tables = models.origins(trace, row)
+    return tables[:-1], tables[1:]
+
+
+def test_a_source_is_the_old_place_or_behind_those_the_number_of_a_merged_token() -> None:
+    for event in traced(settings_of("v1.5")).events:
+        for i, length in enumerate(event.after.lengths):
+            whole = np.concatenate([event.before.hidden[i], event.recycled.merged[i]])
+            np.testing.assert_array_equal(event.after.hidden[i, :length], whole[event.source[i, :length]])
+
+
+@pytest.mark.parametrize("method", SCORING)
+def test_a_trace_has_no_array_with_an_axis_for_original_visual_tokens(method: str) -> None:
+    """One of length × original tokens would be 312 MB in a row of 8832 of them."""
+    visual = 101  # no other axis is as long
+    plan, batch = (
+        make_plan(settings_of(method), MODEL, visual, TEXT),
+        models.prompt([(3, 101, 7)], text=TEXT, visual=visual),
+    )
+    run = partial(prefill, config=MODEL, plan=plan, max_new_tokens=NEW, trace=True)
+    *_, trace = jax.eval_shape(run, models.params(MODEL), batch)
+    assert len(trace.events) == len(plan.stages) - 1
+    for leaf in jax.tree.leaves(trace):
+        assert visual not in jnp.shape(leaf)
 
 
 def kept(settings: Sparsity, batch: Prompt | None = None) -> list[np.ndarray]:

@@ -13,7 +13,7 @@ import pytest
 from tests import oracle
 
 GOLDEN = Path(__file__).parent / "golden"
-SMALL = sorted(p.stem for p in GOLDEN.glob("[abcd]*_*.npz"))
+SMALL = sorted(p.stem for kind in ("[abcd]*_*.npz", "v?vid_*.npz") for p in GOLDEN.glob(kind))
 CASES = [*SMALL, "e1_v15_192", "e6_v20_192", "e9_v1_13p5"]  # of the 32-layer ones, one per version
 VERSIONS = {"dense": "dense", "v1": "v1", "v15": "v1.5", "v20": "v2.0"}
 

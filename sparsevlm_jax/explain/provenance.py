@@ -1,63 +1,92 @@
 """What became of every original visual token, read from a trace. NumPy only; one row of a batch.
 
-Axis letters: o original visual tokens, l sequence length, c clusters, m pool of recycled tokens.
+Axis letters: o original visual tokens, l sequence length, n those of them in one token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float32, Int
 
 from sparsevlm_jax.pruning.prune import Event
 from sparsevlm_jax.pruning.sparsify import Tokens
 
 KEPT, DROPPED = 0, -1  # a positive fate is the number of the merged token that it went into
+GONE = -1
 
 
-def fates(events: Sequence[Event], visual_tokens: int, row: int = 0) -> list[Int[np.ndarray, "o"]]:
+class Origins(NamedTuple):
+    """Which original visual tokens the tokens of a sequence are made of. Each is in one token, or gone."""
+
+    place: Int[np.ndarray, "o"]  # of the token that an original one is in; GONE where it is in none
+    share: Float32[np.ndarray, "o"]  # how much of that token it is; 0 where it is in none
+
+    def of(self, place: int) -> tuple[Int[np.ndarray, "n"], Float32[np.ndarray, "n"]]:
+        """The numbers of the original visual tokens in the token at a place, and their shares, which sum to 1."""
+        inside = np.flatnonzero(self.place == place)
+        return inside, self.share[inside]
+
+
+def origins(first: Tokens, events: Sequence[Event], row: int = 0) -> list[Origins]:
+    """Of the sequence that enters each stage, from the `first` one on: of a row's own visual tokens, in order."""
+    places = np.flatnonzero(np.asarray(first.visual)[row])
+    found = [Origins(places, np.ones(len(places), np.float32))]
+    for event in events:
+        found.append(_after(event, found[-1], row))
+    return found
+
+
+def fates(events: Sequence[Event], found: Sequence[Origins], row: int = 0) -> list[Int[np.ndarray, "o"]]:
     """The fate of every original visual token on entering each stage: KEPT, DROPPED, or the number of a merged token.
 
     Merged tokens are numbered from 1 through all prunings, and keep their number until they are dropped, or merged
     again under a new one.
+
+    Args:
+      found: from `origins`, for the same events.
     """
-    found = [np.full(visual_tokens, KEPT)]
+    told = [np.full(len(found[0].place), KEPT)]
     numbered = 0
-    for event in events:
-        fate = found[-1].copy()
-        members = _members(event, row)
-        for number, own in enumerate(members, start=numbered + 1):
-            fate[own] = number
-        numbered += len(members)
-        fate[~np.any(_contents(event.after, row), axis=0)] = DROPPED
-        found.append(fate)
-    return found
+    for event, after in zip(events, found[1:], strict=True):
+        source = np.asarray(event.source)[row][after.place]
+        cluster = source - event.before.visual.shape[1]
+        fate = np.where(cluster >= 0, numbered + 1 + cluster, told[-1])
+        told.append(np.where(after.place == GONE, DROPPED, fate))
+        numbered += int(event.selection.cluster_count[row])
+    return told
 
 
-def scores(event: Event, row: int = 0) -> Float[np.ndarray, "o"]:
-    """Score of the visual token that each original one is part of; nan where it no longer stands."""
-    contents = _contents(event.before, row)
-    values = np.asarray(event.scores.values)[row]
-    return np.where(np.any(contents, axis=0), values[np.argmax(contents, axis=0)], np.nan)
+def scores(event: Event, before: Origins, row: int = 0) -> Float[np.ndarray, "o"]:
+    """Score of the visual token that each original one is part of before an event; nan where it no longer stands."""
+    return np.where(before.place == GONE, np.nan, np.asarray(event.scores.values)[row][before.place])
 
 
-def chosen(event: Event, row: int = 0) -> Bool[np.ndarray, "o"]:
-    """Original visual tokens in the visual tokens that were kept as they were."""
-    return np.any(_contents(event.before, row)[np.asarray(event.selection.kept)[row]], axis=0)
+def chosen(event: Event, before: Origins, row: int = 0) -> Bool[np.ndarray, "o"]:
+    """Original visual tokens in the visual tokens that an event kept as they were."""
+    return (before.place != GONE) & np.asarray(event.selection.kept)[row][before.place]
 
 
-def _contents(tokens: Tokens, row: int) -> Bool[np.ndarray, "l o"]:
-    """Which original visual tokens are in which token of the sequence."""
-    assert tokens.origins is not None
-    return (np.asarray(tokens.origins)[row] > 0) & np.asarray(tokens.visual)[row][:, None]
+def _after(event: Event, before: Origins, row: int) -> Origins:
+    """The same, one pruning later."""
+    into, weight = _joins(event, row)
+    merged = 0 if event.recycled is None else event.recycled.centers.shape[1]
+    place_of = np.full(len(into) + merged, GONE)
+    source = np.asarray(event.source)[row, : int(event.after.lengths[row])]
+    place_of[source] = np.arange(len(source))
+    place = np.where(before.place == GONE, GONE, place_of[into[before.place]])
+    return Origins(place, np.where(place == GONE, np.float32(0), before.share * weight[before.place]))
 
 
-def _members(event: Event, row: int) -> Bool[np.ndarray, "c o"]:
-    """Original visual tokens in each token that this pruning merged."""
-    contents = _contents(event.before, row)
-    if event.recycled is None:
-        return np.zeros((0, contents.shape[1]), bool)
-    count = int(event.selection.cluster_count[row])
-    in_cluster = np.asarray(event.recycled.weights)[row, :count] > 0
-    return in_cluster @ contents[np.asarray(event.selection.pool)[row]]
+def _joins(event: Event, row: int) -> tuple[Int[np.ndarray, "l"], Float32[np.ndarray, "l"]]:
+    """What each token of the old sequence goes on as, in the numbers of `Event.source`, and with what weight."""
+    length = event.before.visual.shape[1]
+    into, weight = np.arange(length), np.ones(length, np.float32)
+    if event.recycled is not None:
+        pool = np.asarray(event.selection.pool)[row, : int(event.selection.pool_count[row])]
+        cluster = np.asarray(event.recycled.assignment)[row, : len(pool)]
+        into[pool] = length + cluster
+        weight[pool] = np.asarray(event.recycled.weights)[row, cluster, np.arange(len(pool))]
+    return into, weight

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 from sparsevlm_jax.checkpoints.load import Model
 from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.explain.provenance import chosen, fates, scores
+from sparsevlm_jax.explain.provenance import Origins, chosen, fates, origins, scores
 from sparsevlm_jax.explain.words import Words, read_words
 from sparsevlm_jax.generation.api import generate_ids, require_finite, require_processor
 from sparsevlm_jax.generation.request import Generation, Run
@@ -156,12 +156,12 @@ def _stages(trace: Trace, plan: Plan, pictures: int, grid: int) -> list[Stage]:
         # Where the class token is a visual token too, it stands before its picture's patches.
         return values.reshape(pictures, -1)[:, -grid * grid :].reshape(pictures, grid, grid)
 
-    def pruning(event: Event) -> Pruning:
+    def pruning(event: Event, standing: Origins) -> Pruning:
         before, selection = int(event.before.visual.sum()), event.selection
         kept, recycled = int(selection.kept_count[0]), int(selection.pool_count[0])
         return Pruning(
-            scores=by_patch(scores(event)),
-            chosen=by_patch(chosen(event)),
+            scores=by_patch(scores(event, standing)),
+            chosen=by_patch(chosen(event, standing)),
             kept=kept,
             recycled=recycled,
             merged=int(selection.cluster_count[0]),
@@ -169,11 +169,12 @@ def _stages(trace: Trace, plan: Plan, pictures: int, grid: int) -> list[Stage]:
         )
 
     entering = [trace.tokens, *(event.after for event in trace.events)]
-    prunings = [*(pruning(event) for event in trace.events), None]
-    found = fates(trace.events, plan.visual_tokens)
+    found = origins(trace.tokens, trace.events)
+    told = fates(trace.events, found)
+    prunings = [*(pruning(*both) for both in zip(trace.events, found, strict=False)), None]
     return [
         Stage(stage, int(tokens.visual.sum()), by_patch(fate), done)
-        for stage, tokens, fate, done in zip(plan.stages, entering, found, prunings, strict=True)
+        for stage, tokens, fate, done in zip(plan.stages, entering, told, prunings, strict=True)
     ]
 
 

@@ -41,6 +41,8 @@ def require_prompt(params: Any, prompt: Prompt, config: ModelConfig, plan: Plan,
         raise ValueError(f"the prompt's positions are {prompt.positions.shape}, expected {wanted}")
     if width != config.text.hidden_size:
         raise ValueError(f"the prompt's embeddings have width {width}, the decoder has {config.text.hidden_size}")
+    if prompt.add is not None:
+        _require_add(prompt.add.shape, (batch, columns, config.text.num_hidden_layers, width))
     if columns < plan.visual_tokens:
         raise ValueError(f"the prompt has {columns} columns, the plan is for {plan.visual_tokens} visual tokens")
     if plan.text_tokens is not None and columns != plan.visual_tokens + plan.text_tokens:
@@ -131,6 +133,14 @@ def or_nan(values: Float[Array, "b *rest"], good: Bool[Array, "b"]) -> Float[Arr
     nothing = jnp.where(good, jnp.zeros((), values.dtype), jnp.full((), jnp.inf, values.dtype))
     nothing = (nothing - nothing).reshape(-1, *[1] * (values.ndim - 1))  # NaN is made only where a row is bad
     return jnp.where(nothing == 0, values, nothing)
+
+
+def _require_add(found: tuple[int, ...], most: tuple[int, int, int, int]) -> None:
+    """One addition for each of the first layers, as many as there are layers at most."""
+    batch, columns, layers, width = most
+    if len(found) != 4 or found != (batch, columns, found[2], width) or not 0 < found[2] <= layers:
+        wanted = f"({batch}, {columns}, 1 to {layers} layers, {width})"
+        raise ValueError(f"the prompt's add is {found}, expected {wanted}")
 
 
 def _require_depth(params: Any, config: ModelConfig, stops: Sequence[int]) -> None:

@@ -2,7 +2,8 @@
 
 `prefill` and `decode_step` are pure functions of arrays; `Llama` declares the parameters that they look up.
 
-Axis letters: b batch, l packed sequence length, s cache length, n heads, k key-value heads, h head dim, d width.
+Axis letters: b batch, l packed sequence length, s cache length, n heads, k key-value heads, h head dim, d width,
+a position axes, i first layers.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from sparsevlm_jax.pruning.methods import METHODS, Layer
 from sparsevlm_jax.pruning.plan import Plan, StagePlan
 from sparsevlm_jax.pruning.prune import Event, prune
 from sparsevlm_jax.pruning.settings import Sparsity
-from sparsevlm_jax.pruning.sparsify import Tokens, choose_raters, identity_origins
+from sparsevlm_jax.pruning.sparsify import Tokens, choose_raters
 
 Params = dict[str, Any]
 
@@ -36,6 +37,7 @@ class Prompt(NamedTuple):
     saliency: Float[Array, "b l"] | None = None  # for methods that rate by the tower's attention
     positions: Int[Array, "b l a"] | None = None  # rotary positions; None for 0, 1, 2, ... on all axes
     next_positions: Int[Array, "b"] | None = None  # that of the first new token; None for `lengths`
+    add: Float[Array, "b l i d"] | None = None  # what the first i decoder layers each add to their output (deepstack)
 
 
 class ImageFeatures(NamedTuple):
@@ -106,7 +108,7 @@ def prefill(
     """
     fits.require_prompt(params, prompt, config, plan, max_new_tokens)
     decoder = decoder_of(params, config)
-    first = tokens = start(prompt, plan, config.text.rope.position_axes, trace)
+    first = tokens = start(prompt, plan, config.text.rope.position_axes)
     seed = plan.sparsity.seed if seed is None else seed
     keys, values, lengths, positions, events, last_hidden = [], [], [], [], [], []
     for index, stage in enumerate(plan.stages):
@@ -172,7 +174,7 @@ def decoder_of(params: Params, config: ModelConfig) -> Llama:
     return Llama(config.text, name="language_model").bind({"params": params["language_model"]})
 
 
-def start(prompt: Prompt, plan: Plan, axes: int, trace: bool = False) -> Tokens:
+def start(prompt: Prompt, plan: Plan, axes: int) -> Tokens:
     """The sequence that enters the first stage, its raters chosen; its positions have so many axes."""
     shape = prompt.visual.shape
     raters = jnp.zeros(shape, bool)
@@ -186,7 +188,7 @@ def start(prompt: Prompt, plan: Plan, axes: int, trace: bool = False) -> Tokens:
         raters=raters,
         lengths=prompt.lengths.astype(jnp.int32),
         saliency=prompt.saliency if METHODS[plan.sparsity.method].needs_saliency else None,
-        origins=identity_origins(prompt.visual, plan.visual_tokens) if trace else None,
+        add=prompt.add,
     )
 
 
@@ -216,12 +218,13 @@ def run_stage(
         return out, (query, key, value)
 
     cached, last_hidden = [], []
-    hidden, query, key = tokens.hidden, None, None
+    hidden, add, query, key = tokens.hidden, tokens.add, None, None
     for layer in decoder.layers[stage.start : stage.stop]:
         hidden, (query, key, value) = layer(hidden, tokens.positions, attend_causally)
+        hidden, add = _added(hidden, add)
         cached.append((_with_room(key, max_new_tokens), _with_room(value, max_new_tokens)))
         last_hidden.append(_last(hidden, tokens.lengths))
-    tokens = tokens._replace(hidden=hidden)
+    tokens = tokens._replace(hidden=hidden, add=add)
     event = None
     if stage.keep is not None:
         if METHODS[sparsity.method].looks_ahead and stage.stop < config.text.num_hidden_layers:
@@ -251,6 +254,13 @@ def _counted(shape: tuple[int, ...], axes: int) -> Int[Array, "b l a"]:
 def _on_all_axes(positions: Int[Array, "b"], axes: int) -> Int[Array, "b 1 a"]:
     """A decoded token stands at the same position on every axis."""
     return jnp.broadcast_to(positions[:, None, None], (len(positions), 1, axes))
+
+
+def _added(hidden: Float[Array, "b l d"], add: Array | None) -> tuple[Float[Array, "b l d"], Array | None]:
+    """A layer's output with what is added to it, and what is left for the layers behind it (None: nothing)."""
+    if add is None:
+        return hidden, None
+    return hidden + add[:, :, 0].astype(hidden.dtype), add[:, :, 1:] if add.shape[2] > 1 else None
 
 
 def _last(values: Array, lengths: Int[Array, "b"]) -> Array:

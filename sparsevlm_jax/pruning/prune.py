@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 from sparsevlm_jax.pruning.methods import METHODS, Layer, Scores
 from sparsevlm_jax.pruning.settings import Sparsity
@@ -24,6 +24,7 @@ class Event(NamedTuple):
     scores: Scores
     selection: Selection
     recycled: Recycled | None
+    source: Int[Array, "b _length"]  # of every token after it: see `rebuild`
     after: Tokens
 
 
@@ -59,5 +60,6 @@ def prune(layer: Layer, sparsity: Sparsity, jitter: Array | None) -> tuple[Token
             )
     with jax.named_scope("rebuild"):
         length = stage.text_tokens(tokens.visual.shape[1]) + stage.standing
-        after = rebuild(tokens, selection, recycled, length=length, renumber=sparsity.positions == "renumber")
-    return after, Event(stage.stop - 1, tokens, scores, selection, recycled, after)
+        renumber = sparsity.positions == "renumber"
+        after, source = rebuild(tokens, selection, recycled, length=length, renumber=renumber)
+    return after, Event(stage.stop - 1, tokens, scores, selection, recycled, source, after)

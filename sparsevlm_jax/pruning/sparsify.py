@@ -4,7 +4,7 @@ Pure functions of arrays and ints; no model, no Flax. Sources: SparseVLM (arXiv 
 authors' released code, which is followed where the two differ.
 
 Axis letters: b batch, l sequence length, v visual tokens, t text tokens, n heads, r raters, m pool of
-recycled tokens, c clusters, d width, o original visual tokens.
+recycled tokens, c clusters, d width, i layers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Tokens(NamedTuple):
     raters: Bool[Array, "b l"]
     lengths: Int[Array, "b"]
     saliency: Float[Array, "b l"] | None  # how much the vision tower itself looks at each visual token
-    origins: Float[Array, "b l o"] | None  # what share of each original visual token is in this one; None untraced
+    add: Float[Array, "b l i d"] | None = None  # what the next i layers each add to their output
 
     @property
     def valid(self) -> Bool[Array, "b l"]:
@@ -67,12 +67,6 @@ def positions_where(mask: Bool[Array, "b l"], size: int) -> Int[Array, "b {size}
 def take(values: Array, index: Int[Array, "b i"]) -> Array:
     """values[b, index[b, i]], whatever axes follow."""
     return jax.vmap(lambda row, at: row[at])(values, index)
-
-
-def identity_origins(visual: Bool[Array, "b l"], visual_tokens: int) -> Float[Array, "b l {visual_tokens}"]:
-    """Before any pruning the j-th visual token of a row is all of original visual token j, and nothing else is."""
-    number = jnp.where(visual, jnp.cumsum(visual, axis=1) - 1, -1)
-    return jax.nn.one_hot(number, visual_tokens, dtype=jnp.float32)
 
 
 def text_after_image(visual: Bool[Array, "b l"], lengths: Int[Array, "b"]) -> Bool[Array, "b l"]:
@@ -226,13 +220,19 @@ def recycle(
     return Recycled(merged, weights, centers, assignment, density, distance, peak)
 
 
-def rebuild(tokens: Tokens, selection: Selection, recycled: Recycled | None, *, length: int, renumber: bool) -> Tokens:
+def rebuild(
+    tokens: Tokens, selection: Selection, recycled: Recycled | None, *, length: int, renumber: bool
+) -> tuple[Tokens, Int[Array, "b {length}"]]:
     """The shorter sequence: survivors in order, merged tokens after the last kept visual one.
 
     Args:
       length: static length of the result, for the row that keeps most.
       renumber: positions 0, 1, 2, ... (v1, v1.5) or those that the survivors had (v2.0). A merged token takes that of
         its cluster's centre.
+
+    Returns:
+      The sequence, and where each of its tokens comes from: its old place, or behind those the number of a merged
+      token. Places in the padding mean nothing.
     """
     source, lengths = _sources(tokens, selection, recycled, length)
 
@@ -245,7 +245,8 @@ def rebuild(tokens: Tokens, selection: Selection, recycled: Recycled | None, *, 
         return take(pool, recycled.centers)
 
     def mean(pool: Array, recycled: Recycled) -> Array:
-        return jnp.einsum("bcm,bm...->bc...", recycled.weights, pool, precision=EXACT)
+        merged = jnp.einsum("bcm,bm...->bc...", recycled.weights, pool.astype(jnp.float32), precision=EXACT)
+        return merged.astype(pool.dtype)
 
     in_row = jnp.arange(length)[None, :] < lengths[:, None]
     if renumber:
@@ -253,22 +254,22 @@ def rebuild(tokens: Tokens, selection: Selection, recycled: Recycled | None, *, 
         positions = jnp.broadcast_to(counted, (*in_row.shape, tokens.positions.shape[2]))
     else:
         positions = gather(tokens.positions, of_center)
-    return Tokens(
+    shorter = Tokens(
         hidden=gather(tokens.hidden, lambda _, recycled: recycled.merged),
         positions=positions,
         visual=gather(tokens.visual, of_center) & in_row,  # what is recycled is visual, and never a rater
         raters=gather(tokens.raters, of_center) & in_row,
         lengths=lengths,
         saliency=None if tokens.saliency is None else gather(tokens.saliency, mean),
-        origins=None if tokens.origins is None else gather(tokens.origins, mean),
+        add=None if tokens.add is None else gather(tokens.add, mean),
     )
+    return shorter, source
 
 
 def _sources(
     tokens: Tokens, selection: Selection, recycled: Recycled | None, length: int
 ) -> tuple[Int[Array, "b {length}"], Int[Array, "b"]]:
-    """Where every token of the shorter sequence comes from: its old place, or behind those the number of a merged
-    token; and the new lengths."""
+    """What `rebuild` says of where its tokens come from, and the new lengths."""
     old_length = tokens.visual.shape[1]
     places = jnp.arange(old_length)[None, :]
     survives = (tokens.valid & ~tokens.visual) | selection.kept
