@@ -114,7 +114,7 @@ def test_tokens_per_image(strategy, tokens):
         ("model_type", "llava_llama", "original LLaVA layout; convert it"),
         ("mm_vision_tower", "openai/clip-vit-large-patch14-336", "original LLaVA layout; convert it"),
         ("text_config.model_type", "gemma", 'text_config.model_type is "gemma"'),
-        ("vision_config.model_type", "siglip_vision_model", 'vision_config.model_type is "siglip_vision_model"'),
+        ("vision_config.model_type", "dinov2", 'vision_config.model_type is "dinov2"'),
         ("text_config.rope_scaling", {"type": "dynamic", "factor": 2.0}, 'rope type "dynamic" is not supported'),
         ("text_config.rope_theta", -1.0, "rope_theta of text_config is -1.0"),
         ("text_config.hidden_act", "mish", 'text_config.hidden_act is "mish"'),

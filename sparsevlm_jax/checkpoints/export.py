@@ -16,7 +16,7 @@ from sparsevlm_jax.checkpoints.convert import check_room, clear, copy_files, pub
 from sparsevlm_jax.checkpoints.manifest import Record
 from sparsevlm_jax.checkpoints.safetensors import INDEX, SINGLE, STORED_DTYPES
 from sparsevlm_jax.checkpoints.source import FILES
-from sparsevlm_jax.config import read_config
+from sparsevlm_jax.config import SiglipConfig, read_config
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.files import user_path
 
@@ -59,6 +59,8 @@ def to_hf(checkpoint: str | Path, target: str | Path, watch: Watch = lambda done
         config = read_config(opened.folder)
         if rows := _missing_rows(opened):
             config["text_config"]["vocab_size"] += rows
+        if isinstance(opened.config.vision, SiglipConfig):
+            config["vision_config"]["vision_use_head"] = False  # it was left out
         (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         publish(partial, target)
     return len(shards)

@@ -37,6 +37,7 @@ _KEEP, _LINEAR, _CONV = Transform.KEEP, Transform.LINEAR, Transform.CONV
 _DENSE = (("weight", "kernel", _LINEAR), ("bias", "bias", _KEEP))
 _NORM = (("weight", "scale", _KEEP), ("bias", "bias", _KEEP))
 _TABLE_OF_ROWS = (("weight", "embedding", _KEEP),)
+_PATCHES = (("weight", "kernel", _CONV), ("bias", "bias", _KEEP))
 
 _TOWER, _TOWER_LAYER = "vision_tower.vision_model.", "vision_tower.vision_model.encoder.layers.{i}."
 _TEXT, _TEXT_LAYER = "language_model.model.", "language_model.model.layers.{i}."
@@ -44,7 +45,7 @@ _TEXT, _TEXT_LAYER = "language_model.model.", "language_model.model.layers.{i}."
 # (module in canonical names, its path in the parameter tree, what it stores); {i} is a layer.
 TABLE = (
     (_TOWER + "embeddings", "vision_tower", (("class_embedding", "class_embedding", _KEEP),)),
-    (_TOWER + "embeddings.patch_embedding", "vision_tower/patch_embedding", (("weight", "kernel", _CONV),)),
+    (_TOWER + "embeddings.patch_embedding", "vision_tower/patch_embedding", _PATCHES),
     (_TOWER + "embeddings.position_embedding", "vision_tower/position_embedding", _TABLE_OF_ROWS),
     (_TOWER + "pre_layrnorm", "vision_tower/pre_layernorm", _NORM),  # misspelt in every checkpoint
     (_TOWER_LAYER + "layer_norm1", "vision_tower/layers_{i}/layer_norm1", _NORM),
@@ -76,10 +77,19 @@ TABLE = (
 
 _HEAD, _EMBEDDINGS = "language_model.lm_head.weight", _TEXT + "embed_tokens.weight"
 
-# Buffers that older releases stored beside the weights; they follow from the configuration.
-HARMLESS = frozenset(
-    {_TOWER + "embeddings.position_ids", _TEXT + "rotary_emb.inv_freq", _TEXT_LAYER + "self_attn.rotary_emb.inv_freq"}
+# What a model does without: buffers that older releases stored beside the weights and that follow from the
+# configuration; the head that pools a SigLIP tower of its own, which no hidden state passes through.
+_BUFFERS = (
+    _TOWER + "embeddings.position_ids",
+    _TEXT + "rotary_emb.inv_freq",
+    _TEXT_LAYER + "self_attn.rotary_emb.inv_freq",
 )
+_POOLING = ("probe", "attention.in_proj_weight", "attention.in_proj_bias") + tuple(
+    f"{module}.{tensor}"
+    for module in ("attention.out_proj", "layernorm", "mlp.fc1", "mlp.fc2")
+    for tensor in ("weight", "bias")
+)
+HARMLESS = frozenset({*_BUFFERS, *(f"{_TOWER}head.{tensor}" for tensor in _POOLING)})
 
 # How canonical names begin -> how the same names begin elsewhere: in files of 4.x and 5.x, in 5.x memory, originally.
 SPELLINGS = {

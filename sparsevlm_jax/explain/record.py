@@ -87,6 +87,8 @@ def explain(
     """
     require_picture(images)
     processor, config = require_processor(model), model.config
+    if config.tokens_per_image < config.vision.grid**2:
+        raise UserError("explain draws all patches of an image: this model has no token of the first one")
     inputs = processor([list(images)], [question], aspect)
     settings: Any = {"max_new_tokens": max_new_tokens, "end_tokens": model.generation.eos_token_ids}
     run = Run(model.params, config, inputs.ids, inputs.pixel_values, sparsity=sparsity, **settings)
@@ -105,7 +107,7 @@ def explain(
         dense=dense,
         pruned=pruned,
         text_tokens=length - packed.visual,
-        class_tokens=len(images) if config.vision_feature_select_strategy == "full" else 0,
+        class_tokens=len(images) * max(0, config.tokens_per_image - config.vision.grid**2),
     )
 
 

@@ -5,6 +5,7 @@ Axis letters: b batch, l packed sequence length, v visual tokens, m images, d wi
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,22 +19,23 @@ from jaxtyping import Array, Float, Int
 
 from sparsevlm_jax import bounds
 from sparsevlm_jax.config import (
+    SiglipConfig,
     TextConfig,
-    VisionConfig,
+    TowerConfig,
     check_activation,
     complete,
-    pick,
     read_config,
     text_config,
     token_id,
     typed,
+    vision_config,
 )
 from sparsevlm_jax.errors import UserError, shown
 from sparsevlm_jax.files import read_json
 from sparsevlm_jax.models import fits
 from sparsevlm_jax.models.decoder import Llama
 from sparsevlm_jax.models.stages import Params, Pictures, Prompt, decoder_of
-from sparsevlm_jax.models.towers.clip import Tower
+from sparsevlm_jax.models.towers import tower_of
 from sparsevlm_jax.ops.layers import ACTIVATIONS, linear
 from sparsevlm_jax.pruning.methods import METHODS
 from sparsevlm_jax.pruning.plan import Plan
@@ -41,13 +43,13 @@ from sparsevlm_jax.pruning.plan import Plan
 
 @dataclass(frozen=True)
 class LlavaConfig:
-    """CLIP tower, two-layer projector, Llama decoder.
+    """CLIP or SigLIP tower, two-layer projector, Llama decoder or a relative of it.
 
     `attention` names the implementation of the decoder's attention (see `ops.attention.attend`); it is
     the one field that a checkpoint does not decide.
     """
 
-    vision: VisionConfig
+    vision: TowerConfig
     text: TextConfig
     image_token_id: int
     vision_feature_layer: int | tuple[int, ...]
@@ -74,14 +76,16 @@ class LlavaConfig:
 
     @property
     def image_grid(self) -> int | None:
-        """Visual tokens per side of a picture; None where they are no square (the class token is one of them)."""
-        return self.vision.grid if self.vision_feature_select_strategy == "default" else None
+        """Visual tokens per side of an image; None where they are no square: with a class token among them, or without
+        the first patch of a tower that has none."""
+        return self.vision.grid if self.tokens_per_image == self.vision.grid**2 else None
 
     @property
     def tokens_per_image(self) -> int:
-        """Visual tokens that one picture becomes: 576 for LLaVA-1.5 (its class token is dropped)."""
-        class_token = self.vision_feature_select_strategy == "full"
-        return self.vision.grid**2 + class_token
+        """Visual tokens that one image becomes: 576 for LLaVA-1.5, whose "default" strategy drops the first hidden
+        state, the class token."""
+        dropped = self.vision_feature_select_strategy == "default"
+        return self.vision.grid**2 + self.vision.class_tokens - dropped
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], source: str = "config.json") -> LlavaConfig:
@@ -106,7 +110,7 @@ class LlavaConfig:
         full = complete(config, source)
         vision, text = full["vision_config"], full["text_config"]
         made = cls(
-            vision=pick(VisionConfig, vision, f"{source}: vision_config"),
+            vision=vision_config(vision, source),
             text=text_config(text, source),
             image_token_id=token_id(full["image_token_index"], f"{source}: image_token_index"),
             vision_feature_layer=_feature_layer(full["vision_feature_layer"], source),
@@ -119,6 +123,13 @@ class LlavaConfig:
             raise UserError(
                 f"{source}: a picture becomes {made.tokens_per_image:,} visual tokens (image_size and patch_size of "
                 f"vision_config), expected at most {bounds.VISUAL_TOKENS:,}"
+            )
+        if isinstance(made.vision, SiglipConfig) and made.vision_feature_select_strategy == "default":
+            warnings.warn(
+                f'{source}: vision_feature_select_strategy is "default", which drops the first hidden state of the '
+                "tower. SigLIP has no class token there: as in transformers, the image's first patch is lost. The "
+                'checkpoint may mean "full"',
+                stacklevel=2,
             )
         return made
 
@@ -154,7 +165,7 @@ class Llava(nn.Module):
     config: LlavaConfig
 
     def setup(self) -> None:
-        self.vision_tower = Tower(self.config.vision, self.config.feature_layers)
+        self.vision_tower = tower_of(self.config.vision, self.config.feature_layers)
         self.multi_modal_projector = Projector(self.config)
         self.language_model = Llama(self.config.text)
 
@@ -176,7 +187,7 @@ def encode_images(
     if grid is not None and shrink_images is not None:
         pixel_values = shrink_images(pixel_values, grid * config.vision.patch_size)
     # Under the names that they have in the tree: a profile tells phases by them.
-    tower = Tower(config.vision, config.feature_layers, name="vision_tower")
+    tower = tower_of(config.vision, config.feature_layers, name="vision_tower")
     projector = Projector(config, name="multi_modal_projector")
     features, saliency = cast(tuple[Array, Array], tower.apply({"params": params["vision_tower"]}, pixel_values))
     if config.vision_feature_select_strategy == "default":
