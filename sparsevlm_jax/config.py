@@ -32,7 +32,15 @@ _TOP = (
     "pad_token_id",
 )
 _BESIDE = ("model_type", "eos_token_id", "pad_token_id")
-_OF_TEXT = ("rope_theta", "rope_parameters", "rope_scaling", "attention_bias", "sliding_window", "use_sliding_window")
+_OF_TEXT = (
+    "rope_theta",
+    "rope_parameters",
+    "rope_scaling",
+    "attention_bias",
+    "sliding_window",
+    "use_sliding_window",
+    "use_bidirectional_attention",
+)
 # One of these is in a folder that holds more than an adapter.
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _WHOLE_MODELS = ("model*.safetensors", "pytorch_model*.bin", "manifest.json")
@@ -132,6 +140,8 @@ class TextConfig:
     out_bias: bool
     mlp_bias: bool
     qk_norm: bool  # queries and keys are normalised over the head dim before they are rotated
+    norm_offset: bool  # norms multiply by 1 + scale, in float32
+    embed_scale: bool  # embeddings of words, and not visual tokens, are multiplied by sqrt(hidden_size)
     tie_word_embeddings: bool
 
     def __post_init__(self) -> None:
@@ -151,13 +161,15 @@ class TextModel:
 
     Attributes:
       qkv_bias, out_bias: biases of the attention's projections.
-      qk_norm: see `TextConfig`.
+      qk_norm, norm_offset, embed_scale: see `TextConfig`.
       window: whether the entry `sliding_window` holds, given the configuration.
     """
 
     qkv_bias: bool | None = None
     out_bias: bool | None = None
     qk_norm: bool = False
+    norm_offset: bool = False
+    embed_scale: bool = False
     window: Callable[[Mapping[str, Any]], bool] = lambda text: False
 
 
@@ -166,6 +178,16 @@ TEXT_MODELS = {
     "mistral": TextModel(qkv_bias=False, out_bias=False, window=lambda text: True),
     "qwen2": TextModel(qkv_bias=True, out_bias=False, window=lambda text: bool(text.get("use_sliding_window"))),
     "qwen3": TextModel(qk_norm=True, window=lambda text: bool(text.get("use_sliding_window"))),
+    # Words alone are scaled, as transformers 5 does: its table of embeddings scales what is looked up in it. 4.x scaled
+    # the whole prompt, visual tokens included.
+    "gemma": TextModel(norm_offset=True, embed_scale=True),
+}
+# Relatives that look alike in a config.json, and what of them is not computed.
+_NOT_COMPUTED = {
+    "gemma2": "its logits and its attention are soft-capped, and norms stand behind its layers' parts too",
+    "gemma3": "most of its layers see a window, with another rotary embedding than the others",
+    "gemma3_text": "most of its layers see a window, with another rotary embedding than the others",
+    "phi": "its attention and MLP run side by side, behind one layer norm",
 }
 
 
@@ -187,7 +209,10 @@ def text_config(text: Mapping[str, Any], source: str) -> TextConfig:
     stated = text.get("attention_bias", False)
     values["qkv_bias"] = stated if kind.qkv_bias is None else kind.qkv_bias
     values["out_bias"] = stated if kind.out_bias is None else kind.out_bias
-    values["mlp_bias"], values["qk_norm"] = text.get("mlp_bias", False), kind.qk_norm
+    values["mlp_bias"] = text.get("mlp_bias", False)
+    values |= {"qk_norm": kind.qk_norm, "norm_offset": kind.norm_offset, "embed_scale": kind.embed_scale}
+    if text.get("use_bidirectional_attention"):
+        raise UserError(f"{part}.use_bidirectional_attention is set: only causal attention is computed")
     window = text.get("sliding_window")
     if window is not None and kind.window(text):
         window = typed(window, "int", f"{part}.sliding_window")
@@ -268,7 +293,8 @@ def complete(config: dict[str, Any], source: str) -> dict[str, Any]:
         reason = shown(" ".join(str(error).split()) or type(error).__name__)
         raise UserError(f"{source}: transformers does not accept this configuration: {reason}") from error
     text = full["text_config"]
-    text["tie_word_embeddings"] = text.get("tie_word_embeddings", False) or full.get("tie_word_embeddings", False)
+    # The whole model's entry decides. LLaVA's class copies a True of the decoder's there.
+    text["tie_word_embeddings"] = full.get("tie_word_embeddings", False)
     full.setdefault("image_token_index", full.get("image_token_id"))
     return full
 
@@ -316,9 +342,12 @@ def _known(values: Any, keys: Sequence[str], model_types: Sequence[str], part: s
     """The entries of a part of config.json that are used, each within its bound."""
     if not isinstance(values, dict):
         raise UserError(f"{part} is {shown(values)}, expected a JSON object")
-    if values.get("model_type", model_types[0]) not in model_types:
+    if (stated := values.get("model_type", model_types[0])) not in model_types:
         expected = " or ".join(f'"{name}"' for name in model_types)
-        raise UserError(f"{part}.model_type is {shown(values['model_type'])}, expected {expected}")
+        reason = _NOT_COMPUTED.get(stated) if isinstance(stated, str) else None
+        raise UserError(
+            f"{part}.model_type is {shown(stated)}, expected {expected}" + (f": {reason}" if reason else "")
+        )
     for key, most in bounds.SIZES.items():
         if values.get(key) is not None:
             _size(values[key], most, f"{part}.{key}")

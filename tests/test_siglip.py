@@ -49,7 +49,8 @@ LOST = 'vision_feature_select_strategy is "default".*first patch is lost'
 @pytest.fixture(scope="module")
 def reference() -> SiglipVisionModel:
     torch.manual_seed(0)
-    model: Any = SiglipVisionModel(SiglipVisionConfig(**SIZES, attn_implementation="eager")).eval()
+    eager: dict[str, Any] = {"attn_implementation": "eager"}
+    model: Any = SiglipVisionModel(SiglipVisionConfig(**SIZES, **eager)).eval()
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             wide = 2 if "q_proj" in name or "k_proj" in name else 1
@@ -79,6 +80,10 @@ def theirs(reference: SiglipVisionModel) -> Any:
         return reference(torch.from_numpy(pixels()), output_hidden_states=True, output_attentions=True)
 
 
+def run(params: Any, layers: tuple[int, ...], image: np.ndarray) -> Any:
+    return tower_of(CONFIG, layers).apply({"params": params}, jnp.asarray(image))
+
+
 def siglip_llava(folder: Path, **settings: Any) -> Path:
     settings = {"image_size": SIDE, "processor": False, "layers": 2, "top": FULL, **settings}
     return hf.tiny_llava(folder, tower="siglip_vision_model", **settings)
@@ -86,7 +91,7 @@ def siglip_llava(folder: Path, **settings: Any) -> Path:
 
 @pytest.mark.parametrize("layers", [(-1,), (-2,), (0,), (-1, 2, 1)], ids=str)
 def test_hidden_states_are_those_of_transformers(params: Any, theirs: Any, layers: tuple[int, ...]) -> None:
-    found, _ = tower_of(CONFIG, layers).apply({"params": params}, jnp.asarray(pixels()))
+    found, _ = run(params, layers, pixels())
     expected = torch.cat([theirs.hidden_states[layer] for layer in layers], -1).numpy()
     assert found.shape == (2, 16, 32 * len(layers))
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -96,7 +101,7 @@ def test_hidden_states_are_those_of_transformers(params: Any, theirs: Any, layer
 def test_saliency_is_the_attention_that_a_patch_receives_in_the_last_layer_that_runs(
     params: Any, theirs: Any, layer: int
 ) -> None:
-    _, found = tower_of(CONFIG, (layer, 1)).apply({"params": params}, jnp.asarray(pixels()))
+    _, found = run(params, (layer, 1), pixels())
     expected = theirs.attentions[layer].mean(dim=(1, 2)).numpy()
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert np.ptp(expected) > 0.01
@@ -112,7 +117,7 @@ def test_saliency_holds_the_attention_of_one_head_at_a_time() -> None:
 
 
 def test_a_layer_that_is_not_the_last_is_not_asked_for_saliency(params: Any) -> None:
-    text = jax.jit(lambda x: tower_of(CONFIG, (-1,)).apply({"params": params}, x)).lower(pixels()).as_text()
+    text = jax.jit(lambda x: run(params, (-1,), x)).lower(pixels()).as_text()
     assert text.count("stablehlo.while") == 1
 
 
@@ -120,11 +125,9 @@ def test_positions_are_interpolated_as_clips_without_the_class_token(params: Any
     table = params["position_embedding"]["embedding"]
     with_class_token = jnp.concatenate([table[:1], table])
     np.testing.assert_array_equal(resize_positions(table, 4, 3), _interpolate_positions(with_class_token, 4, 3)[1:])
-    small = jnp.asarray(pixels(side=3 * PATCH))
-    found, saliency = tower_of(CONFIG, (0,)).apply({"params": params}, small)
-    patches, _ = tower_of(CONFIG, (0,)).apply(
-        {"params": params | {"position_embedding": {"embedding": 0 * table}}}, small
-    )
+    small = pixels(side=3 * PATCH)
+    found, saliency = run(params, (0,), small)
+    patches, _ = run(params | {"position_embedding": {"embedding": 0 * table}}, (0,), small)
     np.testing.assert_allclose(found - patches, jnp.broadcast_to(resize_positions(table, 4, 3), found.shape), atol=1e-6)
     assert saliency.shape == (2, 9)
 

@@ -137,6 +137,8 @@ def model(case: Case) -> tuple[LlavaConfig, dict[str, Any]]:
         qkv_bias=False,
         out_bias=False,
         qk_norm=False,
+        norm_offset=False,
+        embed_scale=False,
         mlp_bias=False,
         tie_word_embeddings=m.get("tie_word_embeddings", False),
     )
