@@ -135,7 +135,8 @@ class TextConfig:
     hidden_act: str
     rms_norm_eps: float
     rope: Rope
-    max_position_embeddings: int
+    max_position_embeddings: int  # tokens that a prompt and its answer may have
+    windowed: bool  # these are as many as its layers look back at: its context is longer
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
@@ -153,6 +154,11 @@ class TextConfig:
             raise UserError(f"text_config.head_dim is {self.head_dim}: rotary position embeddings need an even number")
         if self.rope.head_dim != self.head_dim:
             raise UserError(f"text_config.head_dim is {self.head_dim}, the rotary embedding has {self.rope.head_dim}")
+
+    @property
+    def limit(self) -> str:
+        """What bounds a prompt and its answer, for messages."""
+        return f"{'sliding window' if self.windowed else 'context'} of {self.max_position_embeddings}"
 
 
 @dataclass(frozen=True)
@@ -213,11 +219,11 @@ def text_config(text: Mapping[str, Any], source: str) -> TextConfig:
     values |= {"qk_norm": kind.qk_norm, "norm_offset": kind.norm_offset, "embed_scale": kind.embed_scale}
     if text.get("use_bidirectional_attention"):
         raise UserError(f"{part}.use_bidirectional_attention is set: only causal attention is computed")
-    window = text.get("sliding_window")
+    window, values["windowed"] = text.get("sliding_window"), False
     if window is not None and kind.window(text):
         window = typed(window, "int", f"{part}.sliding_window")
         context = typed(values["max_position_embeddings"], "int", f"{part}.max_position_embeddings")
-        values["max_position_embeddings"] = min(window, context)
+        values |= {"max_position_embeddings": min(window, context), "windowed": window < context}
     return pick(TextConfig, {**values, "rope": rope_of(values, source)}, part)
 
 

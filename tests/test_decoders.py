@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 import torch
@@ -17,6 +17,7 @@ from sparsevlm_jax.checkpoints.convert import convert
 from sparsevlm_jax.checkpoints.export import to_hf
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.generation.api import generate_ids
+from tests import models
 from tests.hf import tiny_llava
 
 SIZE, NEW = 364, 16  # 676 visual tokens between words
@@ -102,12 +103,13 @@ def test_first_logits_are_those_of_transformers(ours: Model, theirs: Any) -> Non
     ids, pixels = prompts(ours.config)
     longest = max(map(len, ids))
     packed = np.stack([np.pad(row, (0, longest - len(row))) for row in ids])
-    plan = make_plan(
-        Sparsity.dense(), ours.config, ours.config.tokens_per_image, longest - ours.config.tokens_per_image
-    )
-    lengths = jnp.asarray([len(row) for row in ids], jnp.int32)
-    made = embed(ours.params, jnp.asarray(packed), lengths, jnp.asarray(pixels), ours.config)
-    logits, _, _ = prefill(ours.params, made, ours.config, plan, max_new_tokens=0)
+    plan = make_plan(Sparsity.dense(), ours.config, ours.config.tokens_per_image)
+
+    def first_logits(params: Any, *inputs: Any) -> Any:
+        return prefill(params, embed(params, *inputs, ours.config), ours.config, plan, max_new_tokens=0)[0]
+
+    run = jax.jit(first_logits, compiler_options=models.QUICK)
+    logits = run(ours.params, packed, np.asarray([len(row) for row in ids], np.int32), pixels)
     for found, row, image in zip(logits, ids, pixels, strict=True):
         with torch.no_grad():
             expected = theirs(**torch_inputs(row, image)).logits[0, -1].numpy()
@@ -137,7 +139,7 @@ def test_a_prompt_longer_than_the_window_is_refused(tmp_path: Path) -> None:
     model = load(folder)
     assert model.config.text.max_position_embeddings == 512
     ids, pixels = prompts(model.config, 1)
-    with pytest.raises(UserError, match="732 tokens.*context of 512"):
+    with pytest.raises(UserError, match="732 tokens.*more than the model's sliding window of 512"):
         generate_ids(
             model.params, model.config, ids, pixels, sparsity=Sparsity.dense(), max_new_tokens=1, end_tokens=()
         )
