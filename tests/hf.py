@@ -101,7 +101,7 @@ def tiny_llava(
     model.save_pretrained(path)
     if processor:
         tokenizer.save_pretrained(path)
-        image_processor(image_size).save_pretrained(path)
+        (siglip_processor if tower.startswith("siglip") else image_processor)(image_size).save_pretrained(path)
     return path
 
 
@@ -142,3 +142,10 @@ def image_processor(image_size: int) -> Any:
 
     crop = {"height": image_size, "width": image_size}
     return CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=crop)
+
+
+def siglip_processor(image_size: int) -> Any:
+    """SigLIP's image processor on Pillow: to a square, whatever the aspect."""
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    return SiglipImageProcessorPil(size={"height": image_size, "width": image_size})

@@ -6,17 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
 from transformers import LlavaForConditionalGeneration
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 
 from sparsevlm_jax import LlavaConfig, Model, Sparsity, embed, load, make_plan, prefill
 from sparsevlm_jax.checkpoints.convert import convert
 from sparsevlm_jax.checkpoints.export import to_hf
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.generation.api import generate_ids
+from sparsevlm_jax.ops.layers import RMSNorm
 from tests import models
 from tests.hf import tiny_llava
 
@@ -130,6 +133,18 @@ def test_a_conversion_and_back_keeps_every_bit(folder: Path, tmp_path: Path) -> 
 def _plain(name: str) -> str:
     """A tensor's name without what writers spell differently."""
     return ".".join(part for part in name.split(".") if part not in ("model", "vision_model", "language_model"))
+
+
+def test_gemmas_norm_rounds_once_behind_its_scale() -> None:
+    """Llama's rounds before it, too: only 16 bit shows the difference."""
+    x, scale = (np.random.default_rng(i).normal(size=size) for i, size in enumerate([(4, 64), (64,)]))
+    theirs = GemmaRMSNorm(64, eps=1e-6).to(torch.bfloat16)
+    with torch.no_grad():
+        theirs.weight.copy_(torch.from_numpy(scale))
+        expected = theirs(torch.from_numpy(x).to(torch.bfloat16)).float().numpy()
+    params = {"params": {"scale": jnp.asarray(scale, jnp.bfloat16)}}
+    found: Any = RMSNorm(1e-6, offset=True).apply(params, jnp.asarray(x, jnp.bfloat16))
+    np.testing.assert_array_equal(found.astype(jnp.float32), expected)
 
 
 def test_a_prompt_longer_than_the_window_is_refused(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from flax import traverse_util
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, SiglipVisionConfig, SiglipVisionModel
 
@@ -23,6 +24,7 @@ from sparsevlm_jax.checkpoints.names import assign, spec
 from sparsevlm_jax.checkpoints.safetensors import Tensor
 from sparsevlm_jax.config import SiglipConfig
 from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.explain.record import explain
 from sparsevlm_jax.models.towers import tower_of
 from sparsevlm_jax.models.towers.clip import _interpolate_positions
 from sparsevlm_jax.models.towers.layers import resize_positions
@@ -202,3 +204,28 @@ def test_a_pooling_head_is_left_out_and_the_way_back_says_so(tmp_path: Path) -> 
     assert not any(".head." in name for name in reference.state_dict())
     save_file({name: tensor for name, tensor in stored.items() if name not in heads}, folder / "model.safetensors")
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), headless, load(folder).params))
+
+
+def test_a_question_goes_through_siglips_own_image_processor(tmp_path: Path) -> None:
+    model = load(siglip_llava(tmp_path / "model", processor=True))
+    assert model.processor is not None
+    image = np.random.default_rng(0).integers(0, 255, (40, 90, 3), dtype=np.uint8)
+    expected = hf.siglip_processor(SIDE)([Image.fromarray(image)], return_tensors="np")["pixel_values"]
+    inputs = model.processor([[image]], ["what is this"])
+    np.testing.assert_array_equal(inputs.pixel_values, expected)
+    assert (inputs.ids[0] == model.config.image_token_id).sum() == 16
+    for aspect in ("crop", "pad"):
+        assert model.processor([[image]], ["what is this"], aspect).pixel_values.shape == (1, 3, SIDE, SIDE)
+
+
+def test_an_explanation_draws_siglips_patches_and_refuses_where_one_is_lost(tmp_path: Path) -> None:
+    image, how = np.zeros((40, 40, 3), np.uint8), Sparsity.dense()
+    found = explain(
+        load(siglip_llava(tmp_path / "full", processor=True, layers=1)), [image], "what", how, max_new_tokens=1
+    )
+    assert found.class_tokens == 0 and found.stages[0].fates.shape == (1, 4, 4)
+    top = {"vision_feature_select_strategy": "default"}
+    with pytest.warns(UserWarning, match=LOST):
+        lossy = load(siglip_llava(tmp_path / "default", processor=True, top=top))
+    with pytest.raises(UserError, match="no token of the first one"):
+        explain(lossy, [image], "what", how, max_new_tokens=1)

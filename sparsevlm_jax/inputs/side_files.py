@@ -27,11 +27,12 @@ TOKENIZERS = (
     "CodeLlamaTokenizer",
     "GPT2Tokenizer",
     "GPTNeoXTokenizer",
+    "GemmaTokenizer",
     "Qwen2Tokenizer",
     "PreTrainedTokenizer",
     "TokenizersBackend",
 )
-IMAGE_PROCESSORS = ("CLIPImageProcessor", "LlavaImageProcessor")
+IMAGE_PROCESSORS = ("CLIPImageProcessor", "LlavaImageProcessor", "SiglipImageProcessor")
 
 # Entries of tokenizer_config.json that are about text, beside those named after tokens; the others are about files,
 # classes and code.

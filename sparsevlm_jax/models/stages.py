@@ -42,7 +42,7 @@ class Pictures(NamedTuple):
     """Projected visual tokens of pictures, which several questions can share."""
 
     tokens: Float[Array, "m v d"]
-    saliency: Float[Array, "m v"]  # how much the tower's class token looks at each, float32
+    saliency: Float[Array, "m v"]  # how much the tower itself looks at each, float32
 
 
 class Cache(NamedTuple):
