@@ -36,6 +36,7 @@ _OF_TEXT = (
     "rope_theta",
     "rope_parameters",
     "rope_scaling",
+    "partial_rotary_factor",
     "attention_bias",
     "sliding_window",
     "use_sliding_window",
@@ -142,6 +143,7 @@ class TextConfig:
     mlp_bias: bool
     qk_norm: bool  # queries and keys are normalised over the head dim before they are rotated
     norm_offset: bool  # norms multiply by 1 + scale, in float32
+    joined_weights: bool  # of its checkpoint: one tensor for q, k and v there, and one for gate and up
     embed_scale: bool  # embeddings of words, and not visual tokens, are multiplied by sqrt(hidden_size)
     tie_word_embeddings: bool
 
@@ -167,7 +169,7 @@ class TextModel:
 
     Attributes:
       qkv_bias, out_bias: biases of the attention's projections.
-      qk_norm, norm_offset, embed_scale: see `TextConfig`.
+      qk_norm, norm_offset, embed_scale, joined_weights: see `TextConfig`.
       window: whether the entry `sliding_window` holds, given the configuration.
     """
 
@@ -176,6 +178,7 @@ class TextModel:
     qk_norm: bool = False
     norm_offset: bool = False
     embed_scale: bool = False
+    joined_weights: bool = False
     window: Callable[[Mapping[str, Any]], bool] = lambda text: False
 
 
@@ -187,6 +190,7 @@ TEXT_MODELS = {
     # Words alone are scaled, as transformers 5 does: its table of embeddings scales what is looked up in it. 4.x scaled
     # the whole prompt, visual tokens included.
     "gemma": TextModel(norm_offset=True, embed_scale=True),
+    "phi3": TextModel(qkv_bias=False, out_bias=False, joined_weights=True, window=lambda text: True),
 }
 # Relatives that look alike in a config.json, and what of them is not computed.
 _NOT_COMPUTED = {
@@ -216,7 +220,7 @@ def text_config(text: Mapping[str, Any], source: str) -> TextConfig:
     values["qkv_bias"] = stated if kind.qkv_bias is None else kind.qkv_bias
     values["out_bias"] = stated if kind.out_bias is None else kind.out_bias
     values["mlp_bias"] = text.get("mlp_bias", False)
-    values |= {"qk_norm": kind.qk_norm, "norm_offset": kind.norm_offset, "embed_scale": kind.embed_scale}
+    values |= {key: getattr(kind, key) for key in ("qk_norm", "norm_offset", "embed_scale", "joined_weights")}
     if text.get("use_bidirectional_attention"):
         raise UserError(f"{part}.use_bidirectional_attention is set: only causal attention is computed")
     window, values["windowed"] = text.get("sliding_window"), False
@@ -371,11 +375,14 @@ def rope_of(text: dict[str, Any], source: str) -> Rope:
     """The rotary embedding of a text_config: in `rope_parameters` (5.x), or `rope_scaling` and `rope_theta` (4.x).
 
     Raises:
-      UserError: see `rope_from_hf`.
+      UserError: see `rope_from_hf`; or only a part of each head is rotated.
     """
     rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise UserError(f"{source}: rope_parameters of text_config is {shown(rope)}, expected a JSON object")
+    partial = rope.get("partial_rotary_factor", text.get("partial_rotary_factor"))
+    if partial not in (None, 1):
+        raise UserError(f"{source}: partial_rotary_factor of text_config is {shown(partial)}: only whole heads turn")
     theta = rope.get("rope_theta", text.get("rope_theta"))
     head_dim = typed(text["head_dim"], "int", f"{source}: text_config.head_dim")
     return rope_from_hf({**rope, "rope_theta": theta}, head_dim, source)

@@ -48,6 +48,8 @@ PUBLISHED_7B = {
     "vocab_size": 32064,
 }
 SIZES_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40, "num_hidden_layers": 40}
+PHI3 = {"model_type": "phi3"}
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.5] * 48}
 TINY = json.loads((Path(__file__).parent / "golden/tiny_llava_hf/config.json").read_text())
 
 
@@ -106,6 +108,7 @@ def mistral(**entries: Any) -> dict[str, Any]:
         ({"sliding_window": 65536}, "context of 32768"),
         ({"model_type": "qwen2", "sliding_window": 1024}, "context of 32768"),
         ({"model_type": "qwen2", "sliding_window": 1024, "use_sliding_window": True}, "sliding window of 1024"),
+        ({"model_type": "phi3", "sliding_window": 2047, "num_key_value_heads": 32}, "sliding window of 2047"),
         ({"model_type": "llama", "sliding_window": 1024}, "context of 32768"),
     ],
     ids=str,
@@ -173,6 +176,9 @@ def test_tokens_per_image(strategy, tokens):
         ("mm_vision_tower", "openai/clip-vit-large-patch14-336", "original LLaVA layout; convert it"),
         ("text_config.model_type", "gemma2", 'text_config.model_type is "gemma2".*soft-capped'),
         ("text_config.model_type", "gemma3_text", 'text_config.model_type is "gemma3_text".*see a window'),
+        ("text_config", PHI3 | {"rope_scaling": LONGROPE}, 'rope type "longrope" is not supported'),
+        ("text_config", PHI3 | {"partial_rotary_factor": 0.75}, "partial_rotary_factor of text_config is 0.75"),
+        ("text_config.partial_rotary_factor", 0.5, "partial_rotary_factor of text_config is 0.5"),
         ("text_config.model_type", "phi", 'text_config.model_type is "phi", .*side by side'),
         ("text_config.model_type", "bert", 'text_config.model_type is "bert", expected "llama" or [^:]*$'),
         ("vision_config.model_type", "dinov2", 'vision_config.model_type is "dinov2"'),

@@ -43,6 +43,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2 tied": {"decoder": "qwen2", "tie_word_embeddings": True},
     "qwen3": {"decoder": "qwen3", "kv_heads": 2, "head_dim": 32},
     "gemma": {"decoder": "gemma", "kv_heads": 2, "head_dim": 32},
+    "phi3": {"decoder": "phi3", "kv_heads": 2, "pad_token_id": 0},
     "interleave": {
         "decoder": "qwen2",
         "kv_heads": 2,

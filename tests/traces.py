@@ -140,6 +140,7 @@ def model(case: Case) -> tuple[LlavaConfig, dict[str, Any]]:
         qk_norm=False,
         norm_offset=False,
         embed_scale=False,
+        joined_weights=False,
         mlp_bias=False,
         tie_word_embeddings=m.get("tie_word_embeddings", False),
     )

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparsevlm_jax.checkpoints import llava_original
+from sparsevlm_jax.checkpoints.joined import parts_of
 from sparsevlm_jax.checkpoints.manifest import is_converted, read_manifest
 from sparsevlm_jax.checkpoints.names import TABLE, canonical
 from sparsevlm_jax.checkpoints.source import list_tensors
@@ -78,7 +79,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _part(name: str) -> str:
     """The part of the tree that a tensor belongs to."""
-    known = canonical(name) or ""
+    known = canonical(parts_of(name)[0]) or ""
     return next((path.split("/")[0] for module, path, _ in TABLE if known.startswith(module.split("{")[0])), "other")
 
 

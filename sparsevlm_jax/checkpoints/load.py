@@ -16,6 +16,7 @@ from flax import traverse_util
 from sparsevlm_jax import bounds
 from sparsevlm_jax.checkpoints import orbax
 from sparsevlm_jax.checkpoints.hub import locate
+from sparsevlm_jax.checkpoints.joined import split
 from sparsevlm_jax.checkpoints.manifest import Manifest, is_converted, read_manifest
 from sparsevlm_jax.checkpoints.names import Entry, all_finite, assign, spec
 from sparsevlm_jax.checkpoints.safetensors import list_tensors
@@ -95,7 +96,10 @@ def _read_params(folder: Path, config: LlavaConfig, dtype: str | None, sharding:
     """The parameter tree, each tensor on its devices before the next is read."""
     tensors = list_tensors(folder)
     check_depth(config, len(tensors), str(folder))
-    pairs = assign(spec(abstract_params(config, np.dtype(np.float32))), tensors, str(folder))
+    entries = spec(abstract_params(config, np.dtype(np.float32)))
+    if config.text.joined_weights:
+        tensors = split(tensors, entries, str(folder))
+    pairs = assign(entries, tensors, str(folder))
     stored = {tensors[name].dtype for name, _ in pairs}
     if dtype is None:
         dtype = stored.pop() if len(stored) == 1 else "float32"

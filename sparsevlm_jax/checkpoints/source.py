@@ -12,6 +12,7 @@ import numpy as np
 
 from sparsevlm_jax.checkpoints import llava_original, safetensors, torch_bin
 from sparsevlm_jax.checkpoints.hub import locate
+from sparsevlm_jax.checkpoints.joined import split
 from sparsevlm_jax.checkpoints.names import Entry, assign, canonical, spec
 from sparsevlm_jax.checkpoints.orbax import file_digest
 from sparsevlm_jax.checkpoints.safetensors import Tensor
@@ -99,7 +100,10 @@ def open_source(source: str | Path, *, revision: str | None = None, vision_tower
         config["image_token_index"] = llava_original.image_token_id(folder, config)
     model = LlavaConfig.from_hf(config, str(config_file))
     check_depth(model, len(tensors), str(source))
-    pairs = assign(spec(abstract_params(model, np.dtype(np.float32))), tensors, str(source))
+    entries = spec(abstract_params(model, np.dtype(np.float32)))
+    if model.text.joined_weights:
+        tensors = split(tensors, entries, str(source))
+    pairs = assign(entries, tensors, str(source))
     return Source(
         name=folder.resolve().name if user_path(source).is_dir() else str(source),
         folder=folder,
