@@ -134,7 +134,8 @@ def test_a_head_is_tied_where_the_torch_model_ties_it(decoder, text, top):
         "vision_config": {**TINY["vision_config"]},
     }
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(AutoConfig.for_model(**copy.deepcopy(config)))
+        whole: Any = AutoConfig.for_model(**copy.deepcopy(config))
+        model = LlavaForConditionalGeneration(whole)
         model.tie_weights()
     tied = model.lm_head.weight is model.model.language_model.embed_tokens.weight
     assert LlavaConfig.from_hf(config).text.tie_word_embeddings == tied

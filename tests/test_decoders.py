@@ -112,7 +112,7 @@ def test_first_logits_are_those_of_transformers(ours: Model, theirs: Any) -> Non
     def first_logits(params: Any, *inputs: Any) -> Any:
         return prefill(params, embed(params, *inputs, ours.config), ours.config, plan, max_new_tokens=0)[0]
 
-    run = jax.jit(first_logits, compiler_options=models.QUICK)
+    run: Any = jax.jit(first_logits, compiler_options=models.QUICK)
     logits = run(ours.params, packed, np.asarray([len(row) for row in ids], np.int32), pixels)
     for found, row, image in zip(logits, ids, pixels, strict=True):
         with torch.no_grad():

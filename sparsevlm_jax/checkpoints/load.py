@@ -20,7 +20,8 @@ from sparsevlm_jax.checkpoints.joined import split
 from sparsevlm_jax.checkpoints.manifest import Manifest, is_converted, read_manifest
 from sparsevlm_jax.checkpoints.names import Entry, all_finite, assign, spec
 from sparsevlm_jax.checkpoints.safetensors import list_tensors
-from sparsevlm_jax.config import DTYPES, check_depth, complete, read_config, token_id
+from sparsevlm_jax.config import DTYPES, check_depth, read_config, token_id
+from sparsevlm_jax.config_json import complete
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.files import inside, read_json, user_path
 from sparsevlm_jax.inputs.processor import Processor

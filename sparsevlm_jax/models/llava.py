@@ -23,13 +23,11 @@ from sparsevlm_jax.config import (
     TextConfig,
     TowerConfig,
     check_activation,
-    complete,
     read_config,
-    text_config,
     token_id,
     typed,
-    vision_config,
 )
+from sparsevlm_jax.config_json import complete, text_config, vision_config
 from sparsevlm_jax.errors import UserError, shown
 from sparsevlm_jax.files import read_json
 from sparsevlm_jax.models import fits
