@@ -109,8 +109,9 @@ def test_first_logits_are_those_of_transformers(ours: Model, theirs: Any) -> Non
     packed = np.stack([np.pad(row, (0, longest - len(row))) for row in ids])
     plan = make_plan(Sparsity.dense(), ours.config, ours.config.tokens_per_image)
 
-    def first_logits(params: Any, *inputs: Any) -> Any:
-        return prefill(params, embed(params, *inputs, ours.config), ours.config, plan, max_new_tokens=0)[0]
+    def first_logits(params: Any, rows: Any, lengths: Any, images: Any) -> Any:
+        prompt = embed(params, rows, lengths, images, ours.config)
+        return prefill(params, prompt, ours.config, plan, max_new_tokens=0)[0]
 
     run: Any = jax.jit(first_logits, compiler_options=models.QUICK)
     logits = run(ours.params, packed, np.asarray([len(row) for row in ids], np.int32), pixels)
