@@ -1,7 +1,7 @@
 """LLaVA in pure-functional Flax with SparseVLM: visual tokens are pruned inside one compiled program."""
 
 from sparsevlm_jax.checkpoints.load import Model, load
-from sparsevlm_jax.config import TextConfig, VisionConfig
+from sparsevlm_jax.config import SiglipConfig, TextConfig, VisionConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.generation.api import generate, generate_ids, stream, stream_ids
 from sparsevlm_jax.generation.chat import Chat
@@ -26,6 +26,7 @@ __all__ = [
     "Model",
     "Plan",
     "Prompt",
+    "SiglipConfig",
     "Sparsity",
     "StagePlan",
     "TextConfig",

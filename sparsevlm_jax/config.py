@@ -1,4 +1,4 @@
-"""What a checkpoint decides: frozen, hashable configurations of decoders and towers, and how config.json is read.
+"""What a checkpoint decides: frozen, hashable configurations of decoders and towers, and what a file may say of them.
 
 Every hyper-parameter is a field without default, filled from a config.json or by a preset.
 The dataclasses are hashable so that a configuration can be a static argument of `jax.jit`.
@@ -6,7 +6,7 @@ The dataclasses are hashable so that a configuration can be a static argument of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -15,36 +15,18 @@ from sparsevlm_jax import bounds
 from sparsevlm_jax.errors import UserError, shown
 from sparsevlm_jax.files import inside, read_json
 from sparsevlm_jax.layout import ImageLayout, Size
-from sparsevlm_jax.rotary import Rope, rope_from_hf
+from sparsevlm_jax.rotary import Rope
 
 DTYPES = ("float32", "bfloat16", "float16")  # to compute in and to store weights in
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")
-# Entries of a config.json that are read beside its parts, and entries of a part beside the fields of its class.
-_TOP = (
-    "model_type",
-    "image_token_index",
-    "image_token_id",
-    "image_grid_pinpoints",
-    "vision_feature_layer",
-    "vision_feature_layers",
-    "vision_feature_select_strategy",
-    "projector_hidden_act",
-    "projector_layernorm_eps",
-    "multimodal_projector_bias",
-    "tie_word_embeddings",
-    "eos_token_id",
-    "pad_token_id",
-)
-_BESIDE = ("model_type", "eos_token_id", "pad_token_id")
-_OF_TEXT = ("rope_theta", "rope_parameters", "rope_scaling", "attention_bias", "sliding_window", "use_sliding_window")
 # One of these is in a folder that holds more than an adapter.
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _WHOLE_MODELS = ("model*.safetensors", "pytorch_model*.bin", "manifest.json")
 
 
 @dataclass(frozen=True)
-class VisionConfig:
-    """A CLIP vision transformer (Hugging Face `clip_vision_model`)."""
+class TowerConfig:
+    """What vision transformers have in common."""
 
     hidden_size: int
     intermediate_size: int
@@ -59,7 +41,6 @@ class VisionConfig:
     def __post_init__(self) -> None:
         check_activation("vision_config.hidden_act", self.hidden_act)
         _check_divides("vision_config.num_attention_heads", self.num_attention_heads, "hidden_size", self.hidden_size)
-        _check_divides("vision_config.patch_size", self.patch_size, "image_size", self.image_size)
 
     @property
     def grid(self) -> int:
@@ -70,10 +51,45 @@ class VisionConfig:
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
+    @property
+    def class_tokens(self) -> int:
+        """Hidden states in front of the patches."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class VisionConfig(TowerConfig):
+    """A CLIP vision transformer (Hugging Face `clip_vision_model`)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_divides("vision_config.patch_size", self.patch_size, "image_size", self.image_size)
+
+    @property
+    def class_tokens(self) -> int:
+        return 1
+
+
+@dataclass(frozen=True)
+class SiglipConfig(TowerConfig):
+    """A SigLIP vision transformer (Hugging Face `siglip_vision_model`): no class token, every hidden state is a patch.
+
+    The patches need not fill the image: 27 of 14 pixels leave 6 of 384 unseen.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.patch_size > self.image_size:
+            raise UserError(f"vision_config.patch_size is {self.patch_size}, more than image_size {self.image_size}")
+
+    @property
+    def class_tokens(self) -> int:
+        return 0
+
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A Llama decoder, or one that differs from it by what is said here: see `TEXT_MODELS`."""
+    """A Llama decoder, or one that differs from it by what is said here: see `config_json.TEXT_MODELS`."""
 
     vocab_size: int
     hidden_size: int
@@ -85,11 +101,15 @@ class TextConfig:
     hidden_act: str
     rms_norm_eps: float
     rope: Rope
-    max_position_embeddings: int
+    max_position_embeddings: int  # tokens that a prompt and its answer may have
+    windowed: bool  # these are as many as its layers look back at: its context is longer
     qkv_bias: bool
     out_bias: bool
     mlp_bias: bool
     qk_norm: bool  # queries and keys are normalised over the head dim before they are rotated
+    norm_offset: bool  # norms multiply by 1 + scale, in float32
+    joined_weights: bool  # of its checkpoint: one tensor for q, k and v there, and one for gate and up
+    embed_scale: bool  # embeddings of words, and not visual tokens, are multiplied by sqrt(hidden_size)
     tie_word_embeddings: bool
 
     def __post_init__(self) -> None:
@@ -102,56 +122,10 @@ class TextConfig:
         if self.rope.head_dim != self.head_dim:
             raise UserError(f"text_config.head_dim is {self.head_dim}, the rotary embedding has {self.rope.head_dim}")
 
-
-@dataclass(frozen=True)
-class TextModel:
-    """How the decoders of one Hugging Face `model_type` differ from Llama's. None: the configuration says it.
-
-    Attributes:
-      qkv_bias, out_bias: biases of the attention's projections.
-      qk_norm: see `TextConfig`.
-      window: whether the entry `sliding_window` holds, given the configuration.
-    """
-
-    qkv_bias: bool | None = None
-    out_bias: bool | None = None
-    qk_norm: bool = False
-    window: Callable[[Mapping[str, Any]], bool] = lambda text: False
-
-
-TEXT_MODELS = {
-    "llama": TextModel(),
-    "mistral": TextModel(qkv_bias=False, out_bias=False, window=lambda text: True),
-    "qwen2": TextModel(qkv_bias=True, out_bias=False, window=lambda text: bool(text.get("use_sliding_window"))),
-    "qwen3": TextModel(qk_norm=True, window=lambda text: bool(text.get("use_sliding_window"))),
-}
-
-
-def text_config(text: Mapping[str, Any], source: str) -> TextConfig:
-    """A decoder's configuration out of a complete `text_config`.
-
-    Every layer sees the whole prompt here. A model with a window that is shorter than its context therefore takes
-    prompts up to its window only, within which both are the same.
-
-    Raises:
-      UserError: a value that is none, or a rotary embedding that is not computed.
-    """
-    part, kind = f"{source}: text_config", TEXT_MODELS[text["model_type"]]
-    heads = typed(text["num_attention_heads"], "int", f"{part}.num_attention_heads")
-    values = {
-        **text,
-        "head_dim": text.get("head_dim") or typed(text["hidden_size"], "int", f"{part}.hidden_size") // heads,
-    }
-    stated = text.get("attention_bias", False)
-    values["qkv_bias"] = stated if kind.qkv_bias is None else kind.qkv_bias
-    values["out_bias"] = stated if kind.out_bias is None else kind.out_bias
-    values["mlp_bias"], values["qk_norm"] = text.get("mlp_bias", False), kind.qk_norm
-    window = text.get("sliding_window")
-    if window is not None and kind.window(text):
-        window = typed(window, "int", f"{part}.sliding_window")
-        context = typed(values["max_position_embeddings"], "int", f"{part}.max_position_embeddings")
-        values["max_position_embeddings"] = min(window, context)
-    return pick(TextConfig, {**values, "rope": rope_of(values, source)}, part)
+    @property
+    def limit(self) -> str:
+        """What bounds a prompt and its answer, for messages."""
+        return f"{'sliding window' if self.windowed else 'context'} of {self.max_position_embeddings}"
 
 
 @runtime_checkable
@@ -168,7 +142,7 @@ class ModelConfig(Protocol):
     @property
     def text(self) -> TextConfig: ...
     @property
-    def vision(self) -> VisionConfig: ...
+    def vision(self) -> TowerConfig: ...
     @property
     def image_token_id(self) -> int: ...
     @property
@@ -240,36 +214,6 @@ def refuse_adapter(folder: Path) -> None:
         raise UserError(f"{folder}: an adapter (LoRA, PEFT), not a model: merge it into its base first")
 
 
-def complete(config: dict[str, Any], source: str) -> dict[str, Any]:
-    """A parsed config.json with what it leaves out filled in from transformers' configuration classes.
-
-    They get no more than what is used here, and no number beyond `bounds`: other entries make them build tables of any
-    length.
-
-    Raises:
-      UserError: another architecture, quantised weights, or transformers does not accept it.
-    """
-    refuse_quantised(config, source)
-    given = {key: config[key] for key in _TOP if key in config}
-    for part, cls, model_types, beside in (
-        ("vision_config", VisionConfig, ("clip_vision_model",), ()),
-        ("text_config", TextConfig, tuple(TEXT_MODELS), _OF_TEXT),
-    ):
-        keys = (*(field.name for field in fields(cls)), *_BESIDE, *beside)
-        given[part] = _known(config.get(part) or {}, keys, model_types, f"{source}: {part}")
-    from transformers import AutoConfig  # here, not above: it imports torch where torch is installed
-
-    try:
-        full = AutoConfig.for_model(**given).to_dict()
-    except Exception as error:  # transformers raises its validation errors as many unrelated types
-        reason = shown(" ".join(str(error).split()) or type(error).__name__)
-        raise UserError(f"{source}: transformers does not accept this configuration: {reason}") from error
-    text = full["text_config"]
-    text["tie_word_embeddings"] = text.get("tie_word_embeddings", False) or full.get("tie_word_embeddings", False)
-    full.setdefault("image_token_index", full.get("image_token_id"))
-    return full
-
-
 def refuse_quantised(config: Mapping[str, Any], source: str) -> None:
     """Whose weights are packed and scaled: nothing here computes with them.
 
@@ -309,41 +253,14 @@ def check_depth(config: ModelConfig, tensors: int, source: str) -> None:
         )
 
 
-def _known(values: Any, keys: Sequence[str], model_types: Sequence[str], part: str) -> dict[str, Any]:
-    """The entries of a part of config.json that are used, each within its bound."""
-    if not isinstance(values, dict):
-        raise UserError(f"{part} is {shown(values)}, expected a JSON object")
-    if values.get("model_type", model_types[0]) not in model_types:
-        expected = " or ".join(f'"{name}"' for name in model_types)
-        raise UserError(f"{part}.model_type is {shown(values['model_type'])}, expected {expected}")
-    for key, most in bounds.SIZES.items():
-        if values.get(key) is not None:
-            _size(values[key], most, f"{part}.{key}")
-    return {key: values[key] for key in keys if key in values}
-
-
-def _size(value: Any, most: int, name: str) -> None:
+def check_size(value: Any, most: int, name: str) -> None:
     if type(value) is not int or value < 1:
         raise UserError(f"{name} is {shown(value)}, expected a positive integer")
     if value > most:
         raise UserError(f"{name} is {shown(value)}, expected at most {most:,}")
 
 
-def rope_of(text: dict[str, Any], source: str) -> Rope:
-    """The rotary embedding of a text_config: in `rope_parameters` (5.x), or `rope_scaling` and `rope_theta` (4.x).
-
-    Raises:
-      UserError: see `rope_from_hf`.
-    """
-    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise UserError(f"{source}: rope_parameters of text_config is {shown(rope)}, expected a JSON object")
-    theta = rope.get("rope_theta", text.get("rope_theta"))
-    head_dim = typed(text["head_dim"], "int", f"{source}: text_config.head_dim")
-    return rope_from_hf({**rope, "rope_theta": theta}, head_dim, source)
-
-
-def pick(cls: type, values: dict[str, Any], part: str) -> Any:
+def pick(cls: type, values: Mapping[str, Any], part: str) -> Any:
     """The fields of a configuration class out of a part of config.json."""
     picked = {field.name: typed(values[field.name], field.type, f"{part}.{field.name}") for field in fields(cls)}
     return cls(**picked)
@@ -352,7 +269,7 @@ def pick(cls: type, values: dict[str, Any], part: str) -> Any:
 def typed(value: Any, kind: Any, name: str) -> Any:
     """A value of a field, if it is of the field's type."""
     if kind == "int":
-        _size(value, bounds.SIZES[name.rpartition(".")[2]], name)
+        check_size(value, bounds.SIZES[name.rpartition(".")[2]], name)
     elif kind == "float":
         return bounds.positive(value, name)
     elif type(value).__name__ != kind:

@@ -37,10 +37,11 @@ class ImageLayout(NamedTuple):
         return len(self.index)
 
 
-def one_tile(grid: int, class_token: bool) -> ImageLayout:
-    """A square image, patch by patch; a class token that is kept stands before them, at y = x = -1."""
-    patches = square(0, grid, grid)
-    places = np.concatenate([np.array([[0, -1, -1]] * class_token, np.int64).reshape(-1, 3), patches])
+def one_tile(grid: int, class_tokens: int, dropped: int) -> ImageLayout:
+    """A square image, patch by patch behind the tower's class token, which stands at y = x = -1; without the first
+    `dropped` of all these."""
+    class_token = np.array([[0, -1, -1]] * class_tokens, np.int64).reshape(-1, 3)
+    places = np.concatenate([class_token, square(0, grid, grid)])[dropped:]
     order = np.arange(len(places))
     return ImageLayout(1, order[:, None], None, order, places)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,26 +39,29 @@ def tiny_llava(
     seed: int = 0,
     max_position: int = 2048,
     processor: bool = True,
+    tower: str = "clip_vision_model",
     decoder: str = "llama",
+    top: Mapping[str, Any] | None = None,
     **text: Any,
 ) -> Path:
     """Saves a random LlavaForConditionalGeneration, float32, with or without its tokenizer and image processor.
 
-    The decoder is of any model type that transformers has; `text` are entries of its configuration beside the sizes.
+    Tower and decoder are of any model type that transformers has; `text` are entries of the decoder's configuration
+    beside the sizes, `top` those of the whole.
 
     Weights are drawn wider than transformers does, so that logits are well apart and a wrong step shows. No token
     ends an answer: random weights would end it anywhere.
     """
     import torch
-    from transformers import AutoConfig, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
 
     tokenizer = llama_tokenizer()
     assert len(tokenizer) <= vocab, f"the tokenizer has {len(tokenizer)} tokens, vocab is {vocab}"
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
+        vision_config=AutoConfig.for_model(
+            tower,
             hidden_size=32,
             intermediate_size=64,
-            projection_dim=16,
             num_hidden_layers=3,
             num_attention_heads=4,
             image_size=image_size,
@@ -77,6 +81,7 @@ def tiny_llava(
         ),
         image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=(image_size // patch_size) ** 2,
+        **(top or {}),
     )
     model = LlavaForConditionalGeneration(config).eval()
     random = np.random.default_rng(seed)
@@ -84,7 +89,7 @@ def tiny_llava(
         for name, tensor in sorted(model.named_parameters()):
             middle, std = 0.0, tensor.shape[-1] ** -0.5
             if "norm" in name and name.endswith("weight"):
-                middle, std = 1.0, 0.1
+                middle, std = 0.0 if decoder == "gemma" and "language_model" in name else 1.0, 0.1
             elif "embed_tokens" in name:  # about as strong as the visual tokens
                 std = 0.5
             elif "lm_head" in name:
@@ -96,7 +101,7 @@ def tiny_llava(
     model.save_pretrained(path)
     if processor:
         tokenizer.save_pretrained(path)
-        image_processor(image_size).save_pretrained(path)
+        (siglip_processor if tower.startswith("siglip") else image_processor)(image_size).save_pretrained(path)
     return path
 
 
@@ -137,3 +142,10 @@ def image_processor(image_size: int) -> Any:
 
     crop = {"height": image_size, "width": image_size}
     return CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size=crop)
+
+
+def siglip_processor(image_size: int) -> Any:
+    """SigLIP's image processor on Pillow: to a square, whatever the aspect."""
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    return SiglipImageProcessorPil(size={"height": image_size, "width": image_size})

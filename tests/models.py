@@ -38,7 +38,7 @@ def params(model: LlavaConfig, dtype: str = "float32") -> dict[str, Any]:
     flat: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(abstract_params(model, jnp.dtype(dtype))))
     for path, leaf in flat.items():
         if path[-1] in ("scale", "bias"):
-            middle, std = float(path[-1] == "scale"), 0.1
+            middle, std = float(path[-1] == "scale" and not model.text.norm_offset), 0.1
         elif path[-1] == "kernel":
             middle, std = 0.0, prod(leaf.shape[:-1]) ** -0.5
             std *= {"q_proj": 2.0, "k_proj": 2.0, "lm_head": 4.0}.get(path[-2], 1.0)
@@ -124,4 +124,5 @@ def oracle_decoder(weights: dict[str, Any], model: LlavaConfig) -> oracle.Decode
         head_dim=text.head_dim,
         rope_theta=text.rope.theta,
         rms_norm_eps=text.rms_norm_eps,
+        gemma=text.norm_offset,
     )

@@ -1,6 +1,7 @@
 """SparseVLM a second time, in plain NumPy float64 and plain loops, for the tests to compare the library with.
 
-It knows nothing of the library: weights come in under the names of Hugging Face's LlamaForCausalLM, prompts as input
+It knows nothing of the library: weights come in under the names of Hugging Face's LlamaForCausalLM (or, with `gemma`,
+GemmaForCausalLM), prompts as input
 embeddings [l, d] with one block of visual tokens. Batch of one, no padding. Every decision leaves its margin behind
 (`Event.margins`), so that a caller can discard cases which float32 could decide either way.
 
@@ -27,6 +28,19 @@ class Decoder(NamedTuple):
     head_dim: int
     rope_theta: float
     rms_norm_eps: float
+    gemma: bool = False  # norms multiply by 1 + weight, gelu (tanh) for silu, looked up embeddings times sqrt(d)
+
+    def norm(self, x: np.ndarray, name: str) -> np.ndarray:
+        normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + self.rms_norm_eps)
+        return normed * (f64(self.weights[f"model.{name}.weight"]) + self.gemma)
+
+    def act(self, x: np.ndarray) -> np.ndarray:
+        inner = np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)
+        return x * (1 + np.tanh(inner)) / 2 if self.gemma else x / (1 + np.exp(-x))
+
+    def look_up(self, token: int) -> np.ndarray:
+        row = f64(self.weights["model.embed_tokens.weight"])[[token]]
+        return row * np.sqrt(row.shape[-1]) if self.gemma else row
 
 
 class Settings(NamedTuple):
@@ -257,7 +271,7 @@ def run_layer(model: Decoder, i: int, x: np.ndarray, position: np.ndarray, cache
     def project(name: str, heads: int) -> np.ndarray:
         return linear(y, f"self_attn.{name}").reshape(length, heads, h).swapaxes(0, 1)
 
-    y = rms_norm(x, weights[f"{block}.input_layernorm.weight"], model.rms_norm_eps)
+    y = model.norm(x, f"layers.{i}.input_layernorm")
     q = rotate(project("q_proj", model.heads), position, model.rope_theta)
     keys = np.concatenate([cache[0], rotate(project("k_proj", model.kv_heads), position, model.rope_theta)], 1)
     values = np.concatenate([cache[1], project("v_proj", model.kv_heads)], 1)
@@ -269,15 +283,14 @@ def run_layer(model: Decoder, i: int, x: np.ndarray, position: np.ndarray, cache
         mixed.append(probabilities[n] @ values[group])
     x = x + linear(np.concatenate(mixed, -1), "self_attn.o_proj")
 
-    y = rms_norm(x, weights[f"{block}.post_attention_layernorm.weight"], model.rms_norm_eps)
-    gate = linear(y, "mlp.gate_proj")
-    x = x + linear(gate / (1 + np.exp(-gate)) * linear(y, "mlp.up_proj"), "mlp.down_proj")
+    y = model.norm(x, f"layers.{i}.post_attention_layernorm")
+    x = x + linear(model.act(linear(y, "mlp.gate_proj")) * linear(y, "mlp.up_proj"), "mlp.down_proj")
     return x, np.stack(probabilities), (keys, values)
 
 
 def generate(model: Decoder, embeds: np.ndarray, v_start: int, v_num: int, settings: Settings, steps: int) -> Result:
     """embeds [l, d], visual tokens at v_start .. v_start + v_num -> `steps` greedy tokens and all that led to them."""
-    length, text_start, embedding = len(embeds), v_start + v_num, f64(model.weights["model.embed_tokens.weight"])
+    length, text_start = len(embeds), v_start + v_num
     index, relevance, rater_margin = raters(embeds[v_start:text_start], embeds[text_start:])
     tokens = Tokens(f64(embeds), np.arange(length), np.arange(length), [(j,) for j in range(length)], v_num)
     empty = np.zeros((model.kv_heads, 0, model.head_dim))
@@ -295,16 +308,16 @@ def generate(model: Decoder, embeds: np.ndarray, v_start: int, v_num: int, setti
         last_hidden.append(tokens.hidden[-1])
     prefill_lengths = [keys.shape[1] for keys, _ in caches]
 
-    head, norm = f64(model.weights.get("lm_head.weight", embedding)), model.weights["model.norm.weight"]
-    final = rms_norm(tokens.hidden, norm, model.rms_norm_eps)
+    head = f64(model.weights.get("lm_head.weight", model.weights["model.embed_tokens.weight"]))
+    final = model.norm(tokens.hidden, "norm")
     logits, positions = [final[-1] @ head.T], []
     for step in range(steps - 1):
-        x = embedding[[logits[-1].argmax()]]
+        x = model.look_up(logits[-1].argmax())
         own = settings.version in ("v1", "v1.5")  # each layer counts its own cache, the other versions the whole prompt
         positions.append([keys.shape[1] if own else length + step for keys, _ in caches])
         for i in range(model.layers):
             x, _, caches[i] = run_layer(model, i, x, np.array([positions[-1][i]]), caches[i])
-        logits.append(rms_norm(x, norm, model.rms_norm_eps)[-1] @ head.T)
+        logits.append(model.norm(x, "norm")[-1] @ head.T)
     ranked = np.sort(np.stack(logits), -1)
     return Result(
         raters=index,
@@ -328,10 +341,6 @@ def f64(x) -> np.ndarray:
 def softmax(x: np.ndarray) -> np.ndarray:
     e = np.exp(x - x.max(-1, keepdims=True))
     return e / e.sum(-1, keepdims=True)
-
-
-def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * f64(weight)
 
 
 def rotate(x: np.ndarray, position: np.ndarray, theta: float) -> np.ndarray:

@@ -37,6 +37,20 @@ def by_rank(scale: float, bias: float, *layers: int, **recycling: Any) -> Sparsi
     return replace(Sparsity.v1(scale=scale, bias=bias), layers=layers, **recycling)
 
 
+def gemma() -> LlavaConfig:
+    base = geometry(2)
+    text = replace(
+        base.text,
+        head_dim=32,
+        rope=plain_rope(32, 10000.0),
+        hidden_act="gelu_pytorch_tanh",
+        norm_offset=True,
+        embed_scale=True,
+        tie_word_embeddings=True,
+    )
+    return replace(base, text=text)
+
+
 ALL_HEADS, GROUPED = geometry(4), geometry(2)
 NEAR_ZERO = geometry(2, theta=60.0)  # gravity (v2.0) is small or negative inside these prompts
 SCHEDULES = {
@@ -54,6 +68,7 @@ SCHEDULES = {
     "v1 at two layers": (ALL_HEADS, by_rank(1.5, 0.0, 0, 1)),
     "v1 few, one of them by bias": (GROUPED, by_rank(0.8, 1.0, 0, 2, recycle_ratio=0.6, recycle_group=3)),
     "v1 more than there are": (GROUPED, by_rank(3.0, 6.0, 1)),
+    "v1.5 in Gemma": (gemma(), Sparsity.v15(keep_at=[(0, 9), (2, 3)])),
     "v2.0 first and last layer": (ALL_HEADS, Sparsity.v20(keep_at=[(0, 9), (2, 3)], heads=2)),
     "v2.0 above all, then one": (NEAR_ZERO, Sparsity.v20(keep_at=[(1, 17), (2, 1)], heads=3)),
     "v2.0 none": (GROUPED, Sparsity.v20(keep_at=[(0, 0)], heads=4)),

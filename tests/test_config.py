@@ -48,6 +48,8 @@ PUBLISHED_7B = {
     "vocab_size": 32064,
 }
 SIZES_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40, "num_hidden_layers": 40}
+PHI3 = {"model_type": "phi3"}
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.5] * 48}
 TINY = json.loads((Path(__file__).parent / "golden/tiny_llava_hf/config.json").read_text())
 
 
@@ -91,6 +93,66 @@ def test_tied_embeddings_are_read_at_both_levels(where):
     assert LlavaConfig.from_hf(changed(where, True)).text.tie_word_embeddings
 
 
+def mistral(**entries: Any) -> dict[str, Any]:
+    """As sparse as the config.json of llava-hf/bakLlava-v1-hf."""
+    text = {"model_type": "mistral", "max_position_embeddings": 32768, "num_key_value_heads": 8, "vocab_size": 32064}
+    return PUBLISHED_7B | {"text_config": text | entries}
+
+
+@pytest.mark.parametrize(
+    ("entries", "limit"),
+    [
+        ({}, "sliding window of 4096"),
+        ({"sliding_window": 1024}, "sliding window of 1024"),
+        ({"sliding_window": None}, "context of 32768"),
+        ({"sliding_window": 65536}, "context of 32768"),
+        ({"model_type": "qwen2", "sliding_window": 1024}, "context of 32768"),
+        ({"model_type": "qwen2", "sliding_window": 1024, "use_sliding_window": True}, "sliding window of 1024"),
+        ({"model_type": "phi3", "sliding_window": 2047, "num_key_value_heads": 32}, "sliding window of 2047"),
+        ({"model_type": "llama", "sliding_window": 1024}, "context of 32768"),
+    ],
+    ids=str,
+)
+def test_a_prompt_may_be_as_long_as_the_window(entries, limit):
+    assert LlavaConfig.from_hf(mistral(**entries)).text.limit == limit
+
+
+@pytest.mark.parametrize("decoder", ["llama", "mistral", "qwen2", "gemma"])
+@pytest.mark.parametrize("text", [None, True, False])
+@pytest.mark.parametrize("top", [None, True, False])
+def test_a_head_is_tied_where_the_torch_model_ties_it(decoder, text, top):
+    import torch
+    from transformers import AutoConfig, LlavaForConditionalGeneration
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "head_dim": 8}
+    stated = {} if text is None else {"tie_word_embeddings": text}
+    config = {
+        "model_type": "llava",
+        **({} if top is None else {"tie_word_embeddings": top}),
+        "image_token_index": 30,
+        "text_config": {"model_type": decoder, "vocab_size": 32, "num_key_value_heads": 1, **sizes, **stated},
+        "vision_config": {**TINY["vision_config"]},
+    }
+    with torch.device("meta"):
+        whole: Any = AutoConfig.for_model(**copy.deepcopy(config))
+        model = LlavaForConditionalGeneration(whole)
+        model.tie_weights()
+    tied = model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    assert LlavaConfig.from_hf(config).text.tie_word_embeddings == tied
+
+
+def test_gemmas_legacy_name_of_its_activation_means_the_tanh_one():
+    text = {"model_type": "gemma", "hidden_act": "gelu", "num_hidden_layers": 1}
+    found = LlavaConfig.from_hf(changed("text_config", text)).text
+    assert (found.hidden_act, found.head_dim, found.tie_word_embeddings) == ("gelu_pytorch_tanh", 256, True)
+
+
+def test_a_decoder_that_sees_both_ways_is_refused():
+    text = {"model_type": "gemma", "use_bidirectional_attention": True}
+    with pytest.raises(UserError, match="use_bidirectional_attention is set"):
+        LlavaConfig.from_hf(changed("text_config", text))
+
+
 def test_several_feature_layers_become_a_tuple():
     assert LlavaConfig.from_hf(changed("vision_feature_layer", [-2, -5])).feature_layers == (-2, -5)
 
@@ -113,8 +175,14 @@ def test_tokens_per_image(strategy, tokens):
         ("model_type", "llava_next", 'model_type is "llava_next"'),
         ("model_type", "llava_llama", "original LLaVA layout; convert it"),
         ("mm_vision_tower", "openai/clip-vit-large-patch14-336", "original LLaVA layout; convert it"),
-        ("text_config.model_type", "gemma", 'text_config.model_type is "gemma"'),
-        ("vision_config.model_type", "siglip_vision_model", 'vision_config.model_type is "siglip_vision_model"'),
+        ("text_config.model_type", "gemma2", 'text_config.model_type is "gemma2".*soft-capped'),
+        ("text_config.model_type", "gemma3_text", 'text_config.model_type is "gemma3_text".*see a window'),
+        ("text_config", PHI3 | {"rope_scaling": LONGROPE}, 'rope type "longrope" is not supported'),
+        ("text_config", PHI3 | {"partial_rotary_factor": 0.75}, "partial_rotary_factor of text_config is 0.75"),
+        ("text_config.partial_rotary_factor", 0.5, "partial_rotary_factor of text_config is 0.5"),
+        ("text_config.model_type", "phi", 'text_config.model_type is "phi", .*side by side'),
+        ("text_config.model_type", "bert", 'text_config.model_type is "bert", expected "llama" or [^:]*$'),
+        ("vision_config.model_type", "dinov2", 'vision_config.model_type is "dinov2"'),
         ("text_config.rope_scaling", {"type": "dynamic", "factor": 2.0}, 'rope type "dynamic" is not supported'),
         ("text_config.rope_theta", -1.0, "rope_theta of text_config is -1.0"),
         ("text_config.hidden_act", "mish", 'text_config.hidden_act is "mish"'),

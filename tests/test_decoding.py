@@ -118,7 +118,7 @@ def recompute(method: str, row: int, new: np.ndarray) -> np.ndarray:
         x, after = joined[: len(x)], joined[len(x) :]
         if stage.keep is not None:
             x, positions = pruned(plan.sparsity, trace.events[k], row, x, positions)
-    final = oracle.rms_norm(np.concatenate([x, after])[-1:], decoder.weights["model.norm.weight"], 1e-5)
+    final = decoder.norm(np.concatenate([x, after])[-1:], "norm")
     return (final @ oracle.f64(decoder.weights["lm_head.weight"]).T)[0]
 
 

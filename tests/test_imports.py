@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "sparsevlm_jax"
 ORDER = (
-    *("errors", "bounds", "process", "data", "text", "files", "layout rotary", "config", "ops"),
+    *("errors", "bounds", "process", "data", "text", "files", "layout rotary", "config", "config_json", "ops"),
     *("pruning inputs", "models", "parallel checkpoints", "generation", "explain evaluate bench"),
     "methods __init__",  # names for users
     *("cli", "__main__"),

@@ -139,7 +139,7 @@ tiny = types.SimpleNamespace(
     image_token_id={config.image_token_id},
     vision=types.SimpleNamespace(image_size=56),
     most_tiles=None,
-    image_layout=lambda size: one_tile(4, False),
+    image_layout=lambda size: one_tile(4, 1, 1),
 )
 processor = processor.Processor.from_pretrained({str(folder)!r}, tiny)
 print(processor([[{str(demo_model.photo())!r}]], ["what?"]).pixel_values.shape)

@@ -134,9 +134,13 @@ def model(case: Case) -> tuple[LlavaConfig, dict[str, Any]]:
         rms_norm_eps=m["rms_norm_eps"],
         rope=plain_rope(m["head_dim"], m["rope_theta"]),
         max_position_embeddings=2048,
+        windowed=False,
         qkv_bias=False,
         out_bias=False,
         qk_norm=False,
+        norm_offset=False,
+        embed_scale=False,
+        joined_weights=False,
         mlp_bias=False,
         tie_word_embeddings=m.get("tie_word_embeddings", False),
     )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sparsevlm_jax.config import VisionConfig
+from sparsevlm_jax.config import TowerConfig
 from sparsevlm_jax.models.embedding import encode_images
 from sparsevlm_jax.models.llava import LlavaConfig
 from sparsevlm_jax.models.parameters import init_params
@@ -196,12 +196,12 @@ SHARPNESS = 8.0
 LOUDNESS = 2.0  # of positions, against what the patches show
 
 
-def _frequencies(vision: VisionConfig) -> np.ndarray:
+def _frequencies(vision: TowerConfig) -> np.ndarray:
     """Of the waves along either axis, radians per patch, [d / 4]."""
     return np.linspace(0.05, 1.6, vision.hidden_size // 4)
 
 
-def _waves(vision: VisionConfig) -> np.ndarray:
+def _waves(vision: TowerConfig) -> np.ndarray:
     """Position embeddings, [1 + grid², d]: sines and cosines of row and column; none for the class token."""
     row, column = (axis.reshape(-1, 1) for axis in np.indices((vision.grid, vision.grid)))
     angles = row * _frequencies(vision), column * _frequencies(vision)
@@ -209,7 +209,7 @@ def _waves(vision: VisionConfig) -> np.ndarray:
     return LOUDNESS * np.concatenate([np.zeros((1, vision.hidden_size)), table])
 
 
-def _look_aside(vision: VisionConfig, offsets: tuple[tuple[int, int], ...]) -> tuple[np.ndarray, np.ndarray]:
+def _look_aside(vision: TowerConfig, offsets: tuple[tuple[int, int], ...]) -> tuple[np.ndarray, np.ndarray]:
     """Query and key kernels [d, heads * head dim] of heads that each attend at an offset from their own patch.
 
     A head takes every fourth frequency. Its key is a patch's waves there, its query those of the patch at the offset:

@@ -91,7 +91,7 @@ class Study:
             tokens, looked_at = (leaf[self.data.scene_of[rows]] for leaf in pictures)
             if saliency is not None:
                 looked_at = saliency[rows].astype(np.float32)
-            seen = ImageFeatures(tokens.reshape(-1, tokens.shape[-1]), looked_at.reshape(-1))
+            seen = ImageFeatures(jnp.asarray(tokens.reshape(-1, tokens.shape[-1])), jnp.asarray(looked_at.reshape(-1)))
             token, chosen, visual = _answer_batch(self.params, ids[rows], lengths[rows], seen, self.config, plan)
             real = len(set(rows.tolist()))
             right.append((np.asarray(token) == self.answers[rows])[:real])

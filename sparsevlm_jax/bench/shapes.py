@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import isqrt
 
-from sparsevlm_jax.config import TextConfig, VisionConfig
+from sparsevlm_jax.config import TextConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.models.llava import LlavaConfig
 from sparsevlm_jax.models.presets import llava_15_7b, llava_15_13b, tiny
@@ -147,8 +147,7 @@ def _quick() -> LlavaConfig:
 def _video() -> LlavaConfig:
     """Frames of 224 pixels: 256 visual tokens each, as in Video-LLaVA."""
     full = llava_15_7b()
-    vision: VisionConfig = replace(full.vision, image_size=224)
-    return replace(full, vision=vision)
+    return replace(full, vision=replace(full.vision, image_size=224))
 
 
 def _decoder(text: TextConfig, layers: int, width: int, ffn: int, heads: int) -> TextConfig:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparsevlm_jax.checkpoints import llava_original
+from sparsevlm_jax.checkpoints.joined import parts_of
 from sparsevlm_jax.checkpoints.manifest import is_converted, read_manifest
 from sparsevlm_jax.checkpoints.source import list_tensors
 from sparsevlm_jax.config import read_config, refuse_adapter
@@ -50,7 +51,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     # The original layout has the names of "llava", whatever it calls itself.
     names = FAMILIES["llava" if "layout" in config else config["model_type"]].names
     held = [
-        _Held(names.part(name) or "other", tensor.dtype, math.prod(tensor.shape)) for name, tensor in tensors.items()
+        _Held(names.part(parts_of(name)[0]) or "other", tensor.dtype, math.prod(tensor.shape))
+        for name, tensor in tensors.items()
     ]
     return {"format": suffix, "config": config, "parts": _sums(held)}
 

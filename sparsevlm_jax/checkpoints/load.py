@@ -17,9 +17,11 @@ from sparsevlm_jax import bounds
 from sparsevlm_jax.checkpoints import orbax
 from sparsevlm_jax.checkpoints.assign import all_finite, assign
 from sparsevlm_jax.checkpoints.hub import locate
+from sparsevlm_jax.checkpoints.joined import split
 from sparsevlm_jax.checkpoints.manifest import Manifest, is_converted, read_manifest
 from sparsevlm_jax.checkpoints.safetensors import list_tensors
-from sparsevlm_jax.config import DTYPES, ModelConfig, check_depth, complete, read_config, token_id
+from sparsevlm_jax.config import DTYPES, ModelConfig, check_depth, read_config, token_id
+from sparsevlm_jax.config_json import complete
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.files import inside, read_json, user_path
 from sparsevlm_jax.inputs.processor import Processor
@@ -97,7 +99,10 @@ def _read_params(folder: Path, config: ModelConfig, dtype: str | None, sharding:
     """The parameter tree, each tensor on its devices before the next is read."""
     tensors = list_tensors(folder)
     check_depth(config, len(tensors), str(folder))
-    pairs = assign(family_of(config).names, entries(config), tensors, str(folder))
+    wanted, names = entries(config), family_of(config).names
+    if config.text.joined_weights:
+        tensors = split(names, tensors, wanted, str(folder))
+    pairs = assign(names, wanted, tensors, str(folder))
     stored = {tensors[name].dtype for name, _ in pairs}
     if dtype is None:
         dtype = stored.pop() if len(stored) == 1 else "float32"

@@ -13,6 +13,7 @@ import numpy as np
 from sparsevlm_jax.checkpoints import llava_original, safetensors, torch_bin
 from sparsevlm_jax.checkpoints.assign import assign
 from sparsevlm_jax.checkpoints.hub import locate
+from sparsevlm_jax.checkpoints.joined import split
 from sparsevlm_jax.checkpoints.orbax import file_digest
 from sparsevlm_jax.checkpoints.safetensors import Tensor
 from sparsevlm_jax.config import ModelConfig, check_depth, read_config
@@ -101,7 +102,10 @@ def open_source(source: str | Path, *, revision: str | None = None, vision_tower
         config["image_token_index"] = llava_original.image_token_id(folder, config)
     model = config_from_hf(config, str(config_file))
     check_depth(model, len(tensors), str(source))
-    pairs = assign(family_of(model).names, entries(model), tensors, str(source))
+    wanted, names = entries(model), family_of(model).names
+    if model.text.joined_weights:
+        tensors = split(names, tensors, wanted, str(source))
+    pairs = assign(names, wanted, tensors, str(source))
     return Source(
         name=folder.resolve().name if user_path(source).is_dir() else str(source),
         folder=folder,

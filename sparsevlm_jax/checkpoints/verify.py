@@ -24,7 +24,7 @@ from sparsevlm_jax.inputs.processor import Processor
 from sparsevlm_jax.layout import Size
 from sparsevlm_jax.models.embedding import embed, encode_images
 from sparsevlm_jax.models.stages import prefill
-from sparsevlm_jax.models.towers.clip import Tower
+from sparsevlm_jax.models.towers import tower_of
 from sparsevlm_jax.pruning.budgets import make_plan
 from sparsevlm_jax.pruning.settings import Sparsity
 
@@ -146,7 +146,7 @@ def run_jax(model: Model, question: Question) -> Parts:
     config, params = model.config, model.params
     dtype = params["language_model"]["embed_tokens"]["embedding"].dtype
     pixels, ids = jnp.asarray(question.pixel_values), jnp.asarray(question.ids)[None]
-    tower = Tower(config.vision, config.feature_layers)
+    tower = tower_of(config.vision, config.feature_layers)
     features, _ = tower.apply({"params": params["vision_tower"]}, pixels)
     images = encode_images(params, jax.device_put(question.images), config)
     visual = int(np.sum(question.ids == config.image_token_id))

@@ -88,6 +88,8 @@ def explain(
     """
     require_picture(images)
     processor, config = require_processor(model), model.config
+    if config.tile_tokens < config.vision.grid**2:
+        raise UserError("explain draws all patches of an image: this model has no token of the first one")
     inputs = processor([list(images)], [question], aspect)
     settings: Any = {"max_new_tokens": max_new_tokens, "end_tokens": model.generation.eos_token_ids}
     run = Run(model.params, config, inputs.ids, inputs.images, sparsity=sparsity, **settings)

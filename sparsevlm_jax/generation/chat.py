@@ -150,11 +150,11 @@ class Chat:
         used = len(ids) - self._prompt_length + self.max_new_tokens
         if used > run.room:
             raise UserError(f"the conversation needs room for {used} tokens, the cache has {run.room}: raise room")
-        context = self.model.config.text.max_position_embeddings
-        if len(ids) + self.max_new_tokens > context:
+        text = self.model.config.text
+        if len(ids) + self.max_new_tokens > text.max_position_embeddings:
             raise UserError(
                 f"the conversation has {len(ids)} tokens and the answer may take {self.max_new_tokens}: "
-                f"more than the model's context of {context}; start a new one"
+                f"more than the model's {text.limit}; start a new one"
             )
         new = np.zeros(bucket(first, TEXT_BUCKETS, "the question"), np.int32)
         new[:first] = ids[self._in_cache :]

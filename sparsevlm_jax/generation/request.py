@@ -238,14 +238,13 @@ def _check_settings(
             raise UserError(f"{name} is {value!r}: a number is expected")
     if not 0 <= temperature < float("inf") or not 0 < top_p <= 1:  # nan is neither
         raise UserError(f"temperature {temperature} must be 0 or more and top_p {top_p} must be in (0, 1]")
-    context = config.text.max_position_embeddings
     longest = max((len(row) for row in rows), default=0)
     if not longest:
         raise UserError("no prompt, or an empty one: nothing to answer")
-    if longest + max_new_tokens > context:
+    if longest + max_new_tokens > config.text.max_position_embeddings:
         raise UserError(
             f"the prompt has {longest} tokens and the answer may take {max_new_tokens}: "
-            f"more than the model's context of {context}; shorten the question or use fewer pictures"
+            f"more than the model's {config.text.limit}; shorten the question or use fewer pictures"
         )
 
 

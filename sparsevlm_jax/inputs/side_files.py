@@ -27,6 +27,7 @@ TOKENIZERS = (
     "CodeLlamaTokenizer",
     "GPT2Tokenizer",
     "GPTNeoXTokenizer",
+    "GemmaTokenizer",
     "Qwen2Tokenizer",
     "PreTrainedTokenizer",
     "TokenizersBackend",

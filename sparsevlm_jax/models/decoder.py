@@ -21,6 +21,10 @@ from sparsevlm_jax.ops.rope import apply_rope
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
 
 
+def _norm(config: TextConfig) -> RMSNorm:
+    return RMSNorm(config.rms_norm_eps, config.norm_offset)
+
+
 class Attention(nn.Module):
     """Projections of grouped-query attention; the attention itself is the caller's."""
 
@@ -33,7 +37,7 @@ class Attention(nn.Module):
         self.v_proj = linear(c.num_key_value_heads * c.head_dim, c.qkv_bias)
         self.o_proj = linear(c.hidden_size, c.out_bias)
         if c.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(c.rms_norm_eps), RMSNorm(c.rms_norm_eps)
+            self.q_norm, self.k_norm = _norm(c), _norm(c)
 
     def __call__(
         self, x: Float[Array, "b l d"], positions: Int[Array, "b l a"], attend: Attend
@@ -77,9 +81,9 @@ class DecoderLayer(nn.Module):
     config: TextConfig
 
     def setup(self) -> None:
-        self.input_layernorm = RMSNorm(self.config.rms_norm_eps)
+        self.input_layernorm = _norm(self.config)
         self.self_attn = Attention(self.config)
-        self.post_attention_layernorm = RMSNorm(self.config.rms_norm_eps)
+        self.post_attention_layernorm = _norm(self.config)
         self.mlp = MLP(self.config)
 
     def __call__(
@@ -106,16 +110,21 @@ class Llama(nn.Module):
         c = self.config
         self.embed_tokens = nn.Embed(c.vocab_size, c.hidden_size)
         self.layers = [DecoderLayer(c) for _ in range(c.num_hidden_layers)]
-        self.norm = RMSNorm(c.rms_norm_eps)
+        self.norm = _norm(c)
         if not c.tie_word_embeddings:
             self.lm_head = linear(c.vocab_size, use_bias=False)
 
     def __call__(self, ids: Int[Array, "b l"]) -> Float[Array, "b l vocab"]:
         """Touches every parameter, for initialisation; nothing attends."""
-        hidden, positions = self.embed_tokens(ids), jnp.zeros((*ids.shape, self.config.rope.position_axes), jnp.int32)
+        hidden, positions = self.embed_words(ids), jnp.zeros((*ids.shape, self.config.rope.position_axes), jnp.int32)
         for layer in self.layers:
             hidden, _ = layer(hidden, positions, lambda query, key, value: (query, None))
         return self.logits(hidden)
+
+    def embed_words(self, ids: Int[Array, "*b"]) -> Float[Array, "*b d"]:
+        """What ids enter the first layer as; visual tokens enter it as the projector makes them."""
+        words = self.embed_tokens(ids)
+        return words * jnp.asarray(self.config.hidden_size**0.5, words.dtype) if self.config.embed_scale else words
 
     def queries_and_keys(
         self, layer: int, x: Float[Array, "b l d"], positions: Int[Array, "b l a"]

@@ -83,7 +83,7 @@ def embed(
     valid = jnp.arange(input_ids.shape[1])[None, :] < lengths[:, None]
     visual = (input_ids == config.image_token_id) & valid
     # The marker may lie outside the table (-200 in original LLaVA checkpoints).
-    words = decoder_of(params, config).embed_tokens(jnp.clip(input_ids, 0, config.text.vocab_size - 1))
+    words = decoder_of(params, config).embed_words(jnp.clip(input_ids, 0, config.text.vocab_size - 1))
     if images is None:
         # A marker without its image has no embedding.
         words = fits.or_nan(words, ~jnp.any(visual, axis=1))

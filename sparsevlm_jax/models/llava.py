@@ -5,6 +5,7 @@ Axis letters: t tiles, v visual tokens of a tile, d width.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -14,16 +15,15 @@ from jaxtyping import Array, Float
 
 from sparsevlm_jax import bounds
 from sparsevlm_jax.config import (
+    SiglipConfig,
     TextConfig,
-    VisionConfig,
+    TowerConfig,
     check_activation,
-    complete,
-    pick,
     read_config,
-    text_config,
     token_id,
     typed,
 )
+from sparsevlm_jax.config_json import complete, text_config, vision_config
 from sparsevlm_jax.errors import UserError, shown
 from sparsevlm_jax.files import read_json
 from sparsevlm_jax.layout import ImageLayout, Size, one_tile
@@ -39,7 +39,7 @@ from sparsevlm_jax.models.names import (
     vision_rows,
 )
 from sparsevlm_jax.models.stages import Params
-from sparsevlm_jax.models.towers.clip import Tower
+from sparsevlm_jax.models.towers import tower_of
 from sparsevlm_jax.ops.layers import ACTIVATIONS, LayerNorm, linear
 
 NAMES = Table(
@@ -53,13 +53,13 @@ NAMES = Table(
 
 @dataclass(frozen=True)
 class LlavaConfig:
-    """Vision tower, two-layer projector, decoder.
+    """CLIP or SigLIP tower, two-layer projector, Llama decoder or a relative of it.
 
     `attention` names the implementation of the decoder's attention (see `ops.attention.attend`); it is
     the one field that a checkpoint does not decide.
     """
 
-    vision: VisionConfig
+    vision: TowerConfig
     text: TextConfig
     image_token_id: int
     vision_feature_layer: int | tuple[int, ...]
@@ -89,13 +89,18 @@ class LlavaConfig:
 
     @property
     def image_grid(self) -> int | None:
-        """Visual tokens per side of an image; None where they are no square (the class token is one of them)."""
-        return self.vision.grid if self.vision_feature_select_strategy == "default" else None
+        """Visual tokens per side of an image; None where they are no square: with a class token among them, or without
+        the first patch of a tower that has none."""
+        return self.vision.grid if self.tile_tokens == self.vision.grid**2 else None
 
     @property
     def tile_tokens(self) -> int:
-        class_token = self.vision_feature_select_strategy == "full"
-        return self.vision.grid**2 + class_token
+        """Visual tokens of a tile: the "default" strategy drops the tower's first hidden state, the class token."""
+        return self.vision.grid**2 + self.vision.class_tokens - self._dropped
+
+    @property
+    def _dropped(self) -> int:
+        return int(self.vision_feature_select_strategy == "default")
 
     @property
     def tokens_per_image(self) -> int:
@@ -107,7 +112,7 @@ class LlavaConfig:
         return None
 
     def image_layout(self, size: Size) -> ImageLayout:
-        return one_tile(self.vision.grid, class_token=self.image_grid is None)
+        return one_tile(self.vision.grid, self.vision.class_tokens, self._dropped)
 
     def visual_bucket(self, tokens: int) -> int:
         return tokens
@@ -127,7 +132,7 @@ class LlavaConfig:
         full = complete(config, source)
         vision, text = full["vision_config"], full["text_config"]
         made = cls(
-            vision=pick(VisionConfig, vision, f"{source}: vision_config"),
+            vision=vision_config(vision, source),
             text=text_config(text, source),
             image_token_id=token_id(full["image_token_index"], f"{source}: image_token_index"),
             vision_feature_layer=_feature_layer(full["vision_feature_layer"], source),
@@ -139,6 +144,13 @@ class LlavaConfig:
             raise UserError(
                 f"{source}: a picture becomes {made.tile_tokens:,} visual tokens (image_size and patch_size of "
                 f"vision_config), expected at most {bounds.VISUAL_TOKENS:,}"
+            )
+        if isinstance(made.vision, SiglipConfig) and made.vision_feature_select_strategy == "default":
+            warnings.warn(
+                f'{source}: vision_feature_select_strategy is "default", which drops the first hidden state of the '
+                "tower. SigLIP has no class token there: as in transformers, the image's first patch is lost. The "
+                'checkpoint may mean "full"',
+                stacklevel=2,
             )
         return made
 
@@ -186,7 +198,7 @@ class Llava(nn.Module):
     config: LlavaConfig
 
     def setup(self) -> None:
-        self.vision_tower = Tower(self.config.vision, self.config.feature_layers)
+        self.vision_tower = tower_of(self.config.vision, self.config.feature_layers)
         self.multi_modal_projector = Projector(self.config)
         self.language_model = Llama(self.config.text)
 
@@ -202,7 +214,7 @@ def encode_tiles(
 ) -> tuple[Float[Array, "t v d"], Float[Array, "t v"]]:
     """Tower, feature selection, projector: the visual tokens of every tile, and how much the tower looks at each."""
     # Under the names that they have in the tree: a profile tells phases by them.
-    tower = Tower(config.vision, config.feature_layers, name="vision_tower")
+    tower = tower_of(config.vision, config.feature_layers, name="vision_tower")
     projector = Projector(config, name="multi_modal_projector")
     features, saliency = cast(tuple[Array, Array], tower.apply({"params": params["vision_tower"]}, pixel_values))
     if config.vision_feature_select_strategy == "default":

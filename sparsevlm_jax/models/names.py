@@ -144,7 +144,6 @@ EMBEDDING = (("weight", "embedding", KEEP),)
 
 TOWER, TEXT, HEAD = "vision_tower.vision_model.", "language_model.model.", "language_model.lm_head."
 EMBEDDINGS = TEXT + "embed_tokens.weight"
-_TOWER_LAYER, _TEXT_LAYER = TOWER + "encoder.layers.{i}.", TEXT + "layers.{i}."
 
 
 def vision_rows(module: str = TOWER, path: str = "vision_tower") -> tuple[Row, ...]:
@@ -204,9 +203,19 @@ def projector_spellings(**original: str) -> dict[str, tuple[str, ...]]:
     }
 
 
-HARMLESS = frozenset(
-    {TOWER + "embeddings.position_ids", TEXT + "rotary_emb.inv_freq", _TEXT_LAYER + "self_attn.rotary_emb.inv_freq"}
+# What a model does without: buffers that older releases stored beside the weights and that follow from the
+# configuration; the head that pools a SigLIP tower of its own, which no hidden state passes through.
+_BUFFERS = (
+    TOWER + "embeddings.position_ids",
+    TEXT + "rotary_emb.inv_freq",
+    TEXT + "layers.{i}.self_attn.rotary_emb.inv_freq",
 )
+_POOLING = ("probe", "attention.in_proj_weight", "attention.in_proj_bias") + tuple(
+    f"{module}.{tensor}"
+    for module in ("attention.out_proj", "layernorm", "mlp.fc1", "mlp.fc2")
+    for tensor in ("weight", "bias")
+)
+HARMLESS = frozenset({*_BUFFERS, *(f"{TOWER}head.{tensor}" for tensor in _POOLING)})
 
 
 def _pattern(name: str) -> str:

@@ -152,7 +152,7 @@ def decode_step(
     stops = plan.stops if isinstance(plan, Plan) else plan
     fits.require_cache(params, token, cache, config, stops)
     decoder = decoder_of(params, config)
-    hidden = decoder.embed_tokens(token)[:, None, :]
+    hidden = decoder.embed_words(token)[:, None, :]
     keys, values, axes = list(cache.keys), list(cache.values), config.text.rope.position_axes
     for index, (first, stop) in enumerate(zip((0, *stops), stops, strict=False)):
         lengths, positions = cache.lengths[index], _on_all_axes(cache.positions[index], axes)

@@ -39,16 +39,24 @@ def linear(features: int, use_bias: bool) -> nn.Dense:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) * scale, in float32, cast back before the scale as Hugging Face's Llama does."""
+    """x / sqrt(mean(x²) + eps) * scale, in float32, cast back before the scale as Hugging Face's Llama does.
+
+    With `offset` times 1 + scale, and cast back behind it, as Gemma does.
+    """
 
     eps: float
+    offset: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), x.dtype)
+        start = nn.initializers.zeros if self.offset else nn.initializers.ones
+        scale = self.param("scale", start, (x.shape[-1],), x.dtype)
         wide = x.astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
-        return normed.astype(x.dtype) * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+        shape = (1,) * (x.ndim - 1) + (-1,)
+        if self.offset:
+            return (normed * (1 + scale.astype(jnp.float32).reshape(shape))).astype(x.dtype)
+        return normed.astype(x.dtype) * scale.reshape(shape)
 
 
 class LayerNorm(nn.Module):

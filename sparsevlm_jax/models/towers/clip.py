@@ -1,4 +1,4 @@
-"""CLIP vision tower and LLaVA's projector.
+"""CLIP's vision tower.
 
 Axis letters: m images, v patches (and the class token), d width, n heads, h head dim.
 """
@@ -8,61 +8,12 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from sparsevlm_jax.config import VisionConfig
-from sparsevlm_jax.ops.attention import attend, attention_rows
-from sparsevlm_jax.ops.layers import ACTIVATIONS, LayerNorm, linear
-
-
-class TowerAttention(nn.Module):
-    """Bidirectional multi-head attention with biases."""
-
-    config: VisionConfig
-
-    def setup(self) -> None:
-        width = self.config.hidden_size
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (linear(width, use_bias=True) for _ in range(4))
-
-    def __call__(self, x: Float[Array, "m v d"]) -> tuple[Float[Array, "m v d"], Float[Array, "m v"]]:
-        """Attended values, and how much the class token looks at each token (mean over heads, float32)."""
-        heads = (*x.shape[:2], self.config.num_attention_heads, self.config.head_dim)
-        query, key, value = (proj(x).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        lengths = jnp.full((x.shape[0],), x.shape[1], jnp.int32)
-        attended = attend(query, key, value, lengths, causal=False, implementation="xla")
-        whole_row = lengths[:, None] - 1  # the class token sees every token, as the last row of a causal mask does
-        class_row = jnp.mean(attention_rows(query[:, :1], key, whole_row, lengths), axis=(1, 2))
-        return self.out_proj(attended.reshape(x.shape)), class_row
-
-
-class TowerMLP(nn.Module):
-    """fc2(act(fc1(x)))."""
-
-    config: VisionConfig
-
-    def setup(self) -> None:
-        self.fc1 = linear(self.config.intermediate_size, use_bias=True)
-        self.fc2 = linear(self.config.hidden_size, use_bias=True)
-
-    def __call__(self, x: Float[Array, "m v d"]) -> Float[Array, "m v d"]:
-        return self.fc2(ACTIVATIONS[self.config.hidden_act](self.fc1(x)))
-
-
-class TowerLayer(nn.Module):
-    """Pre-norm attention and MLP, each with its residual."""
-
-    config: VisionConfig
-
-    def setup(self) -> None:
-        self.layer_norm1 = LayerNorm(self.config.layer_norm_eps)
-        self.self_attn = TowerAttention(self.config)
-        self.layer_norm2 = LayerNorm(self.config.layer_norm_eps)
-        self.mlp = TowerMLP(self.config)
-
-    def __call__(self, x: Float[Array, "m v d"]) -> tuple[Float[Array, "m v d"], Float[Array, "m v"]]:
-        attended, class_row = self.self_attn(self.layer_norm1(x))
-        x = x + attended
-        return x + self.mlp(self.layer_norm2(x)), class_row
+from sparsevlm_jax.models.towers.layers import TowerLayer, resize_positions, run_layers
+from sparsevlm_jax.ops.attention import attention_rows
+from sparsevlm_jax.ops.layers import LayerNorm
 
 
 class Tower(nn.Module):
@@ -91,17 +42,11 @@ class Tower(nn.Module):
 
         Pictures smaller than the configuration's get position embeddings interpolated to their grid.
         """
-        depth = self.config.num_hidden_layers
-        wanted = [layer % (depth + 1) for layer in self.feature_layers]
-        run = depth if self.is_initializing() else max(wanted)
-        x = self.embed(pixel_values)
-        hidden, class_row = [x], jnp.zeros(x.shape[:2], jnp.float32)
-        for layer in self.layers[:run]:
-            x, class_row = layer(x)
-            hidden.append(x)
-        if self.is_initializing():
+        x, every = self.embed(pixel_values), self.is_initializing()
+        found = run_layers(self.layers, x, self.feature_layers, _look_of_class_token, every=every)
+        if every:
             self.post_layernorm(x)
-        return jnp.concatenate([hidden[layer] for layer in wanted], axis=-1), class_row
+        return found
 
     def embed(self, pixel_values: Float[Array, "m 3 height width"]) -> Float[Array, "m v d"]:
         """Patches behind the class token, plus positions, normalised ("pre_layrnorm" in Hugging Face's spelling)."""
@@ -115,8 +60,15 @@ class Tower(nn.Module):
         return self.pre_layernorm(x)
 
 
+def _look_of_class_token(
+    query: Float[Array, "m v n h"], key: Float[Array, "m v n h"], lengths: Int[Array, "m"]
+) -> Float[Array, "m v"]:
+    """How much the class token looks at each token, mean over heads."""
+    whole_row = lengths[:, None] - 1  # the class token sees every token, as the last row of a causal mask does
+    return jnp.mean(attention_rows(query[:, :1], key, whole_row, lengths), axis=(1, 2))
+
+
 def _interpolate_positions(table: Float[Array, "_v d"], old: int, new: int) -> Float[Array, "v d"]:
-    """Position embeddings of another grid, bicubic; the class token's stays."""
-    square = table[1:].astype(jnp.float32).reshape(old, old, -1)
-    resized = jax.image.resize(square, (new, new, square.shape[-1]), "cubic").reshape(new * new, -1)
+    """Position embeddings of another grid; the class token's stays."""
+    resized = resize_positions(table[1:], old, new)
     return jnp.concatenate([table[:1], resized.astype(table.dtype)])

@@ -39,7 +39,8 @@ def score_by_last_token(layer: Layer, sparsity: Sparsity) -> Scores:
 
 
 def score_by_tower(layer: Layer, sparsity: Sparsity) -> Scores:
-    """The vision tower's own attention: its class token's, mean over heads, in the last layer that runs."""
+    """The vision tower's own attention, mean over heads, in the last layer that runs: its class token's, where it has
+    one, else that of all patches."""
     assert layer.tokens.saliency is not None
     return Scores(layer.tokens.saliency)
 
@@ -101,7 +102,7 @@ VISION = Method(
     _settings("vision", layers=(-1,)),
     score_by_tower,
     "class-token attention, as FasterVLM and VisionZip rank patches; before the first layer",
-    summary="The vision tower's own attention: its class token's, mean over heads, in the last layer that runs",
+    summary="The vision tower's own attention, mean over heads, in its last layer that runs: of its class token or all",
     needs_saliency=True,
 )
 _SHRINKS: Any = {"budgets": ("keep",), "no_budget": "it shrinks pictures before the decoder, to `keep` tokens"}
