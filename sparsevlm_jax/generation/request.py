@@ -120,7 +120,7 @@ class Run:
 
     def prefill(self) -> State:
         ids, lengths = jax.device_put((self.packed.input_ids, self.packed.lengths))
-        if self.plan.sparsity.ladder:
+        if METHODS[self.plan.sparsity.method].by_rungs(self.plan.sparsity):
             state = self._prefill_by_rungs(ids, lengths)
         else:
             args = (self.params, ids, lengths, self.pictures, self.keys, self.sampler, self.seed)

@@ -43,25 +43,26 @@ def _plan(sparsity: Sparsity, config: ModelConfig | TextConfig, visual_tokens: i
     depth, method = text.num_hidden_layers, METHODS.get(sparsity.method)
     if method is None:
         raise ValueError(f'the method is "{sparsity.method}", METHODS has {", ".join(METHODS)}')
-    if not method.reduces or not visual_tokens or sparsity.keep == visual_tokens:
+    if not method.reduces or not visual_tokens or sparsity.budget.keep == visual_tokens:
         return Plan(sparsity, (_last_stage(0, depth, visual_tokens),))
     method.require(sparsity, text)
     if method.shrinks:
         if isinstance(config, TextConfig):
             raise TypeError("shrinking pictures needs the LlavaConfig: a decoder alone does not know their grid")
         return _shrink(sparsity, config, visual_tokens)
-    layers = scaled_layers(sparsity.published_layers, depth) if sparsity.layers is None else sparsity.layers
+    budget = sparsity.budget
+    layers = scaled_layers(budget.published_layers, depth) if budget.layers is None else budget.layers
     if method.kept_by_rank is not None:
         return _cut_by_rank(sparsity, depth, visual_tokens, text_tokens, layers)
-    if sparsity.keep_at is not None:
-        return _cut(sparsity, depth, visual_tokens, sparsity.keep_at)
-    if sparsity.keep is not None:
-        return _keep(sparsity, depth, visual_tokens, layers, sparsity.keep)
-    if sparsity.flops_share is not None or sparsity.cache_bytes is not None:
+    if sparsity.budget.keep_at is not None:
+        return _cut(sparsity, depth, visual_tokens, sparsity.budget.keep_at)
+    if sparsity.budget.keep is not None:
+        return _keep(sparsity, depth, visual_tokens, layers, sparsity.budget.keep)
+    if sparsity.budget.flops_share is not None or sparsity.budget.cache_bytes is not None:
         words = visual_tokens if text_tokens is None else text_tokens
         return _afford(sparsity, text, visual_tokens, words, layers)
-    if sparsity.ratio is not None:
-        counts = [int(visual_tokens * sparsity.ratio ** (i + 1)) for i in range(len(layers))]
+    if sparsity.budget.ratio is not None:
+        counts = [int(visual_tokens * sparsity.budget.ratio ** (i + 1)) for i in range(len(layers))]
         return _cut(sparsity, depth, visual_tokens, tuple(zip(layers, counts, strict=True)))
     return _keep(sparsity, depth, visual_tokens, layers, max(1, visual_tokens // 3))
 
@@ -96,7 +97,7 @@ def _cut(sparsity: Sparsity, depth: int, visual_tokens: int, keep_at: Sequence[t
         keep = min(count, max(visual - 1, 0))
         # A row with fewer visual tokens drops at least one of them too, so one dropped token is always possible.
         dropped = max(visual - keep, min(visual, 1))
-        pool, clusters = sparsity.pool(dropped), sparsity.clusters(dropped)
+        pool, clusters = int(sparsity.pool(dropped)), int(sparsity.clusters(dropped))
         stages.append(StagePlan(start, layer + 1, visual, keep, pool, clusters, keep + clusters))
         start, visual = layer + 1, keep + clusters
     return Plan(sparsity, (*stages, _last_stage(start, depth, visual)))
@@ -120,8 +121,9 @@ def stage_by_rank(sparsity: Sparsity, start: int, layer: int, visual: int, text_
     assert kept_by_rank is not None
     kept = min(kept_by_rank(sparsity, largest_rank), max(visual - 1, 0))
     # A row of full rank is not pruned at all; it has at most `largest_rank` visual tokens.
-    keep, standing = max(kept, largest_rank), max(sparsity.standing(visual, kept), largest_rank)
-    return StagePlan(start, layer + 1, visual, keep, sparsity.pool(visual), sparsity.clusters(visual), standing)
+    keep, standing = max(kept, largest_rank), max(kept + int(sparsity.clusters(visual - kept)), largest_rank)
+    pool, clusters = int(sparsity.pool(visual)), int(sparsity.clusters(visual))
+    return StagePlan(start, layer + 1, visual, keep, pool, clusters, standing)
 
 
 def _last_stage(start: int, depth: int, visual: int) -> StagePlan:
@@ -157,11 +159,11 @@ def _afford(sparsity: Sparsity, text: TextConfig, visual_tokens: int, text_token
     def held(plan: Plan) -> float:
         return float(cache_bytes(text, [text_tokens + visual for visual in plan.entering()], itemsize=2))
 
-    if sparsity.flops_share is not None:
-        share = sparsity.flops_share
+    if sparsity.budget.flops_share is not None:
+        share = sparsity.budget.flops_share
         return solve(sparsity, depth, visual_tokens, layers, flops_share, share, f"flops_share={share}")
-    assert sparsity.cache_bytes is not None
-    size = sparsity.cache_bytes
+    assert sparsity.budget.cache_bytes is not None
+    size = sparsity.budget.cache_bytes
     return solve(sparsity, depth, visual_tokens, layers, held, size, f"cache_bytes={size}")
 
 
@@ -170,7 +172,7 @@ def _shrink(sparsity: Sparsity, config: ModelConfig, visual_tokens: int) -> Plan
     if config.image_grid is None:
         raise UserError(f'{sparsity.method}: needs vision_feature_select_strategy "default" (a square of patches)')
     for name in BUDGETS:
-        if getattr(sparsity, name):
+        if getattr(sparsity.budget, name):
             METHODS[sparsity.method].refuse_budget(name)
     pictures, rest = divmod(visual_tokens, config.tokens_per_image)
     if rest:
@@ -178,7 +180,7 @@ def _shrink(sparsity: Sparsity, config: ModelConfig, visual_tokens: int) -> Plan
             f"{sparsity.method}: shrinks whole pictures of {config.tokens_per_image} visual tokens, which "
             f"{visual_tokens} are not"
         )
-    keep = sparsity.keep or max(1, visual_tokens // 3)
+    keep = sparsity.budget.keep or max(1, visual_tokens // 3)
     grid = isqrt(keep // pictures)
     if not 1 <= grid <= config.image_grid:
         raise UserError(
