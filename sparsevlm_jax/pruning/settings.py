@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import numpy as np
+from jaxtyping import Int
 
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.pruning.options import HeadOptions, Options, RankOptions
@@ -20,7 +21,6 @@ BUDGETS = ("keep", "keep_at", "flops_share", "cache_bytes")  # the settings that
 _RECYCLING = {"recycle_ratio": "ratio", "recycle_group": "group"}  # flat names of `Recycling`'s fields
 
 Part = TypeVar("Part")
-Count = int | np.integer | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -161,20 +161,20 @@ class Sparsity:
             **{name: value for name, value in settings.items() if name in _OWN},
         )
 
-    def pool(self, dropped: Count) -> Count:
-        """Dropped tokens that are recycled: the best-scored int(ratio * dropped) + 1 (released code; 0.3).
+    def pool(self, dropped: int) -> int:
+        """Dropped tokens that are recycled: the best-scored int(ratio * dropped) + 1 (released code; 0.3)."""
+        return int(self.recycled(np.array([dropped]))[0][0])
 
-        Args:
-          dropped: a number, or an array of them.
-        """
+    def clusters(self, dropped: int) -> int:
+        """Merged tokens that they become: int(pool / 10) + 1."""
+        return int(self.recycled(np.array([dropped]))[1][0])
+
+    def recycled(self, dropped: Int[np.ndarray, "n"]) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+        """`pool` and `clusters` of many numbers at once."""
         if self.recycling is None:
-            return 0 * dropped
-        return np.minimum(np.int64(self.recycling.ratio * dropped) + 1, dropped)
-
-    def clusters(self, dropped: Count) -> Count:
-        """Merged tokens that they become: int(pool / 10) + 1. `dropped` as for `pool`."""
-        pool = self.pool(dropped)
-        return pool if self.recycling is None else np.minimum(pool // self.recycling.group + 1, pool)
+            return np.zeros_like(dropped), np.zeros_like(dropped)
+        pool = np.minimum((self.recycling.ratio * dropped).astype(np.int64) + 1, dropped)
+        return pool, np.minimum(pool // self.recycling.group + 1, pool)
 
 
 _OWN = ("positions", "jitter", "seed")
