@@ -29,6 +29,7 @@ class Tokens(NamedTuple):
     lengths: Int[Array, "b"]
     saliency: Float[Array, "b l"] | None  # how much the vision tower itself looks at each visual token
     origins: Float[Array, "b l o"] | None  # what share of each original visual token is in this one; None untraced
+    keep: tuple[Int[Array, "b"], ...] | None = None  # at each pruning layer ahead; None where the plan's counts hold
 
     @property
     def valid(self) -> Bool[Array, "b l"]:
@@ -261,6 +262,7 @@ def rebuild(tokens: Tokens, selection: Selection, recycled: Recycled | None, *, 
         lengths=lengths,
         saliency=None if tokens.saliency is None else gather(tokens.saliency, mean),
         origins=None if tokens.origins is None else gather(tokens.origins, mean),
+        keep=None if tokens.keep is None else tokens.keep[1:],
     )
 
 

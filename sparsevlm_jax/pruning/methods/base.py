@@ -37,8 +37,12 @@ class Layer(NamedTuple):
 
     @property
     def kept(self) -> Int[Array, "b"]:
-        """Visual tokens that each row keeps, by the plan: at least one is dropped."""
-        return jnp.minimum(self.stage.keep or 0, jnp.maximum(jnp.sum(self.tokens.visual, axis=1) - 1, 0))
+        """Visual tokens that each row keeps, by the plan: what the row's own number of tokens says, else all but one
+        at most."""
+        visual = jnp.sum(self.tokens.visual, axis=1)
+        if self.tokens.keep is not None:
+            return jnp.minimum(self.tokens.keep[0], visual)
+        return jnp.minimum(self.stage.keep or 0, jnp.maximum(visual - 1, 0))
 
     def ordinals(self) -> Int[Array, "b l"]:
         """Number of each visual token among those of its row, in order from 0."""
