@@ -12,7 +12,7 @@ def score_by_length(layer: Layer, sparsity: sv.Sparsity) -> Scores:
 
 
 LOUD = Method(
-    settings=sv.Sparsity(method="loud", layers=(1, 3), ratio=0.5, recycle=True, positions="keep"),
+    settings=sv.Sparsity("loud", sv.Budget(layers=(1, 3), ratio=0.5), positions="keep"),
     score=score_by_length,
     source="an example: half of what is left after layers 1 and 3; the dropped are merged, positions kept",
 )

@@ -13,19 +13,21 @@ from sparsevlm_jax.models.stages import Cache, Prompt, decode_step, prefill
 from sparsevlm_jax.pruning.budgets import make_plan
 from sparsevlm_jax.pruning.methods import METHODS, sparsity
 from sparsevlm_jax.pruning.plan import Plan, StagePlan
-from sparsevlm_jax.pruning.settings import Sparsity
+from sparsevlm_jax.pruning.settings import Budget, Recycling, Sparsity
 
 __version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
     "PRESETS",
+    "Budget",
     "Cache",
     "Chat",
     "LlavaConfig",
     "Model",
     "Plan",
     "Prompt",
+    "Recycling",
     "SiglipConfig",
     "Sparsity",
     "StagePlan",

@@ -7,7 +7,7 @@ row alone and unpadded. Rows whose decisions are too close for float32 are left 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsevlm_jax import LlavaConfig, Plan, Sparsity, decode_step, make_plan, prefill
+from sparsevlm_jax import LlavaConfig, Plan, Recycling, Sparsity, decode_step, make_plan, prefill, sparsity
 from sparsevlm_jax.pruning.methods import METHODS
 from sparsevlm_jax.rotary import plain_rope
 from tests import models, oracle
@@ -34,7 +34,7 @@ def geometry(kv_heads: int, theta: float = 10000.0) -> LlavaConfig:
 
 
 def by_rank(scale: float, bias: float, *layers: int, **recycling: Any) -> Sparsity:
-    return replace(Sparsity.v1(scale=scale, bias=bias), layers=layers, **recycling)
+    return sparsity("v1", scale=scale, bias=bias, layers=layers, **recycling)
 
 
 def gemma() -> LlavaConfig:
@@ -59,11 +59,11 @@ SCHEDULES = {
     "v1.5 count above all": (GROUPED, Sparsity.v15(keep_at=[(1, 20)])),
     "v1.5 every layer, down to none, few to a cluster": (
         GROUPED,
-        replace(Sparsity.v15(keep_at=[(0, 10), (1, 4), (2, 0)]), recycle_ratio=0.6, recycle_group=3),
+        Sparsity.v15(keep_at=[(0, 10), (1, 4), (2, 0)]).changed(recycle_ratio=0.6, recycle_group=3),
     ),
     "v1.5 one token, most recycled": (
         ALL_HEADS,
-        replace(Sparsity.v15(keep_at=[(1, 1)]), recycle_ratio=0.9, recycle_group=2),
+        Sparsity.v15(keep_at=[(1, 1)]).changed(recycle_ratio=0.9, recycle_group=2),
     ),
     "v1 at two layers": (ALL_HEADS, by_rank(1.5, 0.0, 0, 1)),
     "v1 few, one of them by bias": (GROUPED, by_rank(0.8, 1.0, 0, 2, recycle_ratio=0.6, recycle_group=3)),
@@ -141,17 +141,17 @@ def decoder(model: LlavaConfig) -> oracle.Decoder:
 
 
 def by_oracle(case: Case) -> oracle.Result:
-    sparsity = case.sparsity
-    layers, keep = zip(*sparsity.keep_at, strict=True) if sparsity.keep_at else (sparsity.layers or (), ())
+    settings, budget = case.sparsity, case.sparsity.budget
+    own = {name: value for name, value in asdict(settings.options).items() if name in oracle.Settings._fields}
+    recycling = settings.recycling or Recycling()
+    layers, keep = zip(*budget.keep_at, strict=True) if budget.keep_at else (budget.layers or (), ())
     wanted = oracle.Settings(
-        version=sparsity.method,
+        version=settings.method,
         layers=layers,
         keep=keep,
-        scale=sparsity.scale or 0.0,
-        bias=sparsity.bias or 0.0,
-        heads=sparsity.heads,
-        ratio=sparsity.recycle_ratio,
-        divisor=sparsity.recycle_group,
+        ratio=recycling.ratio,
+        divisor=recycling.group,
+        **own,
     )
     embeddings = models.embeddings(case.row, case.seed)
     return oracle.generate(decoder(case.model), embeddings, case.row[0], case.row[1], wanted, NEW)
@@ -258,7 +258,7 @@ PER_EVENT = 5
 
 
 def with_count(method: str, *layers: int) -> Sparsity:
-    return replace(METHODS[method].settings, keep_at=tuple((layer, PER_EVENT) for layer in layers))
+    return METHODS[method].settings.changed(keep_at=tuple((layer, PER_EVENT) for layer in layers))
 
 
 def attention_of_last_token(model: LlavaConfig, layer: int, tokens: Any, i: int, places: np.ndarray) -> np.ndarray:
@@ -318,7 +318,7 @@ def test_uniform_keeps_tokens_at_even_distances() -> None:
 
 
 def test_random_keeps_the_largest_of_the_numbers_that_its_seed_draws() -> None:
-    _, trace = traced(replace(with_count("random", 0, 1), seed=3))
+    _, trace = traced(with_count("random", 0, 1).changed(seed=3))
     for layer, event in enumerate(trace.events):
         key = jax.random.fold_in(jax.random.key(3), layer + 1)
         numbers = np.asarray(jax.random.uniform(key, (VISUAL if layer == 0 else PER_EVENT,)))

@@ -146,7 +146,7 @@ def ask_pruned(settings: Sparsity, **options: Any) -> None:
 
 @pytest.mark.parametrize("method", ["v1.5", "random"])
 def test_another_seed_compiles_nothing(method: str) -> None:
-    settings = [replace(sparsity(method, keep_at=((0, 2),)), seed=seed) for seed in (3, 4)]
+    settings = [sparsity(method, keep_at=((0, 2),)).changed(seed=seed) for seed in (3, 4)]
     ask_pruned(settings[0], temperature=1.0, key=jax.random.key(3))
     known, key = sizes(), jax.random.key(4)
     with events() as seen:
@@ -177,7 +177,7 @@ def test_a_method_that_draws_takes_its_seed_traced() -> None:
 def test_another_budget_with_equal_cache_lengths_decodes_in_the_same_program() -> None:
     """What fewer kept and more merged tokens leave is as long: only the prefill is another program."""
     fewer = Sparsity.v15(keep_at=[(0, 1)])  # one stays, one is merged
-    more = replace(fewer, keep_at=((0, 2),), recycle=False)
+    more = fewer.changed(keep_at=((0, 2),), recycle=False)
     ask_pruned(fewer)
     known = sizes()
     ask_pruned(more)

@@ -257,14 +257,14 @@ def test_rows_with_pictures_shrink_and_text_only_rows_do_not(method: str) -> Non
 
 @cache
 def alone(settings: Sparsity) -> list[list[int]]:
-    """Eight greedy tokens of every row of the conversation, each by itself under the batch's plan, decoded by hand."""
+    """Eight greedy tokens of every row of the conversation, each by itself under its own plan, decoded by hand."""
     found, weights = [], models.params(SHORT)
     to_prompt = jax.jit(partial(embed, config=SHORT), compiler_options=models.QUICK)
-    packed = pack(CONVERSATION, SHORT.image_token_id)
-    plan = make_plan(settings, SHORT, packed.visual, packed.text)
-    for i, pictures in enumerate(PICTURES):
-        row, length = jnp.asarray(packed.input_ids[i : i + 1]), jnp.asarray(packed.lengths[i : i + 1])
-        prompt = to_prompt(weights, row, length, jnp.asarray(np.stack(pictures)) if pictures else None)
+    for row, pictures in zip(CONVERSATION, PICTURES, strict=True):
+        packed = pack([row], SHORT.image_token_id)
+        plan = make_plan(settings, SHORT, packed.visual, packed.text)
+        ids, lengths = jnp.asarray(packed.input_ids), jnp.asarray(packed.lengths)
+        prompt = to_prompt(weights, ids, lengths, jnp.asarray(np.stack(pictures)) if pictures else None)
         logits, held, _ = models.compiled_prefill(SHORT, plan, 8)(weights, prompt._replace(saliency=None))
         tokens = [int(jnp.argmax(logits[0]))]
         while len(tokens) < 8:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -63,7 +62,7 @@ def expected(corrected: np.ndarray, heads: int) -> tuple[np.ndarray, np.ndarray]
 
 
 def scores(of: Layer, **settings: Any) -> tuple[np.ndarray, np.ndarray]:
-    found = score_by_selected_heads(of, replace(Sparsity.v20(heads=2), **settings))
+    found = score_by_selected_heads(of, Sparsity.v20(heads=2).changed(**settings))
     return np.asarray(found.values)[0, :VISUAL], np.flatnonzero(np.asarray(found.details["heads"])[0])
 
 

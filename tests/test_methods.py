@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import runpy
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -186,12 +185,12 @@ def kept(settings: Sparsity, batch: Prompt | None = None) -> list[np.ndarray]:
 
 
 def test_random_depends_on_its_seed() -> None:
-    choices = [np.concatenate(kept(replace(settings_of("random"), seed=seed))) for seed in (0, 1)]
+    choices = [np.concatenate(kept(settings_of("random").changed(seed=seed))) for seed in (0, 1)]
     assert (choices[0] != choices[1]).any()
 
 
 def test_random_draws_anew_at_every_layer() -> None:
-    settings = replace(sparsity("random"), keep_at=((0, 15), (1, 8)))
+    settings = sparsity("random", keep_at=((0, 15), (1, 8)))
     first, second = (event.scores.values[0] for event in traced(settings).events)
     assert not set(first[:15]) & set(second[:15])
 
@@ -204,7 +203,7 @@ def test_random_does_not_depend_on_padding() -> None:
 
 
 def test_uniform_leaves_no_gap_wider_than_its_stride() -> None:
-    settings = replace(sparsity("uniform"), keep_at=((0, 7),))
+    settings = sparsity("uniform", keep_at=((0, 7),))
     (chosen,) = kept(settings)
     for row, (_, visual, _) in zip(chosen, BATCH, strict=True):
         count = min(7, visual - 1)
@@ -221,7 +220,7 @@ def test_uniform_leaves_no_gap_wider_than_its_stride() -> None:
 def test_the_example_of_a_method_runs_in_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "loud", METHODS["dense"])  # so that it is taken away again
     runpy.run_path(str(EXAMPLE))
-    trace = traced(replace(METHODS["loud"].settings, keep_at=((0, 6), (1, 3))))
+    trace = traced(METHODS["loud"].settings.changed(keep_at=((0, 6), (1, 3))))
     for event, count in zip(trace.events, (6, 3), strict=True):
         for i in range(len(BATCH)):
             places = np.flatnonzero(event.before.visual[i])

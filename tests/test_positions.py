@@ -53,7 +53,7 @@ def test_other_positions_give_another_answer_and_are_kept_while_decoding() -> No
     """A shift of all positions leaves dense logits as they are, and shows in the cache."""
     counted = jnp.broadcast_to(jnp.arange(TEXT + VISUAL, dtype=jnp.int32)[None, :, None], (2, TEXT + VISUAL, 1))
     shifted = BATCH._replace(positions=counted + 7, next_positions=BATCH.lengths + 7)
-    kept = replace(Sparsity.dense(), positions="keep")
+    kept = Sparsity.dense().changed(positions="keep")
     expected, _ = answers(ONE_AXIS, kept, BATCH)
     found, positions = answers(ONE_AXIS, kept, shifted)
     np.testing.assert_allclose(found, expected, atol=1e-4)

@@ -13,6 +13,8 @@ import pytest
 from sparsevlm_jax import LlavaConfig, Plan, Sparsity, TextConfig, UserError, llava_15_7b, make_plan, sparsity, tiny
 from sparsevlm_jax.pruning.budgets import cache_bytes, paper_flops, scaled_layers
 from sparsevlm_jax.pruning.methods import METHODS
+from sparsevlm_jax.pruning.options import HeadOptions, RankOptions
+from sparsevlm_jax.pruning.settings import Budget, Recycling
 
 VISUAL = 576
 SEVEN_B = llava_15_7b()
@@ -46,7 +48,7 @@ def triples() -> list[tuple[Sparsity, int, int, Plan | None]]:
         visual = draw.choice([draw.randint(1, 30), draw.randint(30, 700), draw.randint(700, 3000)])
         layers = None if number % 2 else tuple(sorted(draw.sample(range(-1, depth), draw.randint(1, min(5, depth)))))
         target = draw.choice([draw.randint(1, visual), max(1, visual - draw.randint(0, 3))])
-        settings = replace(method, layers=layers or method.layers, keep=target)
+        settings = method.changed(layers=layers or method.budget.layers, keep=target)
         try:
             found.append((settings, depth, visual, make_plan(settings, decoder(depth), visual)))
         except UserError as error:
@@ -56,20 +58,21 @@ def triples() -> list[tuple[Sparsity, int, int, Plan | None]]:
 
 
 def least_possible(settings: Sparsity, depth: int, visual: int) -> float:
-    layers = settings.layers or scaled_layers(settings.published_layers, depth)
-    lowest = replace(settings, keep=None, keep_at=tuple((layer, 1) for layer in layers))
+    layers = settings.budget.layers or scaled_layers(settings.budget.published_layers, depth)
+    lowest = settings.changed(keep=None, keep_at=tuple((layer, 1) for layer in layers))
     return make_plan(lowest, decoder(depth), visual).equivalent_tokens()
 
 
 def test_solver_is_within_a_token_of_over_200_random_targets_or_its_error_is_right() -> None:
     solved = 0
     for settings, depth, visual, plan in triples():
-        assert settings.keep is not None
-        case = settings.method, settings.layers, depth, visual, settings.keep
+        keep = settings.budget.keep
+        assert keep is not None
+        case = settings.method, settings.budget.layers, depth, visual, keep
         if plan is None:
-            assert settings.keep < least_possible(settings, depth, visual), case
+            assert keep < least_possible(settings, depth, visual), case
         else:
-            assert abs(plan.equivalent_tokens() - settings.keep) <= 1, (case, plan.equivalent_tokens())
+            assert abs(plan.equivalent_tokens() - keep) <= 1, (case, plan.equivalent_tokens())
             solved += 1
     assert 200 <= solved < len(triples())
 
@@ -91,10 +94,10 @@ def test_keeping_one_token_everywhere_is_the_least_of_all_schedules(
 ) -> None:
     settings = METHODS[method].settings
     found = [
-        make_plan(replace(settings, keep_at=tuple(zip(layers, counts, strict=True))), decoder(5), visual)
+        make_plan(settings.changed(keep_at=tuple(zip(layers, counts, strict=True))), decoder(5), visual)
         for counts in product(range(1, visual + 1), repeat=len(layers))
     ]
-    least = least_possible(replace(settings, layers=layers), 5, visual)
+    least = least_possible(settings.changed(layers=layers), 5, visual)
     assert least == min(plan.equivalent_tokens() for plan in found)
 
 
@@ -144,8 +147,8 @@ def neighbours(plan: Plan, visual: int) -> list[Plan]:
         for step in (-1, 1)
         if count + step >= 1
     ]
-    settings = replace(plan.sparsity, flops_share=None, cache_bytes=None)
-    return [make_plan(replace(settings, keep_at=keep_at), SEVEN_B, visual) for keep_at in changed]
+    settings = plan.sparsity.changed(flops_share=None, cache_bytes=None)
+    return [make_plan(settings.changed(keep_at=keep_at), SEVEN_B, visual) for keep_at in changed]
 
 
 @pytest.mark.parametrize("method", ["v1.5", "v2.0", "fastv", "pyramiddrop"])
@@ -169,8 +172,8 @@ def test_cache_bytes_are_met_within_one_step_or_refused(method: str, size: int) 
 
 
 def check_target(settings: Sparsity, target: float, cost, option: str) -> None:  # noqa: ANN001
-    layers = settings.layers or scaled_layers(settings.published_layers, 32)
-    bare = replace(settings, flops_share=None, cache_bytes=None, keep_at=tuple((layer, 1) for layer in layers))
+    layers = settings.budget.layers or scaled_layers(settings.budget.published_layers, 32)
+    bare = settings.changed(flops_share=None, cache_bytes=None, keep_at=tuple((layer, 1) for layer in layers))
     if target < cost(make_plan(bare, SEVEN_B, VISUAL)):
         with pytest.raises(UserError, match=f"{option}.*not possible.*the least is"):
             make_plan(settings, SEVEN_B, VISUAL, 118)
@@ -216,6 +219,9 @@ def test_without_a_budget_a_third_is_kept() -> None:
         (lambda: sparsity("v1.5", positions="drop"), 'positions is "drop"'),
         (lambda: sparsity("v3"), 'method="v3": expected one of dense, v1, v1.5'),
         (lambda: sparsity("v1.5", scale=1.0), "`scale` belongs to `method` v1, not to v1.5"),
+        (lambda: sparsity("v1.5", gravity_floor=0.1), "`gravity_floor` belongs to `method` v2.0, not to v1.5"),
+        (lambda: sparsity("v2.0", recycle_ratio=0.5), "`recycle_ratio`: v2.0 recycles nothing here; set `recycle`"),
+        (lambda: Sparsity.v15().changed(heads=2), "v1.5 has no setting `heads`: it has keep, keep_at, "),
         (lambda: sparsity("v1", keep=192, keep_at=((2, 5),)), "v1 takes no `keep_at`"),
         (lambda: sparsity("pool", keep_at=((2, 90),)), "pool takes no `keep_at`: it shrinks pictures"),
     ],
@@ -234,13 +240,21 @@ def test_settings_that_make_no_sense_are_refused(make, message: str) -> None:  #
         (Sparsity.v15(keep_at=[(6, 50), (2, 90)]), "pruning layers [6, 2]: expected them in ascending order"),
         (Sparsity.v15(keep_at=[(2, 90), (2, 50)]), "pruning layers [2, 2]: expected them in ascending order"),
         (Sparsity.v20(192, heads=33), "v2.0 selects 33 heads, the decoder has 32"),
-        (replace(sparsity("pool"), keep_at=((2, 90),)), "pool takes no `keep_at`: it shrinks pictures"),
+        (sparsity("pool").changed(keep_at=((2, 90),)), "pool takes no `keep_at`: it shrinks pictures"),
     ],
 )
 def test_settings_that_do_not_fit_the_model_are_refused(settings: Sparsity, message: str) -> None:
     with pytest.raises(UserError) as error:
         make_plan(settings, SEVEN_B, VISUAL)
     assert str(error.value).startswith(message)
+
+
+def test_a_flat_name_changes_its_part_of_the_settings_and_no_other() -> None:
+    settings = sparsity("v2.0", keep=9, heads=3, recycle=True, recycle_group=4, positions="renumber")
+    parts = settings.budget, settings.recycling, settings.options, settings.positions
+    assert parts == (Budget(keep=9), Recycling(group=4), HeadOptions(3), "renumber")
+    assert settings.changed(keep=None, heads=14, recycle=False, positions="keep") == Sparsity.v20()
+    assert sparsity("v1", scale=2.0, bias=1.0, ladder=True).options == RankOptions(2.0, 1.0, ladder=True)
 
 
 def test_counts_given_by_layer_are_cut_to_one_below_what_stands() -> None:
@@ -252,7 +266,7 @@ def test_counts_given_by_layer_are_cut_to_one_below_what_stands() -> None:
 @pytest.mark.parametrize("keep, pair", [(192, (13.5, 0.0)), (128, (9.0, 6.0)), (64, (0.8, 0.0))])
 def test_v1_budgets_mean_the_released_scale_and_bias(keep: int, pair: tuple[float, float]) -> None:
     settings = sparsity("v1", keep=keep)
-    assert (settings.scale, settings.bias) == pair
+    assert settings.options == RankOptions(*pair)
     plan = make_plan(settings, SEVEN_B, VISUAL)
     assert [stage.stop - 1 for stage in plan.stages[:-1]] == [2, 6, 15, 19]
 

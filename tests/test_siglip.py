@@ -178,9 +178,9 @@ def test_a_siglip_model_that_keeps_all_patches_reads_without_a_warning(tmp_path:
 @pytest.mark.parametrize(("method", "keep"), [("pool", 4), ("downsample", 9)])
 def test_images_are_shrunk_by_both_ways(tmp_path: Path, method: str, keep: int) -> None:
     model = load(siglip_llava(tmp_path / "model"))
-    plan = make_plan(Sparsity(method=method, keep=keep), model.config, model.config.tokens_per_image)
+    plan = make_plan(sparsity(method, keep=keep), model.config, model.config.tokens_per_image)
     found = encode_images(model.params, jnp.asarray(pixels()), model.config, plan)
-    assert found.tokens.shape[:2] == (2, plan.visual_tokens)
+    assert len(found.tokens) == 2 * plan.visual_tokens
     assert np.isfinite(np.asarray(found.tokens)).all()
 
 

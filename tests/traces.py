@@ -19,8 +19,8 @@ from sparsevlm_jax.rotary import plain_rope
 
 SPARSITIES = {
     "dense": lambda c: Sparsity.dense(),
-    "v15": lambda c: Sparsity(method="v1.5", keep_at=_keep_at(c)),
-    "v1": lambda c: Sparsity(method="v1", layers=tuple(c["pruning_layers"]), scale=c["scale"], bias=c["bias"]),
+    "v15": lambda c: Sparsity.v15(keep_at=_keep_at(c)),
+    "v1": lambda c: Sparsity.v1(scale=c["scale"], bias=c["bias"]).changed(layers=tuple(c["pruning_layers"])),
     "v20": lambda c: Sparsity.v20(keep_at=_keep_at(c), heads=c["n_selected_heads"] or 14),
 }
 

@@ -66,7 +66,7 @@ class Study:
         elif variant.guide == "truth":
             saliency = self.masks
         if saliency is not None:
-            sparsity = sv.sparsity(GIVEN, keep_at=sparsity.keep_at)
+            sparsity = sv.sparsity(GIVEN, keep_at=sparsity.budget.keep_at)
         return self._answer(sparsity, self.ids, self.lengths, saliency)
 
     def _choice_under_another_question(self, sparsity: Sparsity) -> np.ndarray:

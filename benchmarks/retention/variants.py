@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import sparsevlm_jax as sv
@@ -35,12 +34,13 @@ class Variant(NamedTuple):
     @property
     def keep(self) -> int | None:
         """Visual tokens that its one cut keeps, or its budget; None where it has neither."""
-        return self.sparsity.keep if self.sparsity.keep_at is None else self.sparsity.keep_at[0][1]
+        budget = self.sparsity.budget
+        return budget.keep if budget.keep_at is None else budget.keep_at[0][1]
 
     @property
     def layer(self) -> int | None:
         """After which its one cut is; None for schedules."""
-        return None if self.sparsity.keep_at is None else self.sparsity.keep_at[0][0]
+        return None if self.sparsity.budget.keep_at is None else self.sparsity.budget.keep_at[0][0]
 
 
 def variants() -> list[Variant]:
@@ -58,7 +58,7 @@ def single_cut(method: str, layer: int, keep: int, *, recycle: bool = False, pos
     """Everything after one layer but `keep` visual tokens goes, or is merged."""
     heads = {"heads": HEADS} if "heads" in sv.METHODS[method].options else {}
     chosen = sv.sparsity(method, keep_at=((layer, keep),), **heads)
-    return replace(chosen, recycle=recycle, positions=positions)
+    return chosen.changed(recycle=recycle, positions=positions)
 
 
 def _scoring() -> list[Variant]:

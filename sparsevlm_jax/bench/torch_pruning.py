@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparsevlm_jax.pruning.methods.sparsevlm import head_options
 from sparsevlm_jax.pruning.methods.sparsevlm import kept_by_rank as law
 from sparsevlm_jax.pruning.settings import Sparsity
 
@@ -71,13 +72,16 @@ def mean_over_raters(values: Tensor, raters: Raters) -> Tensor:
     return (values * counts).sum(dim=1) / counts.sum(dim=1)
 
 
-def score_by_raters(attention: Tensor, raters: Raters, gravity: Callable[[], Tensor], heads: int) -> Tensor:
+def score_by_raters(attention: Tensor, raters: Raters, gravity: Callable[[], Tensor], sparsity: Sparsity) -> Tensor:
     """v1, v1.5: the raters' attention [b, n, r, v], mean over heads, then over raters (equation 4)."""
     return mean_over_raters(attention.float().mean(dim=1), raters)
 
 
-def score_by_selected_heads(attention: Tensor, raters: Raters, gravity: Callable[[], Tensor], heads: int) -> Tensor:
-    """v2.0: attention divided by rotary gravity [b, r, v], mean over the `heads` that look at the image most."""
+def score_by_selected_heads(
+    attention: Tensor, raters: Raters, gravity: Callable[[], Tensor], sparsity: Sparsity
+) -> Tensor:
+    """v2.0: attention divided by rotary gravity [b, r, v], mean over the heads that look at the image most."""
+    heads = head_options(sparsity).heads
     corrected = attention.float() / gravity()[:, None] * raters.counts[:, None, :, None]
     chosen = corrected.sum(dim=(2, 3)).topk(heads, dim=1).indices
     rows = torch.arange(len(chosen), device=chosen.device)[:, None]

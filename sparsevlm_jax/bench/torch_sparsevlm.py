@@ -182,7 +182,7 @@ class SparseDecoder:
         def gravity() -> Tensor:
             return rotary_gravity(self.model, positions, rows)[:, :, visual.start : visual.stop]
 
-        scores = SCORES[sparsity.method](attention, raters, gravity, sparsity.heads)
+        scores = SCORES[sparsity.method](attention, raters, gravity, sparsity)
         by_rank = METHODS[sparsity.method].counts_are_bounds
         keep = kept_by_rank(attention, sparsity) if by_rank else min(stage.keep, visual.size - 1)
         if keep == visual.size:

@@ -23,7 +23,7 @@ from sparsevlm_jax.generation.loop import Decoding, Sampler, State, decode, firs
 from sparsevlm_jax.inputs.packing import NEW_TOKEN_BUCKETS, Packed, TiledImages, bucket, pack, shrink_markers
 from sparsevlm_jax.models.embedding import embed
 from sparsevlm_jax.models.stages import Cache, ImageFeatures, Params
-from sparsevlm_jax.pruning.budgets import make_plan
+from sparsevlm_jax.pruning.budgets import make_plan, plan_of_row
 from sparsevlm_jax.pruning.methods import METHODS, as_sparsity
 from sparsevlm_jax.pruning.plan import Plan
 from sparsevlm_jax.pruning.settings import Sparsity
@@ -96,7 +96,7 @@ class Run:
         sparsity = as_sparsity(sparsity)
         self.seed = _seed(sparsity)
         # The seed is traced: in the plan it would make another program.
-        self.plan = make_plan(replace(sparsity, seed=None), config, self.packed.visual, self.packed.text)
+        self.plan = _plan_of_rows(replace(sparsity, seed=None), config, self.packed)
         if self.plan.grid is not None:
             rows = [
                 shrink_markers(row, config.image_token_id, config.tokens_per_image, self.plan.grid**2) for row in rows
@@ -126,7 +126,7 @@ class Run:
 
     def prefill(self) -> State:
         ids, lengths = jax.device_put((self.packed.input_ids, self.packed.lengths))
-        if self.plan.sparsity.ladder:
+        if METHODS[self.plan.sparsity.method].by_rungs(self.plan.sparsity):
             state = self._prefill_by_rungs(ids, lengths)
         else:
             args = (self.params, ids, lengths, self.images, self.keys, self.sampler, self.seed)
@@ -203,6 +203,26 @@ _split = jax.jit(jax.random.split, static_argnums=1)
 def key_of(seed: int) -> Array:
     """A PRNG key on the device."""
     return jax.random.key(jax.device_put(np.uint32(seed)))
+
+
+def _plan_of_rows(sparsity: Sparsity, config: ModelConfig, packed: Packed) -> Plan:
+    """A plan under which rows of different numbers of visual tokens keep what each would alone.
+
+    One program serves whatever rows a family with tiles may have; elsewhere rows differ by whole images, if they do.
+
+    Raises:
+      UserError: a budget that a row cannot meet.
+    """
+    counts = set(np.sum(packed.input_ids == config.image_token_id, axis=1, where=packed.valid).tolist())
+    row_counts = None
+    if config.canvases:
+        row_counts = range(packed.visual + 1)
+    elif len(counts) > 1 and not any(count % config.tokens_per_image for count in counts):
+        row_counts = range(0, packed.visual + 1, config.tokens_per_image)
+    plan = make_plan(sparsity, config, packed.visual, packed.text, row_counts=row_counts)
+    for count in counts:
+        plan_of_row(plan, count)
+    return plan
 
 
 def _seed(sparsity: Sparsity) -> Array | None:

@@ -5,8 +5,10 @@ Both look at shapes only; no weights are made. The paper counts multiply-adds, X
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -44,9 +46,27 @@ def cost(config: ModelConfig, plan: Plan, text_tokens: int) -> Cost:
 
 
 def xla_flops(config: ModelConfig, plan: Plan, text_tokens: int) -> float:
-    """XLA's cost analysis of the lowered decoder."""
-    config = replace(config, attention="xla")  # a library's kernel would be opaque
-    plan = replace(plan, text_tokens=None)  # it may have been made for a padded prompt
+    """XLA's cost analysis of the lowered decoder. Layers of a stage are alike: a second one tells what each adds."""
+    layers = [stage.stop - stage.start for stage in plan.stages]
+    few = [min(count, 1) for count in layers]
+    flops = least = _decoder_flops(config, plan, few, text_tokens)
+    for number, count in enumerate(layers):
+        if count > 1:
+            one_more = [*few[:number], 2, *few[number + 1 :]]
+            flops += (count - 1) * (_decoder_flops(config, plan, one_more, text_tokens) - least)
+    return flops
+
+
+def _decoder_flops(config: ModelConfig, plan: Plan, layers: Sequence[int], text_tokens: int) -> float:
+    """Of a decoder whose stages have so many layers each."""
+    stops = tuple(accumulate(layers))
+    stages = tuple(
+        replace(stage, start=stop - count, stop=stop)
+        for stage, count, stop in zip(plan.stages, layers, stops, strict=True)
+    )
+    plan = replace(plan, stages=stages, text_tokens=None)  # it may have been made for a padded prompt
+    text = replace(config.text, num_hidden_layers=stops[-1])
+    config = replace(config, text=text, attention="xla")  # a library's kernel would be opaque
     length = text_tokens + plan.visual_tokens
     prompt = jax.eval_shape(
         lambda: Prompt(

@@ -21,7 +21,7 @@ from sparsevlm_jax.models.decoder import Llama
 from sparsevlm_jax.ops.attention import attend
 from sparsevlm_jax.pruning.methods import METHODS, Layer
 from sparsevlm_jax.pruning.plan import Plan, StagePlan
-from sparsevlm_jax.pruning.prune import Event, prune
+from sparsevlm_jax.pruning.prune import Event, kept_by_row, prune
 from sparsevlm_jax.pruning.settings import Sparsity
 from sparsevlm_jax.pruning.sparsify import Tokens, choose_raters
 
@@ -189,6 +189,7 @@ def start(prompt: Prompt, plan: Plan, axes: int) -> Tokens:
         lengths=prompt.lengths.astype(jnp.int32),
         saliency=prompt.saliency if METHODS[plan.sparsity.method].needs_saliency else None,
         add=prompt.add,
+        keep=kept_by_row(plan, jnp.sum(prompt.visual, axis=1, dtype=jnp.int32)),
     )
 
 

@@ -2,68 +2,143 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
+from functools import lru_cache
 from math import isqrt
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from jaxtyping import Float, Int
 
 from sparsevlm_jax.config import ModelConfig, TextConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.pruning.methods import METHODS
-from sparsevlm_jax.pruning.plan import Plan, StagePlan, require_count
+from sparsevlm_jax.pruning.plan import Plan, Rows, StagePlan, require_count
 from sparsevlm_jax.pruning.settings import BUDGETS, DEPTH, PRUNING_LAYERS, PUBLISHED_VISUAL_TOKENS, Sparsity
+from sparsevlm_jax.pruning.solve import Asked, Cut, Price, cut, layers_entered, layers_left, solve
+
+Number = TypeVar("Number", int, np.ndarray)
+
+
+class Schedules(NamedTuple):
+    """What rows of `counts` visual tokens keep.
+
+    Attributes:
+      layers: pruning layers.
+      counts: visual tokens of each row.
+      asked: what they are asked to keep.
+      least, target: the least that each could cost, and what it should.
+      option: what asked for it, for messages.
+    """
+
+    layers: tuple[int, ...]
+    counts: Int[np.ndarray, "n"]
+    asked: Asked
+    least: Float[np.ndarray, "n"]
+    target: np.ndarray
+    option: str
 
 
 def make_plan(
-    sparsity: Sparsity, config: ModelConfig | TextConfig, visual_tokens: int, text_tokens: int | None = None
+    sparsity: Sparsity,
+    config: ModelConfig | TextConfig,
+    visual_tokens: int,
+    text_tokens: int | None = None,
+    *,
+    row_counts: range | None = None,
 ) -> Plan:
     """The schedule of a sparsity for a decoder and a number of visual tokens.
 
     Args:
       sparsity: the settings.
       config: the model; its depth and sizes are used.
-      visual_tokens: in the prompt, all pictures together.
+      visual_tokens: in the prompt, all pictures together; with `row_counts`, columns that a batch has for them.
       text_tokens: columns of the prompt for the others, the same for all rows: a bound for v1's rank. The plan then
         fits no other length. None bounds v1's rank by the visual tokens alone.
+      row_counts: numbers of visual tokens that rows may have. Under a budget (`keep`, `flops_share`, `cache_bytes`,
+        `ratio` or none) a row keeps what the plan for its own number alone would keep, whatever stands beside it; one
+        whose number is below its budget is not pruned, one whose number makes the budget impossible keeps the least
+        (`plan_of_row` refuses it). By default, and for counts given by layer or taken from data, all rows follow the
+        counts for `visual_tokens`, as far as they have so many.
 
     Raises:
-      UserError: a target that no counts reach, or layers or heads that the decoder does not have.
-      ValueError: something else than settings, or a number of tokens that is none.
+      UserError: a target that no counts reach in any row, or layers or heads that the decoder does not have.
+      ValueError: something else than settings, or numbers of tokens that are none.
     """
     if not isinstance(sparsity, Sparsity):
         raise ValueError(f"make_plan takes the settings themselves, as Sparsity.v15() or sparsity(NAME): {sparsity!r}")
     require_count("visual_tokens", visual_tokens)
     if text_tokens is not None:
         require_count("text_tokens", text_tokens)
-    return replace(_plan(sparsity, config, visual_tokens, text_tokens), text_tokens=text_tokens)
+    _require_rows(row_counts, visual_tokens)
+    if row_counts == _one(visual_tokens):
+        row_counts = None
+    return replace(_plan(sparsity, config, visual_tokens, text_tokens, row_counts), text_tokens=text_tokens)
 
 
-def _plan(sparsity: Sparsity, config: ModelConfig | TextConfig, visual_tokens: int, text_tokens: int | None) -> Plan:
-    text = config if isinstance(config, TextConfig) else config.text
-    depth, method = text.num_hidden_layers, METHODS.get(sparsity.method)
+def kept_table(plan: Plan) -> Int[np.ndarray, "n p"]:
+    """How many visual tokens a row keeps at each pruning layer of the plan, for each number that `plan.rows` knows."""
+    assert plan.rows is not None
+    found = _schedules(plan.sparsity, plan.rows.decoder, plan.rows.counts, plan.rows.text_tokens)
+    return cut(plan.sparsity, found.counts, found.asked).kept[:, int(found.asked.first.min()) :]
+
+
+def plan_of_row(plan: Plan, visual_tokens: int) -> Plan:
+    """What a plan is for a row of so many visual tokens: the plan itself where rows do not follow their own numbers.
+
+    Raises:
+      UserError: the budget is below the least that the row can cost.
+    """
+    if plan.rows is None:
+        return plan
+    rows = plan.rows
+    alone = _plan(plan.sparsity, rows.decoder, visual_tokens, rows.text_tokens, _one(visual_tokens))
+    return replace(alone, text_tokens=rows.text_tokens, rows=None)
+
+
+def _one(count: int) -> range:
+    return range(count, count + 1)
+
+
+def _require_rows(row_counts: range | None, visual_tokens: int) -> None:
+    if row_counts is None:
+        return
+    if not row_counts or row_counts.step < 1 or row_counts[0] < 0 or row_counts[-1] > visual_tokens:
+        raise ValueError(f"row_counts is {row_counts}: an ascending range within 0 to {visual_tokens} is expected")
+
+
+def _plan(
+    sparsity: Sparsity,
+    config: ModelConfig | TextConfig,
+    visual_tokens: int,
+    text_tokens: int | None,
+    row_counts: range | None,
+) -> Plan:
+    text, budget, method = _decoder(config), sparsity.budget, METHODS.get(sparsity.method)
     if method is None:
         raise ValueError(f'the method is "{sparsity.method}", METHODS has {", ".join(METHODS)}')
-    if not method.reduces or not visual_tokens or sparsity.keep == visual_tokens:
-        return Plan(sparsity, (_last_stage(0, depth, visual_tokens),))
+    if not method.reduces or not visual_tokens or (row_counts is None and budget.keep == visual_tokens):
+        return Plan(sparsity, (_last_stage(0, text.num_hidden_layers, visual_tokens),))
     method.require(sparsity, text)
     if method.shrinks:
         if isinstance(config, TextConfig):
             raise TypeError("shrinking pictures needs the LlavaConfig: a decoder alone does not know their grid")
         return _shrink(sparsity, config, visual_tokens)
-    layers = scaled_layers(sparsity.published_layers, depth) if sparsity.layers is None else sparsity.layers
     if method.kept_by_rank is not None:
-        return _cut_by_rank(sparsity, depth, visual_tokens, text_tokens, layers)
-    if sparsity.keep_at is not None:
-        return _cut(sparsity, depth, visual_tokens, sparsity.keep_at)
-    if sparsity.keep is not None:
-        return _keep(sparsity, depth, visual_tokens, layers, sparsity.keep)
-    if sparsity.flops_share is not None or sparsity.cache_bytes is not None:
-        words = visual_tokens if text_tokens is None else text_tokens
-        return _afford(sparsity, text, visual_tokens, words, layers)
-    if sparsity.ratio is not None:
-        counts = [int(visual_tokens * sparsity.ratio ** (i + 1)) for i in range(len(layers))]
-        return _cut(sparsity, depth, visual_tokens, tuple(zip(layers, counts, strict=True)))
-    return _keep(sparsity, depth, visual_tokens, layers, max(1, visual_tokens // 3))
+        return _cut_by_rank(sparsity, text.num_hidden_layers, visual_tokens, text_tokens)
+    if budget.keep_at is not None:
+        return _cut_at(sparsity, text.num_hidden_layers, visual_tokens, budget.keep_at)
+    if row_counts is not None:
+        stages = _afford(sparsity, text, visual_tokens, text_tokens, row_counts)
+        return Plan(sparsity, stages, rows=Rows(row_counts, text, text_tokens))
+    if budget.keep is not None and budget.keep > visual_tokens:
+        raise UserError(f"keep={budget.keep}: the prompt has only {visual_tokens} visual tokens")
+    return Plan(sparsity, _afford(sparsity, text, visual_tokens, text_tokens, _one(visual_tokens)))
+
+
+def _decoder(config: ModelConfig | TextConfig) -> TextConfig:
+    return config if isinstance(config, TextConfig) else config.text
 
 
 def scaled_layers(layers: Sequence[int], depth: int) -> tuple[int, ...]:
@@ -79,35 +154,116 @@ def paper_flops(text: TextConfig, tokens: Sequence[int]) -> int:
     Args:
       tokens: all tokens, visual or not, entering each layer.
     """
-    d, m = text.hidden_size, text.intermediate_size
-    return sum(4 * n * d * d + 2 * n * n * d + 3 * n * d * m for n in tokens)
+    return sum(_layer_flops(text, n) for n in tokens)
 
 
 def cache_bytes(text: TextConfig, tokens: Sequence[int], itemsize: int) -> int:
     """Bytes of keys and values that a prefill leaves, given the tokens entering each layer."""
-    return 2 * sum(tokens) * text.num_key_value_heads * text.head_dim * itemsize
+    return _token_bytes(text, itemsize) * sum(tokens)
 
 
-def _cut(sparsity: Sparsity, depth: int, visual_tokens: int, keep_at: Sequence[tuple[int, int]]) -> Plan:
+def _layer_flops(text: TextConfig, n: Number) -> Number:
+    d, m = text.hidden_size, text.intermediate_size
+    return 4 * n * d * d + 2 * n * n * d + 3 * n * d * m
+
+
+def _token_bytes(text: TextConfig, itemsize: int) -> int:
+    """Of a token's key and value in one layer."""
+    return 2 * text.num_key_value_heads * text.head_dim * itemsize
+
+
+@lru_cache(maxsize=16)
+def _schedules(sparsity: Sparsity, text: TextConfig, row_counts: range, text_tokens: int | None) -> Schedules:
+    """What rows of each of these numbers keep, each by itself."""
+    budget, depth = sparsity.budget, text.num_hidden_layers
+    layers = _checked(pruning_layers(sparsity, depth), depth)
+    counts = np.array(row_counts, np.int64)
+    free = budget.keep is None and budget.flops_share is None and budget.cache_bytes is None
+    if free and budget.ratio is not None:
+        left = np.stack([(counts * budget.ratio ** (i + 1)).astype(np.int64) for i in range(len(layers))], axis=1)
+        nothing = np.zeros(len(counts))
+        return Schedules(layers, counts, Asked(left, np.zeros_like(counts)), nothing, nothing, "ratio")
+    price, target, option = _price(sparsity, text, counts, text_tokens, layers)
+    asked, least = solve(sparsity, counts, len(layers), price, target)
+    for keep, published in METHODS[sparsity.method].published_counts.items():
+        if option.startswith("keep=") and (*layers, depth) == (*PRUNING_LAYERS, DEPTH):
+            here = (counts == PUBLISHED_VISUAL_TOKENS) & (target == keep)
+            asked = Asked(np.where(here[:, None], published, asked.counts), np.where(here, 0, asked.first))
+    return Schedules(layers, counts, asked, least, target, option)
+
+
+def _price(
+    sparsity: Sparsity, text: TextConfig, counts: Int[np.ndarray, "n"], text_tokens: int | None, layers: Sequence[int]
+) -> tuple[Price, np.ndarray, str]:
+    """What rows cost in the budget's measure, what each should, and the option that says so."""
+    budget, depth = sparsity.budget, text.num_hidden_layers
+    words = (counts if text_tokens is None else np.full_like(counts, text_tokens))[:, None]
+    entered = layers_entered(layers, depth)
+    if budget.keep is None and budget.flops_share is not None:
+        dense = depth * _layer_flops(text, words + counts[:, None])[:, 0]
+        price = Price(lambda visual: _layer_flops(text, words + visual), entered, np.maximum(dense, 1))
+        return price, np.full(len(counts), budget.flops_share), f"flops_share={budget.flops_share}"
+    if budget.keep is None and budget.cache_bytes is not None:
+        price = Price(lambda visual: _token_bytes(text, 2) * (words + visual), entered)
+        return price, np.full(len(counts), budget.cache_bytes), f"cache_bytes={budget.cache_bytes}"
+    target = np.maximum(counts // 3, 1) if budget.keep is None else np.full_like(counts, budget.keep)
+    return Price(lambda visual: visual, layers_left(layers, depth), depth), target, f"keep={target[-1]}"
+
+
+def _require_reach(found: Schedules, depth: int) -> None:
+    """Refuses a target that no row can meet."""
+    some = found.counts > 0
+    if not some.any() or (found.target >= found.least)[some].any():
+        return
+    least, places = found.least[some][0], ", ".join(map(str, found.layers))
+    lowest = f"{least:.3f}" if least < 1 else f"{least:,.1f}"  # a share, or tokens or bytes
+    raise UserError(
+        f"{found.option}: not possible with pruning after layers {places} of {depth}: the least is {lowest} "
+        "(prune earlier with `keep_at`, or ask for more)"
+    )
+
+
+def pruning_layers(sparsity: Sparsity, depth: int) -> tuple[int, ...]:
+    """After which layers a decoder of this depth is pruned, where no counts are given by layer."""
+    layers = sparsity.budget.layers
+    return scaled_layers(sparsity.budget.published_layers, depth) if layers is None else tuple(layers)
+
+
+def _afford(
+    sparsity: Sparsity, text: TextConfig, visual_tokens: int, text_tokens: int | None, row_counts: range
+) -> tuple[StagePlan, ...]:
+    """Stages for what a budget leaves to rows of these numbers."""
+    found = _schedules(sparsity, text, row_counts, text_tokens)
+    _require_reach(found, text.num_hidden_layers)
+    cuts = cut(sparsity, found.counts, found.asked)
+    return _cut(found.layers, text.num_hidden_layers, visual_tokens, found.asked.first, cuts)
+
+
+def _cut_at(sparsity: Sparsity, depth: int, visual_tokens: int, keep_at: Sequence[tuple[int, int]]) -> Plan:
     """Stages from (layer, count) pairs; a row keeps at most min(count, visual tokens - 1)."""
-    _checked([layer for layer, _ in keep_at], depth)
+    layers = _checked([layer for layer, _ in keep_at], depth)
+    asked = Asked(np.array([[count for _, count in keep_at]], np.int64), np.zeros(1, np.int64))
+    cuts = cut(sparsity, np.array([visual_tokens]), asked)
+    return Plan(sparsity, _cut(layers, depth, visual_tokens, asked.first, cuts))
+
+
+def _cut(
+    layers: Sequence[int], depth: int, visual_tokens: int, first: Int[np.ndarray, "n"], cuts: Cut
+) -> tuple[StagePlan, ...]:
+    """Stages that hold every row, pruned where any row is."""
     stages, start, visual = [], 0, visual_tokens
-    for layer, count in keep_at:
-        keep = min(count, max(visual - 1, 0))
-        # A row with fewer visual tokens drops at least one of them too, so one dropped token is always possible.
-        dropped = max(visual - keep, min(visual, 1))
-        pool, clusters = sparsity.pool(dropped), sparsity.clusters(dropped)
-        stages.append(StagePlan(start, layer + 1, visual, keep, pool, clusters, keep + clusters))
-        start, visual = layer + 1, keep + clusters
-    return Plan(sparsity, (*stages, _last_stage(start, depth, visual)))
+    for number in range(int(first.min()), len(layers)):
+        keep, pool, clusters = (int(part[:, number].max()) for part in (cuts.kept, cuts.pool, cuts.clusters))
+        standing = int(cuts.entering[:, number + 1].max())
+        stages.append(StagePlan(start, layers[number] + 1, visual, keep, pool, clusters, standing))
+        start, visual = layers[number] + 1, standing
+    return (*stages, _last_stage(start, depth, visual))
 
 
-def _cut_by_rank(
-    sparsity: Sparsity, depth: int, visual_tokens: int, text_tokens: int | None, layers: Sequence[int]
-) -> Plan:
+def _cut_by_rank(sparsity: Sparsity, depth: int, visual_tokens: int, text_tokens: int | None) -> Plan:
     """v1's stages: counts come from data, so every size is the most that any rank can ask for."""
     stages, start, visual = [], 0, visual_tokens
-    for layer in _checked(layers, depth):
+    for layer in _checked(pruning_layers(sparsity, depth), depth):
         stages.append(stage_by_rank(sparsity, start, layer, visual, text_tokens))
         start, visual = layer + 1, stages[-1].standing
     return Plan(sparsity, (*stages, _last_stage(start, depth, visual)))
@@ -120,49 +276,21 @@ def stage_by_rank(sparsity: Sparsity, start: int, layer: int, visual: int, text_
     assert kept_by_rank is not None
     kept = min(kept_by_rank(sparsity, largest_rank), max(visual - 1, 0))
     # A row of full rank is not pruned at all; it has at most `largest_rank` visual tokens.
-    keep, standing = max(kept, largest_rank), max(sparsity.standing(visual, kept), largest_rank)
-    return StagePlan(start, layer + 1, visual, keep, sparsity.pool(visual), sparsity.clusters(visual), standing)
+    keep, standing = max(kept, largest_rank), max(kept + int(sparsity.clusters(visual - kept)), largest_rank)
+    pool, clusters = int(sparsity.pool(visual)), int(sparsity.clusters(visual))
+    return StagePlan(start, layer + 1, visual, keep, pool, clusters, standing)
 
 
 def _last_stage(start: int, depth: int, visual: int) -> StagePlan:
     return StagePlan(start, depth, visual, standing=visual)
 
 
-def _checked(layers: Sequence[int], depth: int) -> Sequence[int]:
+def _checked(layers: Sequence[int], depth: int) -> tuple[int, ...]:
     if sorted(set(layers)) != list(layers):
         raise UserError(f"pruning layers {list(layers)}: expected them in ascending order, each once")
     if layers and layers[-1] >= depth:
         raise UserError(f"pruning layer {layers[-1]}: the decoder has layers 0 to {depth - 1}")
-    return layers
-
-
-def _keep(sparsity: Sparsity, depth: int, visual_tokens: int, layers: Sequence[int], target: int) -> Plan:
-    """Counts for a number of equivalent tokens: the published ones where they apply, else solved for."""
-    if target > visual_tokens:
-        raise UserError(f"keep={target}: the prompt has only {visual_tokens} visual tokens")
-    published = METHODS[sparsity.method].published_counts.get(target)
-    if published and (*layers, depth, visual_tokens) == (*PRUNING_LAYERS, DEPTH, PUBLISHED_VISUAL_TOKENS):
-        return _cut(sparsity, depth, visual_tokens, tuple(zip(layers, published, strict=True)))
-    return solve(sparsity, depth, visual_tokens, layers, Plan.equivalent_tokens, target, f"keep={target}")
-
-
-def _afford(sparsity: Sparsity, text: TextConfig, visual_tokens: int, text_tokens: int, layers: Sequence[int]) -> Plan:
-    """Counts for a share of dense FLOPs, or for bytes of keys and values."""
-    depth = text.num_hidden_layers
-    dense = paper_flops(text, [text_tokens + visual_tokens] * depth)
-
-    def flops_share(plan: Plan) -> float:
-        return paper_flops(text, [text_tokens + visual for visual in plan.entering()]) / dense
-
-    def held(plan: Plan) -> float:
-        return float(cache_bytes(text, [text_tokens + visual for visual in plan.entering()], itemsize=2))
-
-    if sparsity.flops_share is not None:
-        share = sparsity.flops_share
-        return solve(sparsity, depth, visual_tokens, layers, flops_share, share, f"flops_share={share}")
-    assert sparsity.cache_bytes is not None
-    size = sparsity.cache_bytes
-    return solve(sparsity, depth, visual_tokens, layers, held, size, f"cache_bytes={size}")
+    return tuple(layers)
 
 
 def _shrink(sparsity: Sparsity, config: ModelConfig, visual_tokens: int) -> Plan:
@@ -170,7 +298,7 @@ def _shrink(sparsity: Sparsity, config: ModelConfig, visual_tokens: int) -> Plan
     if config.image_grid is None:
         raise UserError(f'{sparsity.method}: needs vision_feature_select_strategy "default" (a square of patches)')
     for name in BUDGETS:
-        if getattr(sparsity, name):
+        if getattr(sparsity.budget, name):
             METHODS[sparsity.method].refuse_budget(name)
     pictures, rest = divmod(visual_tokens, config.tokens_per_image)
     if rest:
@@ -178,62 +306,10 @@ def _shrink(sparsity: Sparsity, config: ModelConfig, visual_tokens: int) -> Plan
             f"{sparsity.method}: shrinks whole pictures of {config.tokens_per_image} visual tokens, which "
             f"{visual_tokens} are not"
         )
-    keep = sparsity.keep or max(1, visual_tokens // 3)
+    keep = sparsity.budget.keep or max(1, visual_tokens // 3)
     grid = isqrt(keep // pictures)
     if not 1 <= grid <= config.image_grid:
         raise UserError(
             f"keep={keep}: shrunk pictures of this prompt have {pictures} to {visual_tokens} visual tokens in all"
         )
     return Plan(sparsity, (_last_stage(0, config.text.num_hidden_layers, pictures * grid**2),), grid)
-
-
-def solve(
-    sparsity: Sparsity,
-    depth: int,
-    visual_tokens: int,
-    layers: Sequence[int],
-    cost: Callable[[Plan], float],
-    target: int | float,
-    option: str,
-) -> Plan:
-    """The plan whose cost is nearest to a target, among counts that fall by one common factor per pruning layer.
-
-    Counts are visual_tokens * ratio^i at the i-th pruning layer, at least 1; every cost that grows with them
-    can be a target (equivalent tokens, FLOPs, cache bytes). Each pruning layer drops a token at least, so a target
-    next to dense does without the first of them, and one of dense or more without any.
-
-    Raises:
-      UserError: the target is below what keeping one token at every layer costs.
-    """
-
-    def plan(layers: Sequence[int], counts: Sequence[int]) -> Plan:
-        return _cut(sparsity, depth, visual_tokens, tuple(zip(layers, counts, strict=True)))
-
-    def counts(ratio: float) -> tuple[int, ...]:
-        return tuple(max(1, round(visual_tokens * ratio ** (i + 1))) for i in range(len(layers)))
-
-    def reach(layers: Sequence[int]) -> tuple[float, float]:
-        return cost(plan(layers, [1] * len(layers))), cost(plan(layers, [visual_tokens] * len(layers)))
-
-    least, most = reach(layers)
-    if target < least:
-        places = ", ".join(map(str, layers))
-        lowest = f"{least:.3f}" if least < 1 else f"{least:,.1f}"  # a share, or tokens or bytes
-        raise UserError(
-            f"{option}: not possible with pruning after layers {places} of {depth}: the least is {lowest} "
-            "(prune earlier with `keep_at`, or ask for more)"
-        )
-    dense = plan((), ())
-    if target >= cost(dense):
-        return dense
-    while most < target and len(layers) > 1 and reach(layers[1:])[0] <= target:
-        layers = layers[1:]
-        most = reach(layers)[1]
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (middle, high) if cost(plan(layers, counts(middle))) <= target else (low, middle)
-    # One step of the ratio may move several counts at once: choose among the corners of that step.
-    candidates = product(*({a, b} for a, b in zip(counts(low), counts(high), strict=True)))
-    plans = [plan(layers, c) for c in candidates if list(c) == sorted(c, reverse=True)]
-    return min(plans, key=lambda p: (abs(cost(p) - target), cost(p)))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
+from sparsevlm_jax.config import TextConfig
 from sparsevlm_jax.pruning.settings import Sparsity
 
 
@@ -41,6 +42,21 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """What rows of different numbers of visual tokens keep follows from; `budgets.kept_table` makes the numbers.
+
+    Attributes:
+      counts: original visual tokens that a row may have, ascending.
+      decoder: whose schedule it is.
+      text_tokens: as `make_plan` was told.
+    """
+
+    counts: range
+    decoder: TextConfig
+    text_tokens: int | None
+
+
+@dataclass(frozen=True)
 class Plan:
     """A schedule for one layout of the prompt: hashable, a static argument of `jax.jit`.
 
@@ -49,12 +65,15 @@ class Plan:
       stages: in order.
       grid: visual tokens per side of a picture, where the picture itself is shrunk ("pool", "downsample").
       text_tokens: room for the other tokens of a prompt, where the plan was made for one length of text.
+      rows: where each row keeps what its own number of visual tokens says; the stages hold the most of any row then.
+        None where all keep the stages' counts, as far as they have so many.
     """
 
     sparsity: Sparsity
     stages: tuple[StagePlan, ...]
     grid: int | None = None
     text_tokens: int | None = None
+    rows: Rows | None = None
 
     @property
     def visual_tokens(self) -> int:

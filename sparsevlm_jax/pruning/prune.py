@@ -9,9 +9,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
+from sparsevlm_jax.pruning.budgets import kept_table
 from sparsevlm_jax.pruning.methods import METHODS, Layer, Scores
+from sparsevlm_jax.pruning.plan import Plan
 from sparsevlm_jax.pruning.settings import Sparsity
 from sparsevlm_jax.pruning.sparsify import Recycled, Selection, Tokens, rebuild, recycle, select, take
 
@@ -28,6 +31,19 @@ class Event(NamedTuple):
     after: Tokens
 
 
+def kept_by_row(plan: Plan, visual: Int[Array, "b"]) -> tuple[Int[Array, "b"], ...] | None:
+    """How many tokens rows of so many visual ones keep at each pruning layer; None where the plan's counts hold.
+
+    A row whose number the plan does not know follows the largest below it that it does; where there is none it keeps
+    nothing.
+    """
+    if plan.rows is None:
+        return None
+    counts, table = plan.rows.counts, kept_table(plan)
+    row = jnp.minimum((visual - counts[0]) // counts.step, len(counts) - 1)
+    return tuple(jnp.where(row < 0, 0, jnp.asarray(kept, jnp.int32)[row]) for kept in table.T)
+
+
 def prune(layer: Layer, sparsity: Sparsity, jitter: Array | None) -> tuple[Tokens, Event]:
     """Scores, selects, recycles, and rebuilds the sequence after one layer."""
     tokens, stage = layer.tokens, layer.stage
@@ -38,16 +54,14 @@ def prune(layer: Layer, sparsity: Sparsity, jitter: Array | None) -> tuple[Token
     with jax.named_scope("select"):
         kept_count = layer.kept if scores.keep is None else scores.keep
         dropped = jnp.sum(tokens.visual, axis=1) - kept_count
-        most = range(stage.visual + 1)
-        selection = select(
-            scores.values,
-            tokens.visual,
-            kept_count,
-            jnp.asarray([sparsity.pool(n) for n in most], jnp.int32)[dropped],
-            jnp.asarray([sparsity.clusters(n) for n in most], jnp.int32)[dropped],
-            keep=stage.keep,
-            pool=stage.pool,
+        pool, clusters = (
+            jnp.asarray(counts, jnp.int32)[dropped] for counts in sparsity.recycled(np.arange(stage.visual + 1))
         )
+        if tokens.keep is not None:
+            # A row of a number that the plan does not know may drop more than those that it was made for.
+            pool = jnp.minimum(pool, stage.pool)
+            clusters = jnp.minimum(clusters, jnp.minimum(stage.clusters, stage.standing - kept_count))
+        selection = select(scores.values, tokens.visual, kept_count, pool, clusters, keep=stage.keep, pool=stage.pool)
     recycled = None
     with jax.named_scope("recycle"):
         if stage.clusters:

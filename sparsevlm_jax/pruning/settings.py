@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import numpy as np
+from jaxtyping import Int
 
 from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.pruning.options import HeadOptions, Options, RankOptions
 
 DEPTH = 32  # decoder layers of the models for which the papers publish layers and counts
 PRUNING_LAYERS = (2, 6, 15)  # after which the released code prunes, of 32 layers, 0-based
@@ -13,17 +18,19 @@ V1_PRUNING_LAYERS = (2, 6, 15, 19)
 PUBLISHED_VISUAL_TOKENS = 576
 V1_SCALE_AND_BIAS = {192: (13.5, 0.0), 128: (9.0, 6.0), 64: (0.8, 0.0)}
 BUDGETS = ("keep", "keep_at", "flops_share", "cache_bytes")  # the settings that say how much is pruned
+_RECYCLING = {"recycle_ratio": "ratio", "recycle_group": "group"}  # flat names of `Recycling`'s fields
+
+Part = TypeVar("Part")
 
 
 @dataclass(frozen=True)
-class Sparsity:
-    """What to prune and how.
+class Budget:
+    """How many visual tokens stay, and where others go.
 
-    The counts come from the first of `scale`, `keep_at`, `keep`, `flops_share`, `cache_bytes` and `ratio` that is set;
-    with none of them a third of the visual tokens are kept.
+    The counts come from the first of `keep_at`, `keep`, `flops_share`, `cache_bytes` and `ratio` that is set; with none
+    of them a third of the visual tokens are kept.
 
     Attributes:
-      method: a name in `methods.METHODS`, which says how tokens are scored; "dense" prunes nothing.
       keep: equivalent tokens as the authors count them: the mean over layers of the visual tokens standing after
         each layer. Their "192" is 192.03.
       keep_at: (layer, count) pairs: after that layer (0-based) keep min(count, visual tokens - 1).
@@ -32,19 +39,8 @@ class Sparsity:
       ratio: keep this share of what is left at every pruning layer.
       layers: pruning layers where `keep_at` does not name them; -1 is before the first. None scales
         `published_layers`, which are those of a 32-layer decoder, to the model's depth.
-      scale, bias: v1 keeps int(rank * scale + bias).
-      heads: attention heads that v2.0 selects (14 in the released code, whatever the model).
-      gravity_floor: v2.0 bounds its distance correction from below by this; 0 leaves it as released.
-      recycle: merge some of the dropped tokens (v1, v1.5) instead of losing them all (v2.0).
-      recycle_ratio, recycle_group: int(ratio * dropped) + 1 tokens are merged into int(that / group) + 1.
-      positions: rotary positions after pruning, "renumber" (v1, v1.5) or "keep" (v2.0).
-      jitter: amplitude of the density noise that replays recorded traces (the array is an argument of `prefill`).
-      seed: of methods that draw random numbers; None for those that draw none. `prefill` also takes it traced.
-      ladder: run v1's stages as programs of their own, each as long as the rows need, rather than as one program
-        with masks. `generate` does; the pure `prefill` has one program in any case.
     """
 
-    method: str
     keep: int | None = None
     keep_at: tuple[tuple[int, int], ...] | None = None
     flops_share: float | None = None
@@ -52,48 +48,70 @@ class Sparsity:
     ratio: float | None = None
     layers: tuple[int, ...] | None = None
     published_layers: tuple[int, ...] = PRUNING_LAYERS
-    scale: float | None = None
-    bias: float | None = None
-    heads: int = 14
-    gravity_floor: float = 0.0
-    recycle: bool = True
-    recycle_ratio: float = 0.3
-    recycle_group: int = 10
-    positions: str = "renumber"
-    jitter: float = 1e-6
-    seed: int | None = None
-    ladder: bool = False
 
     def __post_init__(self) -> None:
-        if self.positions not in ("renumber", "keep"):
-            raise UserError(f'positions is "{self.positions}": expected "renumber" or "keep"')
         if self.keep is not None and self.keep < 1:
             raise UserError(f"keep={self.keep}: at least 1 visual token has to stay")
-        if not 0 <= self.recycle_ratio <= 1 or self.recycle_group < 1:
-            raise UserError(
-                f"recycle_ratio {self.recycle_ratio} must be in [0, 1], recycle_group {self.recycle_group} at least 1"
-            )
         for layer, count in self.keep_at or ():
             if layer < -1 or count < 0:
                 raise UserError(f"keep_at=({layer}, {count}): layers count from 0 (-1: before the first), counts too")
-        for option, value in (("scale", self.scale), ("bias", self.bias)):
-            if value is not None and not abs(value) < 1e6:  # nan is not
-                raise UserError(f"{option}={value}: a number below a million is expected")
-        if self.heads < 1:
-            raise UserError(f"heads={self.heads}: at least 1")
         for option, share in (("flops_share", self.flops_share), ("ratio", self.ratio)):
             if share is not None and not 0 < share <= 1:
                 raise UserError(f"{option}={share}: a share in (0, 1] is expected")
 
+
+@dataclass(frozen=True)
+class Recycling:
+    """Some of the dropped tokens are merged (v1, v1.5) instead of lost: the best-scored, by density-peak clustering.
+
+    Attributes:
+      ratio: int(ratio * dropped) + 1 tokens are merged,
+      group: into int(that / group) + 1.
+    """
+
+    ratio: float = 0.3
+    group: int = 10
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio <= 1 or self.group < 1:
+            raise UserError(f"recycle_ratio {self.ratio} must be in [0, 1], recycle_group {self.group} at least 1")
+
+
+@dataclass(frozen=True)
+class Sparsity:
+    """What to prune and how.
+
+    Attributes:
+      method: a name in `methods.METHODS`, which says how tokens are scored; "dense" prunes nothing.
+      budget: how many stay, and after which layers.
+      recycling: what becomes of the dropped tokens; None loses them all (v2.0).
+      options: those that only this method has.
+      positions: rotary positions after pruning, "renumber" (v1, v1.5) or "keep" (v2.0).
+      jitter: amplitude of the density noise that replays recorded traces (the array is an argument of `prefill`).
+      seed: of methods that draw random numbers; None for those that draw none. `prefill` also takes it traced.
+    """
+
+    method: str
+    budget: Budget = Budget()
+    recycling: Recycling | None = Recycling()
+    options: Options = Options()
+    positions: str = "renumber"
+    jitter: float = 1e-6
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.positions not in ("renumber", "keep"):
+            raise UserError(f'positions is "{self.positions}": expected "renumber" or "keep"')
+
     @classmethod
     def dense(cls) -> Sparsity:
         """No pruning: one stage."""
-        return cls(method="dense", recycle=False)
+        return cls("dense", recycling=None)
 
     @classmethod
     def v15(cls, keep: int | None = None, keep_at: Sequence[tuple[int, int]] | None = None) -> Sparsity:
         """SparseVLM v1.5: fixed counts, recycling, renumbered positions (the paper's tables come from this line)."""
-        return cls(method="v1.5", keep=keep, keep_at=None if keep_at is None else tuple(keep_at))
+        return cls("v1.5", Budget(keep, None if keep_at is None else tuple(keep_at)))
 
     @classmethod
     def v1(cls, keep: int | None = None, scale: float | None = None, bias: float | None = None) -> Sparsity:
@@ -112,28 +130,72 @@ class Sparsity:
                 known = ", ".join(map(str, V1_SCALE_AND_BIAS))
                 raise UserError(f"{found}: v1 knows `keep` {known}; for anything else set `scale` and `bias`")
             scale, bias = V1_SCALE_AND_BIAS[keep]
-        return cls(method="v1", scale=scale, bias=bias, published_layers=V1_PRUNING_LAYERS)
+        return cls("v1", Budget(published_layers=V1_PRUNING_LAYERS), options=RankOptions(scale, bias))
 
     @classmethod
     def v20(
         cls, keep: int | None = None, keep_at: Sequence[tuple[int, int]] | None = None, heads: int = 14
     ) -> Sparsity:
         """SparseVLM+ (v2.0): gravity correction, head selection, no recycling, positions kept."""
-        counts = None if keep_at is None else tuple(keep_at)
-        return cls(method="v2.0", keep=keep, keep_at=counts, heads=heads, recycle=False, positions="keep")
+        budget = Budget(keep, None if keep_at is None else tuple(keep_at))
+        return cls("v2.0", budget, recycling=None, options=HeadOptions(heads), positions="keep")
+
+    def changed(self, **settings: Any) -> Sparsity:
+        """These settings with some of them changed, each by the name that it has in `methods.sparsity`.
+
+        Those names are the fields of `budget`, `options` and of this class itself, `recycle` (whether), and
+        `recycle_ratio` and `recycle_group` for the fields of `recycling`.
+
+        Raises:
+          UserError: no such setting, or a value that it cannot have.
+        """
+        known = (*names_of(self.budget), *names_of(self.options), "recycle", *_RECYCLING, *_OWN)
+        for name in settings:
+            if name not in known:
+                raise UserError(f"{self.method} has no setting `{name}`: it has {', '.join(known)}")
+        return replace(
+            self,
+            budget=_part(self.budget, settings),
+            options=_part(self.options, settings),
+            recycling=_recycling(self, settings),
+            **{name: value for name, value in settings.items() if name in _OWN},
+        )
 
     def pool(self, dropped: int) -> int:
         """Dropped tokens that are recycled: the best-scored int(ratio * dropped) + 1 (released code; 0.3)."""
-        return min(int(self.recycle_ratio * dropped) + 1, dropped) if self.recycle else 0
+        return int(self.recycled(np.array([dropped]))[0][0])
 
     def clusters(self, dropped: int) -> int:
         """Merged tokens that they become: int(pool / 10) + 1."""
-        pool = self.pool(dropped)
-        return min(pool // self.recycle_group + 1, pool)
+        return int(self.recycled(np.array([dropped]))[1][0])
 
-    def standing(self, visual: int, keep: int) -> int:
-        """Visual tokens after pruning `visual` down to min(keep, visual - 1) kept ones, merged tokens included."""
-        if not visual:
-            return 0
-        kept = min(keep, visual - 1)
-        return kept + self.clusters(visual - kept)
+    def recycled(self, dropped: Int[np.ndarray, "n"]) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+        """`pool` and `clusters` of many numbers at once."""
+        if self.recycling is None:
+            return np.zeros_like(dropped), np.zeros_like(dropped)
+        pool = np.minimum((self.recycling.ratio * dropped).astype(np.int64) + 1, dropped)
+        return pool, np.minimum(pool // self.recycling.group + 1, pool)
+
+
+_OWN = ("positions", "jitter", "seed")
+
+
+def names_of(part: Any) -> tuple[str, ...]:
+    """The fields of a part of the settings."""
+    return tuple(field.name for field in fields(part))
+
+
+def _part(part: Part, settings: Mapping[str, Any]) -> Part:
+    """A part of the settings with those of its fields changed that are among `settings`."""
+    return replace(part, **{name: value for name, value in settings.items() if name in names_of(part)})  # type: ignore
+
+
+def _recycling(sparsity: Sparsity, settings: Mapping[str, Any]) -> Recycling | None:
+    """What `recycle`, `recycle_ratio` and `recycle_group` make of the recycling."""
+    given = {field: settings[name] for name, field in _RECYCLING.items() if name in settings}
+    if settings.get("recycle", sparsity.recycling is not None):
+        return replace(sparsity.recycling or Recycling(), **given)
+    if given:
+        names = " and ".join(f"`{name}`" for name in _RECYCLING if name in settings)
+        raise UserError(f"{names}: {sparsity.method} recycles nothing here; set `recycle` too")
+    return None

@@ -29,6 +29,7 @@ class Tokens(NamedTuple):
     lengths: Int[Array, "b"]
     saliency: Float[Array, "b l"] | None  # how much the vision tower itself looks at each visual token
     add: Float[Array, "b l i d"] | None = None  # what the next i layers each add to their output
+    keep: tuple[Int[Array, "b"], ...] | None = None  # at each pruning layer ahead; None where the plan's counts hold
 
     @property
     def valid(self) -> Bool[Array, "b l"]:
@@ -262,6 +263,7 @@ def rebuild(
         lengths=lengths,
         saliency=None if tokens.saliency is None else gather(tokens.saliency, mean),
         add=None if tokens.add is None else gather(tokens.add, mean),
+        keep=None if tokens.keep is None else tokens.keep[1:],
     )
     return shorter, source
 

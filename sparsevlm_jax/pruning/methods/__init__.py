@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from sparsevlm_jax.errors import UserError
@@ -29,6 +28,10 @@ METHODS: dict[str, Method] = {
 def sparsity(method: str, **settings: Any) -> Sparsity:
     """The settings of a method by name, changed where `settings` says so (None leaves a setting as it is).
 
+    Args:
+      method: a name in `METHODS`.
+      settings: by their flat names, as `Sparsity.changed` takes them.
+
     Raises:
       UserError: no such method, or settings that it does not take.
     """
@@ -44,7 +47,7 @@ def sparsity(method: str, **settings: Any) -> Sparsity:
             raise UserError(f"`{name}` belongs to `method` {' or '.join(owners)}, not to {method}")
         if name in BUDGETS:
             own.refuse_budget(name)
-    return replace(own.settings, **given) if own.settle is None else own.settle(**given)
+    return own.settings.changed(**given) if own.settle is None else own.settle(**given)
 
 
 def as_sparsity(given: Sparsity | str | None) -> Sparsity:

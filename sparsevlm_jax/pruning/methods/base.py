@@ -16,7 +16,7 @@ from sparsevlm_jax.config import TextConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.ops.attention import attention_rows
 from sparsevlm_jax.pruning.plan import StagePlan
-from sparsevlm_jax.pruning.settings import BUDGETS, Sparsity
+from sparsevlm_jax.pruning.settings import BUDGETS, Sparsity, names_of
 from sparsevlm_jax.pruning.sparsify import Tokens, positions_where, take
 from sparsevlm_jax.rotary import Rope
 
@@ -37,8 +37,12 @@ class Layer(NamedTuple):
 
     @property
     def kept(self) -> Int[Array, "b"]:
-        """Visual tokens that each row keeps, by the plan: at least one is dropped."""
-        return jnp.minimum(self.stage.keep or 0, jnp.maximum(jnp.sum(self.tokens.visual, axis=1) - 1, 0))
+        """Visual tokens that each row keeps, by the plan: what the row's own number of tokens says, else all but one
+        at most."""
+        visual = jnp.sum(self.tokens.visual, axis=1)
+        if self.tokens.keep is not None:
+            return jnp.minimum(self.tokens.keep[0], visual)
+        return jnp.minimum(self.stage.keep or 0, jnp.maximum(visual - 1, 0))
 
     def ordinals(self) -> Int[Array, "b l"]:
         """Number of each visual token among those of its row, in order from 0."""
@@ -73,12 +77,17 @@ def _anything(sparsity: Sparsity, text: TextConfig) -> None:
     """For methods that run on every decoder."""
 
 
+def _never(sparsity: Sparsity) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Method:
     """A way to have fewer visual tokens, and all that others may want to know of it.
 
     Attributes:
-      settings: its own layers, positions and recycling, with no budget set; a seed if it draws random numbers.
+      settings: its own layers, positions, recycling and options, with no budget set; a seed if it draws random
+        numbers.
       score: rates the visual tokens at a pruning layer; None where there is no pruning layer.
       source: where it comes from.
       summary: how it ranks visual tokens, in a line for people; by default its source.
@@ -86,11 +95,11 @@ class Method:
       needs_saliency: the score reads `Tokens.saliency`.
       looks_ahead: the score's queries and keys are the next layer's, where there is one.
       budgets: the settings of `settings.BUDGETS` that it takes; `no_budget` says why no others.
-      options: settings of its own, which others refuse.
       settle: its settings from what a caller gives, where that is more than to set fields.
       require: refuses settings that a decoder does not allow.
       published_counts: equivalent tokens -> counts kept at `PRUNING_LAYERS`, as released.
       kept_by_rank: how many tokens stay for a rank, where data decides that; `Scores.keep` says so at run time.
+      by_rungs: whether such a plan's stages run as programs of their own (`generation.ladder`).
       shrink_images: makes pixels [m, 3, h, w] smaller, to so many per side, before the tower.
       shrink_features: makes projected patches [m, v, d] fewer, to so many per side, after it.
     """
@@ -104,17 +113,22 @@ class Method:
     looks_ahead: bool = False
     budgets: tuple[str, ...] = BUDGETS
     no_budget: str = ""
-    options: tuple[str, ...] = ()
     settle: Callable[..., Sparsity] | None = None
     require: Callable[[Sparsity, TextConfig], None] = _anything
     published_counts: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     kept_by_rank: Callable[[Sparsity, int], int] | None = None
+    by_rungs: Callable[[Sparsity], bool] = _never
     shrink_images: Callable[[Array, int], Array] | None = None
     shrink_features: Callable[[Array, int], Array] | None = None
 
     @property
     def name(self) -> str:
         return self.settings.method
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Names of the settings that are its own, which others refuse."""
+        return names_of(self.settings.options)
 
     @property
     def draws(self) -> bool:

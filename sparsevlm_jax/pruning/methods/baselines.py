@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparsevlm_jax.pruning.methods.base import Layer, Method, Scores
-from sparsevlm_jax.pruning.settings import Sparsity
+from sparsevlm_jax.pruning.settings import Budget, Sparsity
 
 
 def score_at_random(layer: Layer, sparsity: Sparsity) -> Scores:
@@ -66,8 +66,8 @@ def pool_patches(features: Float[Array, "m _v d"], grid: int) -> Float[Array, "m
     return pooled.reshape(images, grid * grid, width).astype(features.dtype)
 
 
-def _settings(method: str, *, positions: str = "keep", **settings) -> Sparsity:  # noqa: ANN003
-    return Sparsity(method=method, recycle=False, positions=positions, **settings)
+def _settings(method: str, *, positions: str = "keep", seed: int | None = None, **budget) -> Sparsity:  # noqa: ANN003
+    return Sparsity(method, Budget(**budget), recycling=None, positions=positions, seed=seed)
 
 
 RANDOM = Method(

@@ -9,7 +9,6 @@ Axis letters: b batch, l sequence length, n heads, r raters, h head dim.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,8 @@ from sparsevlm_jax.config import TextConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.ops.rope import apply_rope
 from sparsevlm_jax.pruning.methods.base import Layer, Method, Scores
-from sparsevlm_jax.pruning.settings import V1_PRUNING_LAYERS, Sparsity
+from sparsevlm_jax.pruning.options import HeadOptions, RankOptions
+from sparsevlm_jax.pruning.settings import V1_PRUNING_LAYERS, Budget, Sparsity
 from sparsevlm_jax.pruning.sparsify import EXACT, score_visual, take
 from sparsevlm_jax.rotary import Rope
 
@@ -53,20 +53,21 @@ def score_by_selected_heads(layer: Layer, sparsity: Sparsity) -> Scores:
 
     Gravity changes sign at distances beyond about 1700 (head dim 128, base 10000); the released code divides all the
     same, so far tokens can get huge or negative scores, and so they do here. A pair whose gravity is exactly zero
-    counts as zero; `sparsity.gravity_floor` above zero bounds gravity from below, which keeps every score finite and
+    counts as zero; `gravity_floor` above zero bounds gravity from below, which keeps every score finite and
     in the order of the attention (the choice for inputs longer than the released models take).
     """
+    options = head_options(sparsity)
     rows, raters = layer.rater_rows()
     tokens = layer.tokens
     weight = gravity(tokens.positions, rows, layer.rope)
-    if sparsity.gravity_floor:
-        weight = jnp.maximum(weight, sparsity.gravity_floor)
+    if options.gravity_floor:
+        weight = jnp.maximum(weight, options.gravity_floor)
     weight = weight[:, None]
     pairs = (raters[:, :, None] & tokens.visual[:, None, :])[:, None]
     corrected = jnp.where(pairs & (weight != 0), layer.attention(rows) / jnp.where(weight == 0, 1.0, weight), 0.0)
     sums = jnp.sum(corrected, axis=(2, 3))
-    heads = select_heads(sums, sparsity.heads)
-    selected = jnp.sum(jnp.where(heads[:, :, None, None], corrected, 0.0), axis=1, keepdims=True) / sparsity.heads
+    heads = select_heads(sums, options.heads)
+    selected = jnp.sum(jnp.where(heads[:, :, None, None], corrected, 0.0), axis=1, keepdims=True) / options.heads
     return Scores(score_visual(selected, raters), details={"head_sums": sums, "heads": heads, "gravity": weight[:, 0]})
 
 
@@ -107,32 +108,44 @@ def numerical_rank(
 
 def kept_by_rank(sparsity: Sparsity, rank: int) -> int:
     """v1's law: int(rank * scale + bias), never below zero."""
-    assert sparsity.scale is not None and sparsity.bias is not None
-    return max(int(rank * sparsity.scale + sparsity.bias), 0)
+    options = rank_options(sparsity)
+    assert options.scale is not None and options.bias is not None
+    return max(int(rank * options.scale + options.bias), 0)
+
+
+def rank_options(sparsity: Sparsity) -> RankOptions:
+    """v1's own options, out of its settings."""
+    assert isinstance(sparsity.options, RankOptions)
+    return sparsity.options
+
+
+def head_options(sparsity: Sparsity) -> HeadOptions:
+    """v2.0's own options, out of its settings."""
+    assert isinstance(sparsity.options, HeadOptions)
+    return sparsity.options
 
 
 def _settle_v1(keep: int | None = None, scale: float | None = None, bias: float | None = None, **others) -> Sparsity:  # noqa: ANN003
-    return replace(Sparsity.v1(keep, scale, bias), **others)
+    return Sparsity.v1(keep, scale, bias).changed(**others)
 
 
 def _require_heads(sparsity: Sparsity, text: TextConfig) -> None:
-    if sparsity.heads > text.num_attention_heads:
-        raise UserError(
-            f"v2.0 selects {sparsity.heads} heads, the decoder has {text.num_attention_heads}: set `heads` to fewer"
-        )
+    heads = head_options(sparsity).heads
+    if heads > text.num_attention_heads:
+        raise UserError(f"v2.0 selects {heads} heads, the decoder has {text.num_attention_heads}: set `heads` to fewer")
 
 
 V1 = Method(
-    Sparsity(method="v1", published_layers=V1_PRUNING_LAYERS),
+    Sparsity("v1", Budget(published_layers=V1_PRUNING_LAYERS), options=RankOptions()),
     score_by_rank,
     "SparseVLM, released code of October 2024 (rank-adaptive)",
     summary="v1: scores as in v1.5; int(rank * scale + bias) tokens stay, at most all but one",
     guided=True,
     budgets=("keep",),
     no_budget="its counts follow from `scale` and `bias`",
-    options=("scale", "bias", "ladder"),
     settle=_settle_v1,
     kept_by_rank=kept_by_rank,
+    by_rungs=lambda sparsity: rank_options(sparsity).ladder,
 )
 V15 = Method(
     Sparsity.v15(),
@@ -149,7 +162,6 @@ V20 = Method(
     summary="v2.0: attention divided by rotary gravity, mean over the heads that look at the image most, "
     "then over raters",
     guided=True,
-    options=("heads",),
     require=_require_heads,
     published_counts={192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)},
 )
