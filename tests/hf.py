@@ -39,30 +39,33 @@ def tiny_llava(
     seed: int = 0,
     max_position: int = 2048,
     processor: bool = True,
+    family: str = "llava",
     tower: str = "clip_vision_model",
+    tower_layers: int = 3,
     decoder: str = "llama",
     top: Mapping[str, Any] | None = None,
     **text: Any,
 ) -> Path:
-    """Saves a random LlavaForConditionalGeneration, float32, with or without its tokenizer and image processor.
+    """Saves a random model, float32, with or without its tokenizer and image processor.
 
-    Tower and decoder are of any model type that transformers has; `text` are entries of the decoder's configuration
+    Family, tower and decoder are of any model type that transformers has; `text` are entries of the decoder's configuration
     beside the sizes, `top` those of the whole.
 
     Weights are drawn wider than transformers does, so that logits are well apart and a wrong step shows. No token
     ends an answer: random weights would end it anywhere.
     """
     import torch
-    from transformers import AutoConfig, LlavaConfig, LlavaForConditionalGeneration
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
     tokenizer = llama_tokenizer()
     assert len(tokenizer) <= vocab, f"the tokenizer has {len(tokenizer)} tokens, vocab is {vocab}"
-    config = LlavaConfig(
+    config = AutoConfig.for_model(
+        family,
         vision_config=AutoConfig.for_model(
             tower,
             hidden_size=32,
             intermediate_size=64,
-            num_hidden_layers=3,
+            num_hidden_layers=tower_layers,
             num_attention_heads=4,
             image_size=image_size,
             patch_size=patch_size,
@@ -83,7 +86,7 @@ def tiny_llava(
         image_seq_length=(image_size // patch_size) ** 2,
         **(top or {}),
     )
-    model = LlavaForConditionalGeneration(config).eval()
+    model: Any = AutoModelForImageTextToText.from_config(config).eval()
     random = np.random.default_rng(seed)
     with torch.no_grad():
         for name, tensor in sorted(model.named_parameters()):
@@ -101,7 +104,11 @@ def tiny_llava(
     model.save_pretrained(path)
     if processor:
         tokenizer.save_pretrained(path)
-        (siglip_processor if tower.startswith("siglip") else image_processor)(image_size).save_pretrained(path)
+        if family == "llava_next":
+            made = next_processor(image_size, config.image_grid_pinpoints)
+        else:
+            made = (siglip_processor if tower.startswith("siglip") else image_processor)(image_size)
+        made.save_pretrained(path)
     return path
 
 
@@ -134,6 +141,14 @@ def llama_tokenizer() -> Any:
     tokenizer = LlamaTokenizer(vocab=vocabulary, merges=list(MERGES), add_bos_token=True)
     tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<image>"]})
     return tokenizer
+
+
+def next_processor(tile: int, canvases: Any) -> Any:
+    """LLaVA-NeXT's image processor on Pillow."""
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    square = {"height": tile, "width": tile}
+    return LlavaNextImageProcessorPil(size={"shortest_edge": tile}, crop_size=square, image_grid_pinpoints=canvases)
 
 
 def image_processor(image_size: int) -> Any:

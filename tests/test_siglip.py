@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, SiglipVisionConfig, SiglipVisionModel
 
-from sparsevlm_jax import LlavaConfig, Sparsity, encode_images, load, make_plan
+from sparsevlm_jax import LlavaConfig, Sparsity, encode_images, load, make_plan, sparsity
 from sparsevlm_jax.checkpoints.assign import assign
 from sparsevlm_jax.checkpoints.convert import convert
 from sparsevlm_jax.checkpoints.export import to_hf
