@@ -48,8 +48,8 @@ def tiny_llava(
 ) -> Path:
     """Saves a random model, float32, with or without its tokenizer and image processor.
 
-    Family, tower and decoder are of any model type that transformers has; `text` are entries of the decoder's configuration
-    beside the sizes, `top` those of the whole.
+    Family, tower and decoder are of any model type that transformers has; `text` are entries of the decoder's
+    configuration beside the sizes, `top` those of the whole.
 
     Weights are drawn wider than transformers does, so that logits are well apart and a wrong step shows. No token
     ends an answer: random weights would end it anywhere.
