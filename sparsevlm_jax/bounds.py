@@ -56,6 +56,11 @@ def positive(value: object, name: str) -> float:
 # 8 bytes for each (JPEG), 12 with transparency, 20 at worst (WebP with transparency): a gigabyte.
 PIXELS = 50_331_648
 
+# Videos.
+FRAMES = 768  # that are sampled of one video; published systems take 8 to 64, Qwen2-VL up to 768
+VIDEO_PIXELS = 4 * PIXELS  # of all sampled frames: 600 MB; 24 frames of 3840 x 2160, 97 of 1920 x 1080
+VIDEO_FRAMES = 1_000_000  # of one file, which are all decoded to be counted: nine hours at 30 a second
+
 # A chat template and one rendering of it. Published ones have up to 30,000 characters and run some hundred steps.
 TEMPLATE_SOURCE = 65_536  # characters
 TEMPLATE_STEPS = 100_000  # blocks, calls and filters

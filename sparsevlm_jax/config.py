@@ -146,6 +146,12 @@ class ModelConfig(Protocol):
     @property
     def image_token_id(self) -> int: ...
     @property
+    def video_token_id(self) -> int | None:
+        """What stands for a video in token ids from a tokenizer; None where there are no videos. In the ids that a
+        model takes every visual token is `image_token_id`, of images and videos alike."""
+        ...
+
+    @property
     def attention(self) -> str:
         """The implementation of the decoder's attention: see `ops.attention.attend`."""
         ...
@@ -188,6 +194,14 @@ class ModelConfig(Protocol):
         """The visual tokens of an image of this size."""
         ...
 
+    def video_layout(self, frames: int) -> ImageLayout:
+        """The visual tokens of a video of so many frames.
+
+        Raises:
+          UserError: the family has no videos.
+        """
+        ...
+
     def visual_bucket(self, tokens: int) -> int:
         """To how many visual tokens a row with so many is padded."""
         ...
@@ -226,6 +240,20 @@ def refuse_quantised(config: Mapping[str, Any], source: str) -> None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
         by = f"quantised with {shown(method)}" if method else "quantised"
         raise UserError(f"{source}: {by} (quantization_config): give the unquantised checkpoint")
+
+
+def refuse_temporal_attention(config: Mapping[str, Any], source: str) -> None:
+    """The authors' layout of Video-LLaVA calls itself "llava" and is another model than the converted one.
+
+    Raises:
+      UserError: the configuration is of that layout.
+    """
+    if found := [key for key in ("mm_video_tower", "mm_image_tower") if key in config]:
+        raise UserError(
+            f"{source}: the original Video-LLaVA layout ({' and '.join(found)}), whose video tower attends over frames "
+            "(its temporal_attn, temporal_layer_norm1 and temporal_embedding): that is not computed; give a converted "
+            'checkpoint (model_type "video_llava"), which is a model without it'
+        )
 
 
 def token_id(value: Any, name: str) -> int:

@@ -25,6 +25,8 @@ _TOP = (
     "model_type",
     "image_token_index",
     "image_token_id",
+    "video_token_index",
+    "video_token_id",
     "image_grid_pinpoints",
     "vision_feature_layer",
     "vision_feature_layers",

@@ -46,6 +46,14 @@ def one_tile(grid: int, class_tokens: int, dropped: int) -> ImageLayout:
     return ImageLayout(1, order[:, None], None, order, places)
 
 
+def whole_tiles(tiles: int, grid: int, class_tokens: int) -> ImageLayout:
+    """Tiles one after the other, each patch by patch behind its class token: the frames of a video."""
+    one = one_tile(grid, class_tokens, 0)
+    order = np.arange(tiles * one.tokens)
+    places = np.tile(one.places, (tiles, 1)) + np.array([1, 0, 0]) * (order // one.tokens)[:, None]
+    return ImageLayout(tiles, order[:, None], None, order, places)
+
+
 def square(tile: int, height: int, width: int) -> Int[np.ndarray, "v 3"]:
     """The places of a rectangle of patches, row by row."""
     y, x = np.divmod(np.arange(height * width), width)

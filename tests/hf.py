@@ -57,7 +57,10 @@ def tiny_llava(
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    tokenizer = llama_tokenizer()
+    videos = family == "video_llava"
+    tokenizer = llama_tokenizer("<image>", "<video>") if videos else llama_tokenizer()
+    if videos:
+        top = {"video_token_index": tokenizer.convert_tokens_to_ids("<video>"), **(top or {})}
     assert len(tokenizer) <= vocab, f"the tokenizer has {len(tokenizer)} tokens, vocab is {vocab}"
     config = AutoConfig.for_model(
         family,
@@ -131,7 +134,7 @@ def tiny_processor(path: Path, *, image_size: int = 56) -> Path:
     return path
 
 
-def llama_tokenizer() -> Any:
+def llama_tokenizer(*markers: str) -> Any:
     """A Llama tokenizer: BPE over the letters with byte fallback, a space in front of the text, a BOS token."""
     from transformers import LlamaTokenizer
 
@@ -139,7 +142,7 @@ def llama_tokenizer() -> Any:
     pieces += ["".join(pair) for pair in MERGES]
     vocabulary = {piece: i for i, piece in enumerate(pieces)}
     tokenizer = LlamaTokenizer(vocab=vocabulary, merges=list(MERGES), add_bos_token=True)
-    tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": ["<image>"]})
+    tokenizer.add_special_tokens({"pad_token": "<pad>", "additional_special_tokens": [*(markers or ["<image>"])]})
     return tokenizer
 
 

@@ -240,7 +240,7 @@ def test_plain_answers_of_a_batch_come_in_the_order_of_the_questions(ask):
         (["--max-new-tokens", 5000], "more than the model's context of 2048"),
         (["--stream", "--json"], "--stream prints one answer as text"),
         (["--stream", "--question", "And this?"], "--stream prints one answer as text"),
-        (["--question", "<image> or <image>?"], "2 <image> markers, but 1 picture came"),
+        (["--question", "<image> or <image>?"], "2 <image> markers, but 1 image came"),
         (["--question", "caf\udce9?"], "--question: not text"),
         (["--image", "no-such.png"], "no-such.png: no such file"),
         (["--image", __file__], "test_cli.py: not a picture"),
@@ -311,7 +311,7 @@ def test_checkpoint_without_processor_cannot_be_asked(ask, broken):
 
 def test_image_markers_that_a_template_adds_are_an_error(ask, broken):
     (broken / "chat_template.jinja").write_text("{{ messages[0]['content'] }} <image>")
-    assert "2 <image> tokens for 1 picture" in error_of(ask("--model", broken))
+    assert "2 <image> tokens for 1 image" in error_of(ask("--model", broken))
 
 
 # `plan`

@@ -108,7 +108,7 @@ def test_pictures_go_with_their_prompts(images: Any, prompts: int, rows: Any) ->
 
 
 def test_pictures_for_another_number_of_prompts_are_refused() -> None:
-    with pytest.raises(UserError, match="3 prompts but pictures for 2: give a list of pictures per prompt, or one"):
+    with pytest.raises(UserError, match="3 prompts but images for 2: give a list of images per prompt, or one"):
         pictures_by_prompt(["a.png", "b.png"], 3)
 
 
@@ -218,13 +218,13 @@ def test_a_batch_may_mix_texts_and_messages(model: Model) -> None:
 
 
 def test_pictures_in_two_places_or_in_a_later_message_are_refused(model: Model, pictures: list[Image.Image]) -> None:
-    with pytest.raises(UserError, match="pictures in the messages and beside them"):
+    with pytest.raises(UserError, match="images in the messages and beside them"):
         sv.generate(model, pictures[0], [said(QUESTION, {"type": "image", "image": pictures[1]})])
     later = [said("what"), said("a cat", role="assistant"), said("and", {"type": "image", "image": pictures[0]})]
-    with pytest.raises(UserError, match="a picture in a later message"):
+    with pytest.raises(UserError, match="an image or video in a later message"):
         sv.generate(model, None, later)
     first = said("look at this", {"type": "image", "image": pictures[0]}, role="system")
-    with pytest.raises(UserError, match="a picture in the system's message"):
+    with pytest.raises(UserError, match="an image or video in the system's message"):
         sv.generate(model, None, [first, said("what")])
 
 

@@ -139,6 +139,7 @@ tiny = types.SimpleNamespace(
     image_token_id={config.image_token_id},
     vision=types.SimpleNamespace(image_size=56),
     most_tiles=None,
+    video_token_id=None,
     image_layout=lambda size: one_tile(4, 1, 1),
 )
 processor = processor.Processor.from_pretrained({str(folder)!r}, tiny)
@@ -177,9 +178,9 @@ def test_markers_of_the_question_stay_where_they_are(processor, config, template
 @pytest.mark.parametrize(
     "question, count, words",
     [
-        ("<image> or <image>?", 1, "2 <image> markers, but 1 picture came"),
-        ("<image>?", 2, "1 <image> marker, but 2 pictures came"),
-        ("<image>?", 0, "1 <image> marker, but 0 pictures came"),
+        ("<image> or <image>?", 1, "2 <image> markers, but 1 image came"),
+        ("<image>?", 2, "1 <image> marker, but 2 images came"),
+        ("<image>?", 0, "1 <image> marker, but 0 images came"),
     ],
 )
 def test_marker_count_other_than_pictures_is_an_error(processor, question, count, words):
@@ -209,7 +210,7 @@ def test_useless_chat_template_is_an_error(folder, config, template):
 
 def test_template_that_drops_markers_is_an_error(processor, config):
     template = "{{ messages[0]['content'] | replace('<image>', '') }}"
-    with pytest.raises(UserError, match="0 <image> tokens for 1 picture"):
+    with pytest.raises(UserError, match="0 <image> tokens for 1 image"):
         Processor(processor.tokenizer, processor.image_processor, template, config)([[SQUARE]], ["why?"])
 
 
@@ -336,7 +337,7 @@ def test_rows_share_one_array_of_pictures_in_order(processor):
 
 
 def test_other_number_of_questions_is_an_error(processor):
-    with pytest.raises(UserError, match="2 lists of pictures for 1 questions"):
+    with pytest.raises(UserError, match="2 lists of images for 1 questions"):
         processor([[], []], ["?"])
 
 

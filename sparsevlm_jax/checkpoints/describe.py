@@ -20,7 +20,7 @@ from sparsevlm_jax.files import user_path
 from sparsevlm_jax.models.family import FAMILIES, config_from_hf
 from sparsevlm_jax.text import printable
 
-_PARTS = ("vision_tower", "multi_modal_projector", "language_model")
+_PARTS = ("vision_tower", "image_tower", "video_tower", "multi_modal_projector", "language_model")
 
 
 class _Held(NamedTuple):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sparsevlm_jax.checkpoints.safetensors import Tensor
-from sparsevlm_jax.config import refuse_quantised
+from sparsevlm_jax.config import refuse_quantised, refuse_temporal_attention
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.inputs.images import clip_settings
 from sparsevlm_jax.inputs.processor import MARKER, PROMPT_END, PROMPT_START
@@ -72,6 +72,7 @@ def hf_config(config: Mapping[str, Any], tower: Mapping[str, Any] | None, source
       UserError: a variant that is not LLaVA-1.5, or a geometry that stands nowhere.
     """
     refuse_quantised(config, source)
+    refuse_temporal_attention(config, source)
     projector, select = config.get("mm_projector_type", "linear"), config.get("mm_vision_select_feature", "patch")
     if projector != "mlp2x_gelu":
         raise UserError(f'{source}: mm_projector_type is "{projector}", expected "mlp2x_gelu" (LLaVA-1.5)')

@@ -10,10 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
+from sparsevlm_jax import bounds
 from sparsevlm_jax.cli.options import Json, PruningOptions, spread_options
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.files import user_path
-from sparsevlm_jax.models.cost import Cost, cost, tower_xla_flops
+from sparsevlm_jax.models.cost import Cost, cost, frame_xla_flops, tower_xla_flops
 from sparsevlm_jax.models.family import config_of
 from sparsevlm_jax.models.presets import PRESETS
 from sparsevlm_jax.pruning.budgets import make_plan
@@ -31,7 +32,15 @@ def plan(
     *,
     model: Annotated[str, typer.Option(metavar="NAME_OR_DIR", help=f"{', '.join(PRESETS)}, or a folder.")],
     pruning: PruningOptions,
-    images: Annotated[int, typer.Option(metavar="N", min=1, max=MOST_IMAGES, help="Pictures in the prompt.")] = 1,
+    images: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N", min=1, max=MOST_IMAGES, help="Images in the prompt; default: 1, or none beside a video."
+        ),
+    ] = None,
+    video_frames: Annotated[
+        int, typer.Option(metavar="N", min=0, max=bounds.FRAMES, help="Frames of a video in the prompt.")
+    ] = 0,
     text_tokens: Annotated[
         int, typer.Option(metavar="N", min=1, max=MOST_TEXT_TOKENS, help="All tokens that are not visual.")
     ] = 118,
@@ -42,10 +51,16 @@ def plan(
     if model not in PRESETS and not user_path(model).exists():
         raise UserError(f"--model {model}: neither a folder nor one of {', '.join(PRESETS)}")
     config = PRESETS[model]() if model in PRESETS else config_of(user_path(model))
-    visual = images * config.tokens_per_image
+    if images is None:
+        images = 0 if video_frames else 1
+    visual = images * config.tokens_per_image if images else 0
+    if video_frames:
+        visual += config.video_layout(video_frames).tokens
     dense, pruned = (make_plan(s, config, visual, text_tokens) for s in (Sparsity.dense(), sparsity))
     dense_cost, pruned_cost = (cost(config, p, text_tokens) for p in (dense, pruned))
-    tower = tower_xla_flops(config, pruned) * images
+    tower = tower_xla_flops(config, pruned) * images if images else 0.0
+    if video_frames:
+        tower += frame_xla_flops(config) * video_frames
     if as_json:
         report = {
             "model": model,

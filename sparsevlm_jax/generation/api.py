@@ -17,11 +17,13 @@ from sparsevlm_jax.inputs.images import ImageLike
 from sparsevlm_jax.inputs.messages import Asked, read_prompts
 from sparsevlm_jax.inputs.packing import TiledImages
 from sparsevlm_jax.inputs.processor import Processor
+from sparsevlm_jax.inputs.video import SAMPLING, Sampling, VideoLike
 from sparsevlm_jax.models.stages import ImageFeatures, Params
 from sparsevlm_jax.pruning.methods import as_sparsity
 from sparsevlm_jax.pruning.settings import Sparsity
 
 Images = ImageLike | Sequence[ImageLike | None] | Sequence[Sequence[ImageLike]] | None
+Videos = VideoLike | Sequence[VideoLike | None] | Sequence[Sequence[VideoLike]] | None
 
 
 def generate_ids(
@@ -75,8 +77,11 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     aspect: str | None = None,
+    videos: Videos = None,
+    frames: int = SAMPLING.frames,
+    sampling: str = SAMPLING.rule,
 ) -> str | list[str]:
-    """Answers questions about pictures.
+    """Answers questions about images and videos.
 
     Args:
       model: from `load`, with its processor.
@@ -87,15 +92,19 @@ def generate(
       sparsity: what to prune, or a method's name; by default v1.5 with a third of the visual tokens.
       max_new_tokens, temperature, top_p: see `generate_ids`; `seed` makes the PRNG key.
       aspect: "pad", "crop", or None for what the checkpoint's processor says.
+      videos: as `images`: a file each (the extra `video`), or an array of frames, uint8 [t, h, w, 3]. By default they
+        come behind the images; questions may hold `<video>` markers.
+      frames, sampling: how many frames of a video the model sees, and by which rule they are taken: "linspace" or
+        "arange", see `inputs.video.frame_indices`.
 
     Returns:
       The answer, or a list of answers.
 
     Raises:
-      UserError: bad pictures, prompts or settings, or logits that are not finite.
+      UserError: bad images, videos, prompts or settings, or logits that are not finite.
     """
     asked, alone = read_prompts(prompts)
-    batch = _in_ids(model, images, asked, aspect)
+    batch = _in_ids(model, images, videos, asked, aspect, Sampling(frames, sampling))
     settings = settings_for(model, sparsity, max_new_tokens, temperature, top_p, seed)
     generation = require_finite(generate_ids(*batch, **settings), model.params)
     answers = [require_processor(model).decode(tokens) for tokens in generation.tokens]
@@ -114,12 +123,15 @@ def stream(
     seed: int = 0,
     aspect: str | None = None,
     every: int = 1,
+    videos: Videos = None,
+    frames: int = SAMPLING.frames,
+    sampling: str = SAMPLING.rule,
 ) -> Iterator[str]:
     """Answers one question piece by piece; the pieces joined are what `generate` returns."""
     asked, alone = read_prompts(prompt)
     if not alone:
         raise UserError("stream answers one question: give a text or one list of messages")
-    batch = _in_ids(model, images, asked, aspect)
+    batch = _in_ids(model, images, videos, asked, aspect, Sampling(frames, sampling))
     settings = settings_for(model, sparsity, max_new_tokens, temperature, top_p, seed)
     instalments = stream_ids(*batch, every=every, **settings)
     for piece, _ in pieces(instalments, require_processor(model), model.params):
@@ -162,16 +174,23 @@ def require_finite(generation: Generation, params: Params) -> Generation:
 
 
 def _in_ids(
-    model: Model, images: Images, asked: Sequence[Asked], aspect: str | None
+    model: Model, images: Images, videos: Videos, asked: Sequence[Asked], aspect: str | None, sampling: Sampling
 ) -> tuple[Params, ModelConfig, list[np.ndarray], np.ndarray | TiledImages]:
-    """What `generate_ids` takes, from pictures and questions."""
-    rows: list[list[ImageLike]] = [one.pictures for one in asked]
-    if not any(rows):
-        rows = pictures_by_prompt(images, len(asked))
-    elif any(pictures_by_prompt(images, 1)[0]):
-        raise UserError("pictures in the messages and beside them: give them in one place")
-    inputs = require_processor(model)(rows, [one.conversation for one in asked], aspect)
+    """What `generate_ids` takes, from images, videos and questions."""
+    shown = _in_one_place([one.pictures for one in asked], images, "images")
+    filmed = _in_one_place([one.videos for one in asked], videos, "videos")
+    questions = [one.conversation for one in asked]
+    inputs = require_processor(model)(shown, questions, aspect, filmed, sampling)
     return model.params, model.config, inputs.ids, inputs.images
+
+
+def _in_one_place(held: list[list[Any]], beside: Any, kind: str) -> list[list[Any]]:
+    """Images or videos of each question: those that its messages hold, or those that were given beside them."""
+    if not any(held):
+        return pictures_by_prompt(beside, len(held), kind)
+    if any(pictures_by_prompt(beside, 1)[0]):
+        raise UserError(f"{kind} in the messages and beside them: give them in one place")
+    return held
 
 
 def settings_for(
@@ -199,8 +218,8 @@ def settings_for(
     }
 
 
-def pictures_by_prompt(images: Images, prompts: int) -> list[list[ImageLike]]:
-    """A list of pictures for every prompt, or one that goes with each of them, from what `generate` takes.
+def pictures_by_prompt(images: Images | Videos, prompts: int, kind: str = "images") -> list[list[Any]]:
+    """A list of images, or videos, for every prompt, or one that goes with each of them, from what `generate` takes.
 
     Raises:
       UserError: neither.
@@ -214,7 +233,7 @@ def pictures_by_prompt(images: Images, prompts: int) -> list[list[ImageLike]]:
         return rows or [[]]
     if len(rows) != prompts:
         raise UserError(
-            f"{prompts} prompts but pictures for {len(rows)}: give a list of pictures per prompt, or one for all"
+            f"{prompts} prompts but {kind} for {len(rows)}: give a list of {kind} per prompt, or one for all"
         )
     return rows
 

@@ -217,8 +217,9 @@ def _plan_of_rows(sparsity: Sparsity, config: ModelConfig, packed: Packed) -> Pl
     row_counts = None
     if config.canvases:
         row_counts = range(packed.visual + 1)
-    elif len(counts) > 1 and not any(count % config.tokens_per_image for count in counts):
-        row_counts = range(0, packed.visual + 1, config.tokens_per_image)
+    elif len(counts) > 1:
+        step = config.tokens_per_image if config.video_token_id is None else 1
+        row_counts = None if any(count % step for count in counts) else range(0, packed.visual + 1, step)
     plan = make_plan(sparsity, config, packed.visual, packed.text, row_counts=row_counts)
     for count in counts:
         plan_of_row(plan, count)

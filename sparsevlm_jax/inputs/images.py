@@ -142,7 +142,7 @@ def _opened(source: Any, name: str) -> Iterator[Image.Image]:
         with open_regular(Path(source)) as stream:
             yield identify(stream, Path(source))
     elif isinstance(source, OtherArray):
-        yield _from_array(_taken(source))
+        yield _from_array(as_array(source))
     else:
         raise UserError(f"{type(source).__name__} is none: give the name of a file, a Pillow picture or an array")
 
@@ -163,7 +163,12 @@ def identify(stream: BinaryIO | io.BytesIO, file: Path) -> Image.Image:
     raise UserError("not a picture, or of a kind that is not read")
 
 
-def _taken(source: Any) -> np.ndarray:
+def as_array(source: Any) -> np.ndarray:
+    """An array of another library, on the host.
+
+    Raises:
+      UserError: it cannot be taken.
+    """
     try:
         return np.asarray(source)
     except Exception as error:  # of whose library it is; torch wants gradients and other devices left behind first
@@ -217,7 +222,16 @@ def _rgb(image: Image.Image) -> Image.Image:
             grey[y] = np.round(row / 257)
         return Image.fromarray(grey).convert("RGB")
     if image.has_transparency_data:
-        flat = Image.new("RGBA", image.size, "white")
-        flat.alpha_composite(image if image.mode == "RGBA" else image.convert("RGBA"))
-        return flat.convert("RGB")
+        return _over_white(image if image.mode == "RGBA" else image.convert("RGBA"))
     return image.convert("RGB")
+
+
+def over_white(pixels: np.ndarray) -> np.ndarray:
+    """8-bit RGBA [height, width, 4] composited on white: RGB [height, width, 3]."""
+    return np.asarray(_over_white(Image.fromarray(pixels)))
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    flat = Image.new("RGBA", image.size, "white")
+    flat.alpha_composite(image)
+    return flat.convert("RGB")

@@ -12,8 +12,12 @@ from PIL import Image
 
 from sparsevlm_jax.errors import UserError, first_line
 from sparsevlm_jax.inputs.images import ImageLike, identify
+from sparsevlm_jax.inputs.video import VideoLike
 
-SHAPE = '[{"role": "user", "content": TEXT or a list of {"type": "text", "text": TEXT} and {"type": "image"}}]'
+SHAPE = (
+    '[{"role": "user", "content": TEXT or a list of {"type": "text", "text": TEXT}, {"type": "image"} and '
+    '{"type": "video"}}]'
+)
 
 
 class Conversation(NamedTuple):
@@ -25,10 +29,11 @@ class Conversation(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """A conversation, and the pictures that its messages hold themselves."""
+    """A conversation, and the images and videos that its messages hold themselves."""
 
     conversation: Conversation
     pictures: list[ImageLike]
+    videos: list[VideoLike]
 
 
 def read_prompts(prompts: Any) -> tuple[list[Asked], bool]:
@@ -55,44 +60,47 @@ def _is_messages(prompt: Any) -> bool:
 
 def _read(prompt: Any) -> Asked:
     if isinstance(prompt, str):
-        return Asked(Conversation(prompt), [])
+        return Asked(Conversation(prompt), [], [])
     if not _is_messages(prompt):
         raise UserError(f"a prompt is {_named(prompt)}: a text is expected, or messages, {SHAPE}")
     messages = [(message.get("role"), *_content(message)) for message in prompt]
     system = None
     if messages[0][0] == "system":
-        if messages[0][2]:
-            raise UserError("a picture in the system's message: all pictures come with the first question")
+        if messages[0][2] or messages[0][3]:
+            raise UserError("an image or video in the system's message: all of them come with the first question")
         system, messages = messages[0][1], messages[1:]
-    roles = [role for role, _, _ in messages]
+    roles = [role for role, *_ in messages]
     if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
         said = ", ".join(map(str, roles))
         raise UserError(f"messages by {said or 'nobody'}: expected user and assistant in turn, a question last")
-    if any(pictures for _, _, pictures in messages[1:]):
-        raise UserError("a picture in a later message: all pictures come with the first question")
-    texts = [text for _, text, _ in messages]
+    if any(images or videos for _, _, images, videos in messages[1:]):
+        raise UserError("an image or video in a later message: all of them come with the first question")
+    texts = [text for _, text, *_ in messages]
     earlier = tuple(zip(texts[:-1:2], texts[1::2], strict=True))
-    return Asked(Conversation(texts[-1], earlier, system), messages[0][2])
+    return Asked(Conversation(texts[-1], earlier, system), messages[0][2], messages[0][3])
 
 
-def _content(message: Mapping[str, Any]) -> tuple[str, list[ImageLike]]:
-    """Text and pictures of a message; a picture's place is in front, as where none is marked."""
+def _content(message: Mapping[str, Any]) -> tuple[str, list[ImageLike], list[VideoLike]]:
+    """Text, images and videos of a message; these have their place in front, as where none is marked."""
     content = message.get("content")
     if isinstance(content, str):
-        return content, []
+        return content, [], []
     if not isinstance(content, (list, tuple)):
         raise UserError(f"a message's content is {_named(content)}: expected {SHAPE}")
     texts: list[str] = []
-    pictures: list[ImageLike] = []
+    images: list[ImageLike] = []
+    videos: list[VideoLike] = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
         elif kind in ("image", "image_url"):
-            pictures += _pictures(part)
+            images += _pictures(part)
+        elif kind == "video":
+            videos += [part[key] for key in ("video", "path", "url") if part.get(key) is not None][:1]
         else:
             raise UserError(f"a part of a message is {_named(part)}: expected {SHAPE}")
-    return "\n".join(texts), pictures
+    return "\n".join(texts), images, videos
 
 
 def _pictures(part: Mapping[str, Any]) -> list[ImageLike]:

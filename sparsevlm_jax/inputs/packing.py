@@ -51,6 +51,12 @@ class TiledImages(NamedTuple):
 
     pixel_values: Any  # float32 [t, 3, S, S]
     packing: ImagePacking
+    frames: Any = None  # float32 [f, 3, S, S], of videos, whose patches are counted behind those of all tiles
+
+    @property
+    def tiles(self) -> int:
+        """With the frames of videos."""
+        return len(self.pixel_values) + (0 if self.frames is None else len(self.frames))
 
 
 def pack_images(layouts: Sequence[ImageLayout], tiles: int, patches: int, tokens: int) -> ImagePacking:
@@ -62,10 +68,22 @@ def pack_images(layouts: Sequence[ImageLayout], tiles: int, patches: int, tokens
       patches: that a tile becomes.
       tokens: to which their visual tokens are padded; the padding repeats patch 0.
     """
-    own = len(layouts) * tiles * patches  # where the family's own rows begin
+    starts = [number * tiles * patches for number in range(len(layouts))]
+    return pack_patches(layouts, starts, len(layouts) * tiles * patches, tokens)
+
+
+def pack_patches(layouts: Sequence[ImageLayout], starts: Sequence[int], patches: int, tokens: int) -> ImagePacking:
+    """The packing of images and videos in the order of their visual tokens, wherever their patches stand.
+
+    Args:
+      layouts: of each image or video.
+      starts: the first patch of each.
+      patches: of all of them, behind which the family's own rows begin.
+      tokens: to which their visual tokens are padded; the padding repeats patch 0.
+    """
     index, line, weight, before = [], [], [], 0
-    for number, layout in enumerate(layouts):
-        index.append(np.where(layout.index == NEWLINE, own, number * tiles * patches + layout.index))
+    for start, layout in zip(starts, layouts, strict=True):
+        index.append(np.where(layout.index == NEWLINE, patches, start + layout.index))
         line.append(before + layout.line)
         weight += [] if layout.weight is None else [layout.weight]
         before += layout.tokens

@@ -9,20 +9,19 @@ Axis letters: m pictures, l tokens, S pixels per side.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
-from sparsevlm_jax import bounds
 from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError, first_line
 from sparsevlm_jax.inputs import templates
-from sparsevlm_jax.inputs.images import ImageLike, open_image, pad_to_square, picture_name
+from sparsevlm_jax.inputs.images import ImageLike
 from sparsevlm_jax.inputs.messages import Conversation, as_texts
-from sparsevlm_jax.inputs.packing import ImagePacking, TiledImages, pack_images
+from sparsevlm_jax.inputs.packing import ImagePacking, TiledImages
+from sparsevlm_jax.inputs.pixels import Preparation, Visual, pack_visuals
 from sparsevlm_jax.inputs.side_files import (
     PROCESSOR_FILES,
     TOKENIZER_FILES,
@@ -31,16 +30,19 @@ from sparsevlm_jax.inputs.side_files import (
     read_tokenizer,
     there,
 )
+from sparsevlm_jax.inputs.video import SAMPLING, Sampling, VideoLike
 from sparsevlm_jax.layout import ImageLayout
 from sparsevlm_jax.text import count
 
-MARKER = "<image>"
+MARKER, VIDEO_MARKER = "<image>", "<video>"
+_KINDS = {MARKER: "image", VIDEO_MARKER: "video"}
 ASPECTS = ("pad", "crop")
 # Vicuna v1, as LLaVA-1.5 was trained.
 PROMPT_START = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. USER: "
 )
+VIDEO_PROMPT_START = "USER: "  # as the model card of Video-LLaVA asks it, without a system text
 PROMPT_END = " ASSISTANT:"
 
 
@@ -48,10 +50,11 @@ class Inputs(NamedTuple):
     """What the model takes.
 
     Attributes:
-      ids: a row per question, int32 [l], every image marker expanded to a copy of its id for each visual token.
+      ids: a row per question, int32 [l], every image marker expanded to a copy of its id for each visual token, and
+        every video marker to copies of the same id.
       pixel_values: float32 [m, 3, S, S], the images of all rows in order; m is 0 where there are none. For a family
         with tiles these are the tiles [t, 3, S, S], as many for each image.
-      layouts: of each image, what its visual tokens are.
+      layouts: of each image and video, what its visual tokens are.
       packing: of a family with tiles, where each visual token of the batch comes from.
     """
 
@@ -59,11 +62,12 @@ class Inputs(NamedTuple):
     pixel_values: np.ndarray
     layouts: tuple[ImageLayout, ...]
     packing: ImagePacking | None = None
+    frames: np.ndarray | None = None  # float32 [f, 3, S, S], of all videos in order; None where there are none
 
     @property
     def images(self) -> np.ndarray | TiledImages:
         """As `generate_ids` takes them."""
-        return self.pixel_values if self.packing is None else TiledImages(self.pixel_values, self.packing)
+        return self.pixel_values if self.packing is None else TiledImages(self.pixel_values, self.packing, self.frames)
 
 
 class Processor:
@@ -83,12 +87,16 @@ class Processor:
         self.image_processor = image_processor
         self.chat_template = chat_template
         self.config = config
-        marker_id = tokenizer.convert_tokens_to_ids(MARKER)
-        if marker_id != config.image_token_id:
-            raise UserError(
-                f"the tokenizer's id of {MARKER} is {marker_id}, but the model's image_token_index is "
-                f"{config.image_token_id}: tokenizer and config.json are not of the same checkpoint"
-            )
+        self.markers = {MARKER: config.image_token_id}
+        if config.video_token_id is not None:
+            self.markers[VIDEO_MARKER] = config.video_token_id
+        for marker, wanted in self.markers.items():
+            if (found := tokenizer.convert_tokens_to_ids(marker)) != wanted:
+                raise UserError(
+                    f"the tokenizer's id of {marker} is {found}, but the model's {_KINDS[marker]}_token_index is "
+                    f"{wanted}: tokenizer and config.json are not of the same checkpoint"
+                )
+        self._preparation = Preparation(image_processor, config)
         self._content_in_parts = chat_template is not None and self._takes_parts()
 
     @classmethod
@@ -116,57 +124,78 @@ class Processor:
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
 
-    def prompt(self, question: str | Conversation, num_images: int) -> str:
+    def prompt(self, question: str | Conversation, num_images: int, num_videos: int = 0) -> str:
         """The text that is tokenized: the checkpoint's chat template, else the Vicuna prompt, around what was said.
 
-        Markers in the first question stay where they are. Without any, one per picture goes in front of it. A template
-        of LLaVA's kind places those itself.
+        Markers in the first question stay where they are. Without any, one per image goes in front of it, then one per
+        video. A template of LLaVA's kind places those itself.
 
         Raises:
-          UserError: the first question holds markers, but not one per picture; a later one holds any; or some of it is
-            no text.
+          UserError: the first question holds markers, but not one per image or video; a later one holds any; some of
+            it is no text; or the family has no videos.
         """
         talk = question if isinstance(question, Conversation) else Conversation(question)
         _require_text(talk)
         first, *later = [*(asked for asked, _ in talk.earlier), talk.question]
-        answers = [answer.replace(MARKER, "") for _, answer in talk.earlier]  # a model may write it, but shows nothing
-        if any(MARKER in text for text in later):
-            raise UserError(f"{MARKER} in a later question: all pictures come with the first one")
-        found = first.count(MARKER)
-        if found and found != num_images:
-            raise UserError(
-                f"the question holds {count(found, f'{MARKER} marker')}, but {count(num_images, 'picture')} "
-                "came with it: write one marker per picture, or none"
-            )
-        unmarked = 0 if found else num_images
+        answers = [self._unmarked(answer) for _, answer in talk.earlier]  # a model may write them, but shows nothing
+        unmarked = self._to_mark(first, later, {MARKER: num_images, VIDEO_MARKER: num_videos})
+        marked = "".join(f"{marker}\n" * number for marker, number in unmarked.items()) + first
         if self.chat_template is None:
-            return self._vicuna(talk.system, [f"{MARKER}\n" * unmarked + first, *later], answers)
-        parts = self._content_in_parts
+            return self._vicuna(talk.system, [marked, *later], answers)
         messages = [] if talk.system is None else [("system", self._content(talk.system))]
-        messages.append(("user", self._content(first, unmarked) if parts else f"{MARKER}\n" * unmarked + first))
+        messages.append(("user", self._content(first, unmarked) if self._content_in_parts else marked))
         for answer, asked in zip(answers, later, strict=True):
             messages += [("assistant", self._content(answer)), ("user", self._content(asked))]
         return self._render_messages([{"role": role, "content": content} for role, content in messages])
 
     def _vicuna(self, system: str | None, questions: Sequence[str], answers: Sequence[str]) -> str:
-        start = PROMPT_START if system is None else f"{system} USER: "
+        own = PROMPT_START if self.config.video_token_id is None else VIDEO_PROMPT_START
+        start = own if system is None else f"{system} USER: "
         turns = zip(answers, questions[1:], strict=True)
         said = "".join(f" {answer}{self.tokenizer.eos_token}USER: {asked}{PROMPT_END}" for answer, asked in turns)
         return f"{start}{questions[0]}{PROMPT_END}{said}"
 
-    def _content(self, text: str, pictures: int = 0) -> str | list[dict[str, str]]:
+    def _to_mark(self, first: str, later: Sequence[str], given: Mapping[str, int]) -> dict[str, int]:
+        """How many images and videos the first question does not mark itself, by their markers."""
+        left = {}
+        for marker, number in given.items():
+            kind = _KINDS[marker]
+            if marker not in self.markers:
+                if number:
+                    raise UserError(f"{self.config.model_type}: takes images only, no {kind}s")
+                continue
+            if any(marker in text for text in later):
+                raise UserError(f"{marker} in a later question: all {kind}s come with the first one")
+            found = first.count(marker)
+            if found and found != number:
+                raise UserError(
+                    f"the question holds {count(found, f'{marker} marker')}, but {count(number, kind)} "
+                    f"came with it: write one marker per {kind}, or none"
+                )
+            left[marker] = 0 if found else number
+        return left
+
+    def _unmarked(self, text: str) -> str:
+        for marker in self.markers:
+            text = text.replace(marker, "")
+        return text
+
+    def _content(self, text: str, unmarked: Mapping[str, int] | None = None) -> str | list[dict[str, str]]:
         """A message's content as the chat template takes it."""
         if not self._content_in_parts:
             return text
-        return [*[{"type": "image"}] * pictures, {"type": "text", "text": text}]
+        parts = [{"type": _KINDS[marker]} for marker, number in (unmarked or {}).items() for _ in range(number)]
+        return [*parts, {"type": "text", "text": text}]
 
     def __call__(
         self,
         images: Sequence[Sequence[ImageLike]],
         questions: Sequence[str | Conversation],
         aspect: str | None = None,
+        videos: Sequence[Sequence[VideoLike]] = ((),),
+        sampling: Sampling = SAMPLING,
     ) -> Inputs:
-        """Tokenizes the questions and prepares their pictures.
+        """Tokenizes the questions and prepares their images and videos.
 
         Args:
           images: the pictures of each question, in the order of its markers; an empty list for text alone. One list
@@ -174,26 +203,42 @@ class Processor:
           questions: as many, each by itself or with what was said before it.
           aspect: "crop" scales the shorter side to S and cuts out the middle, "pad" fills up to a square with the
             processor's mean colour and scales that (as the authors of LLaVA do), None is the checkpoint's own choice.
+          videos: the videos of each question, or one list, as the images.
+          sampling: which frames are taken of each video.
 
         Raises:
-          UserError: a picture that cannot be read or does not become [3, S, S], a count that does not match, or
-            another aspect.
+          UserError: an image or video that cannot be read or does not become [3, S, S], a count that does not match,
+            or another aspect.
         """
-        if len(images) not in (1, len(questions)):
-            raise UserError(f"{len(images)} lists of pictures for {len(questions)} questions: give one per question")
+        for lists, kind in ((images, "image"), (videos, "video")):
+            if len(lists) not in (1, len(questions)):
+                raise UserError(f"{len(lists)} lists of {kind}s for {len(questions)} questions: give one per question")
         if aspect is not None and aspect not in ASPECTS:
             raise UserError(f'aspect is "{aspect}": expected {" or ".join(ASPECTS)}')
-        prepared = [[self._prepared(image, aspect) for image in own] for own in images]
-        layouts = [[layout for _, layout in own] for own in prepared]
-        by_question = layouts * len(questions) if len(images) == 1 else layouts
-        ids = [
-            self._tokenized(self.prompt(question, len(own)), own)
-            for question, own in zip(questions, by_question, strict=True)
-        ]
-        pixels = [pixels for own in prepared for pixels, _ in own]
+        shown = [[self._preparation.image(image, aspect) for image in own] for own in images]
+        filmed = [[self._preparation.video(video, sampling, aspect) for video in own] for own in videos]
+        rows, together = [], len(shown) == len(filmed) == 1
+        for number, question in enumerate(questions):
+            own, own_videos = (lists[number if len(lists) > 1 else 0] for lists in (shown, filmed))
+            rows.append(self._tokenized(self.prompt(question, len(own), len(own_videos)), own, own_videos))
+        ids = [self._expanded(row, [visual.layout for visual in visuals]) for row, visuals in rows]
+        by_row = [visuals for _, visuals in rows]
+        kinds = [[visual.is_video for visual in visuals] for visuals in by_row]
+        # The same images and videos stand in the result once, if they have the same order in every prompt.
+        return self._inputs(ids, by_row[:1] if together and all(kind == kinds[0] for kind in kinds) else by_row)
+
+    def _inputs(self, ids: list[np.ndarray], by_row: Sequence[Sequence[Visual]]) -> Inputs:
+        """What the model takes of these rows."""
+        flat = [visual for visuals in by_row for visual in visuals]
+        pixels, frames = ([visual.pixels for visual in flat if visual.is_video == video] for video in (False, True))
         side = self.config.vision.image_size
-        stacked = np.concatenate(pixels) if pixels else np.zeros((0, 3, side, side), np.float32)
-        return Inputs(ids, stacked, tuple(layout for own in layouts for layout in own), self._packing(layouts))
+        return Inputs(
+            ids,
+            np.concatenate(pixels) if pixels else np.zeros((0, 3, side, side), np.float32),
+            tuple(visual.layout for visual in flat),
+            pack_visuals(by_row, self.config),
+            np.concatenate(frames) if frames else None,
+        )
 
     def next_turn(self, talk: Conversation, layouts: Sequence[ImageLayout]) -> tuple[np.ndarray, np.ndarray]:
         """Token ids, int32 [l], of a whole conversation, and those of them that stand behind its last answer.
@@ -209,7 +254,8 @@ class Processor:
         tail = tail.rpartition(mark)[2]
         if not text.endswith(tail):
             raise UserError("the chat template writes what follows an answer differently from answer to answer")
-        whole, head = self._tokenized(text, layouts), self._tokenized(text.removesuffix(tail), layouts)
+        both = (self._tokenized(each, layouts) for each in (text, text.removesuffix(tail)))
+        whole, head = (self._expanded(row, ordered) for row, ordered in both)
         if np.array_equal(whole[: len(head)], head):
             return whole, whole[len(head) :]
         # A token spans the end of the answer: the tail is tokenized alone then.
@@ -219,82 +265,30 @@ class Processor:
         """Text of token ids, without special tokens and surrounding space."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True).strip()
 
-    def _tokenized(self, text: str, layouts: Sequence[ImageLayout]) -> np.ndarray:
-        """Token ids of a prompt, int32 [l], the marker of each image expanded to its visual tokens."""
+    def _tokenized(self, text: str, images: Sequence[Any], videos: Sequence[Any] = ()) -> tuple[np.ndarray, list[Any]]:
+        """Token ids of a prompt, int32 [l], a marker one id; images and videos as their markers follow each other."""
         ids = self.tokenizer(text)["input_ids"]
         if len(ids) > 1 and ids[0] == ids[1] == self.tokenizer.bos_token_id:
             ids = ids[1:]  # written by the chat template, and again by the tokenizer
-        row = np.asarray(ids, np.int32)
-        marker = row == self.config.image_token_id
-        if marker.sum() != len(layouts):
-            raise UserError(
-                f"the prompt has {count(int(marker.sum()), f'{MARKER} token')} for {count(len(layouts), 'picture')}: "
-                "the chat template or the tokenizer of this checkpoint does not keep the markers"
-            )
+        row, left = np.asarray(ids, np.int32), {}
+        for marker, given in ((MARKER, images), (VIDEO_MARKER, videos)):
+            if marker not in self.markers:
+                continue
+            found, kind = int(np.sum(row == self.markers[marker])), _KINDS[marker]
+            if found != len(given):
+                raise UserError(
+                    f"the prompt has {count(found, f'{marker} token')} for {count(len(given), kind)}: "
+                    "the chat template or the tokenizer of this checkpoint does not keep the markers"
+                )
+            left[self.markers[marker]] = iter(given)
+        return row, [next(left[each]) for each in ids if each in left]
+
+    def _expanded(self, row: np.ndarray, layouts: Sequence[ImageLayout]) -> np.ndarray:
+        """Every marker as one image marker for each visual token of the image or video that it stands for."""
+        marker = np.isin(row, list(self.markers.values()))
         copies = np.ones(len(row), int)
         copies[marker] = [layout.tokens for layout in layouts]
-        return np.repeat(row, copies)
-
-    def _packing(self, layouts: Sequence[Sequence[ImageLayout]]) -> ImagePacking | None:
-        """Of the images of each row, padded to sizes that no single image decides; None where nothing is packed."""
-        tiles, flat = self.config.most_tiles, [layout for own in layouts for layout in own]
-        if tiles is None or not flat:
-            return None
-        longest = max(sum(layout.tokens for layout in own) for own in layouts)
-        tokens = len(layouts) * self.config.visual_bucket(longest)
-        return pack_images(flat, tiles, self.config.tile_tokens, tokens)
-
-    def _prepared(self, source: ImageLike, aspect: str | None) -> tuple[np.ndarray, ImageLayout]:
-        """An image as the tower takes it, float32 [tiles, 3, S, S], and its visual tokens."""
-        image, name = open_image(source), picture_name(source)
-        layout, tiles = self.config.image_layout((image.height, image.width)), self.config.most_tiles
-        if tiles is None:
-            return self._pixels(image, name, aspect)[None], layout
-        if aspect is not None:
-            raise UserError(f"{name}: `aspect` is {aspect}, but {self.config.model_type} takes images as they are")
-        canvases = {"image_grid_pinpoints": [list(canvas) for canvas in self.config.canvases]}
-        pixels = self._processed(image, name, canvases, layout.tiles)
-        return np.pad(pixels, ((0, tiles - layout.tiles), *[(0, 0)] * 3)), layout
-
-    def _pixels(self, picture: Image.Image, name: str, aspect: str | None) -> np.ndarray:
-        """An image of one tile, float32 [3, S, S]."""
-        side = self.config.vision.image_size
-        square = {"height": side, "width": side}
-        long, short = max(picture.size), min(picture.size)
-        pads = aspect == "pad" or (aspect is None and getattr(self.image_processor, "do_pad", False))
-        edge = side if aspect else max(side, _edge(self.image_processor))
-        if (long**2 if pads else edge**2 * long / short) > bounds.PIXELS:
-            size = f"{picture.width} x {picture.height}"
-            raise UserError(f"{name}: {size} is too large or too narrow to prepare, scale or cut it first")
-
-        options: dict[str, Any] = {}
-        if aspect == "crop":
-            options = {"size": {"shortest_edge": side}, "do_center_crop": True, "crop_size": square}
-        elif aspect == "pad":
-            picture = pad_to_square(picture, self.image_processor.image_mean)
-            options = {"size": square, "do_center_crop": False}
-        if options:
-            options |= {"do_resize": True, "do_pad": False}
-        return self._processed(picture, name, options, None)
-
-    def _processed(self, image: Image.Image, name: str, options: dict[str, Any], tiles: int | None) -> np.ndarray:
-        """What the checkpoint's image processor makes of an image, float32 [3, S, S], or of `tiles` such."""
-        side = self.config.vision.image_size
-        wanted = (3, side, side) if tiles is None else (tiles, 3, side, side)
-        try:
-            pixels = self.image_processor([image], return_tensors="np", **options)["pixel_values"][0]
-        except Exception as error:  # the settings of a file, so any type
-            raise UserError(f"{name}: the checkpoint's image processor fails: {first_line(error)}") from error
-        if pixels.shape != wanted:
-            mend = ": choose the aspect crop or pad" if tiles is None else ""
-            raise UserError(
-                f"{name}: the checkpoint's image processor makes {list(pixels.shape)}, but the model takes "
-                f"{list(wanted)}{mend}"
-            )
-        pixels = np.asarray(pixels, np.float32)
-        if not np.isfinite(pixels).all():
-            raise UserError(f"{name}: the checkpoint's image processor makes NaN or infinity: its settings are wrong")
-        return pixels
+        return np.repeat(np.where(marker, np.int32(self.config.image_token_id), row), copies)
 
     def _takes_parts(self) -> bool:
         """Whether the chat template wants a list of pictures and texts (LLaVA's) or one string (a language model's)."""
@@ -331,11 +325,6 @@ class Processor:
 def _texts(tokens: dict[str, Any]) -> dict[str, Any]:
     """Special tokens as a template gets them."""
     return {key: [*map(str, token)] if isinstance(token, list | tuple) else str(token) for key, token in tokens.items()}
-
-
-def _edge(image_processor: Any) -> int:
-    """The longest side that an image processor scales a picture's shorter one to, 0 where it states none."""
-    return max(dict(getattr(image_processor, "size", None) or {}).values(), default=0)
 
 
 def _require_text(talk: Conversation) -> None:

@@ -32,7 +32,14 @@ TOKENIZERS = (
     "PreTrainedTokenizer",
     "TokenizersBackend",
 )
-IMAGE_PROCESSORS = ("CLIPImageProcessor", "LlavaImageProcessor", "LlavaNextImageProcessor", "SiglipImageProcessor")
+IMAGE_PROCESSORS = (
+    "CLIPImageProcessor",
+    "LlavaImageProcessor",
+    "LlavaNextImageProcessor",
+    "SiglipImageProcessor",
+    "VideoLlavaImageProcessor",
+)
+_AS_CLIP = ("VideoLlavaImageProcessor",)  # the same pixels from the same settings
 
 # Entries of tokenizer_config.json that are about text, beside those named after tokens; the others are about files,
 # classes and code.
@@ -136,6 +143,7 @@ def read_image_processor(folder: Path) -> Any:
         raise UserError(f"{file}: the image processor {shown(kind)} is none of {', '.join(IMAGE_PROCESSORS)}")
     known = dict(_image_settings(settings, file))
     # The plain name was Pillow's until torchvision took it over.
+    name = "CLIPImageProcessor" if name in _AS_CLIP else name
     cls = getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
     try:
         return cls(**known)

@@ -5,7 +5,7 @@ Both look at shapes only; no weights are made. The paper counts multiply-adds, X
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -13,11 +13,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.models.embedding import encode_images
+from sparsevlm_jax.models.family import family_of
 from sparsevlm_jax.models.parameters import abstract_params
-from sparsevlm_jax.models.stages import Prompt, prefill
+from sparsevlm_jax.models.stages import Params, Prompt, prefill
 from sparsevlm_jax.pruning.budgets import cache_bytes, paper_flops
 from sparsevlm_jax.pruning.plan import Plan
 
@@ -81,11 +83,27 @@ def _decoder_flops(config: ModelConfig, plan: Plan, layers: Sequence[int], text_
 
 
 def tower_xla_flops(config: ModelConfig, plan: Plan) -> float:
-    """XLA's cost analysis of tower and projector for one picture."""
+    """XLA's cost analysis of tower and projector for one tile: an image of a family without tiles."""
+    run: Any = partial(encode_images, config=config, plan=plan)
+    if config.most_tiles is not None:
+        run = partial(_encode, family_of(config).encode, config)
+    return _flops(run, abstract_params(config, jnp.bfloat16), _tile(config))
+
+
+def frame_xla_flops(config: ModelConfig) -> float:
+    """The same for one frame of a video."""
+    encode = family_of(config).encode_frames
+    assert encode is not None
+    return _flops(partial(_encode, encode, config), abstract_params(config, jnp.bfloat16), _tile(config))
+
+
+def _encode(encode: Callable[..., Any], config: ModelConfig, params: Params, pixel_values: Array) -> Any:
+    return encode(params, pixel_values, config)
+
+
+def _tile(config: ModelConfig) -> jax.ShapeDtypeStruct:
     vision = config.vision
-    pixels = jax.ShapeDtypeStruct((1, vision.num_channels, vision.image_size, vision.image_size), jnp.bfloat16)
-    run = partial(encode_images, config=config, plan=plan)
-    return _flops(run, abstract_params(config, jnp.bfloat16), pixels)
+    return jax.ShapeDtypeStruct((1, vision.num_channels, vision.image_size, vision.image_size), jnp.bfloat16)
 
 
 def _flops(function, *shapes) -> float:  # noqa: ANN001, ANN002

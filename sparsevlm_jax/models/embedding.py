@@ -31,25 +31,20 @@ def encode_images(params: Params, images: Images, config: ModelConfig, plan: Pla
     Raises:
       ValueError: the one where the other is needed.
     """
-    tiled = images if isinstance(images, TiledImages) else None
-    pixel_values: Any = images if tiled is None else tiled.pixel_values
-    packing = None if tiled is None else tiled.packing
-    fits.require_tiles(packing, config)
+    fits.require_tiles(images, config)
+    if isinstance(images, TiledImages):
+        return _packed_images(params, images, config)
     grid, shrink_images, shrink_features = None, None, None
     if plan is not None and plan.grid is not None:
         grid, method = plan.grid, METHODS[plan.sparsity.method]
         shrink_images, shrink_features = method.shrink_images, method.shrink_features
+    pixel_values: Any = images
     if grid is not None and shrink_images is not None:
         pixel_values = shrink_images(pixel_values, grid * config.vision.patch_size)
-    family = family_of(config)
-    tokens, saliency = family.encode(params, pixel_values, config)
+    tokens, saliency = family_of(config).encode(params, pixel_values, config)
     if grid is not None and shrink_features is not None:
         tokens, saliency = shrink_features(tokens, grid), shrink_features(saliency[..., None], grid)[..., 0]
-    tokens, saliency = tokens.reshape(-1, tokens.shape[-1]), saliency.reshape(-1)
-    if packing is None:
-        return ImageFeatures(tokens, saliency)
-    own = None if family.rows is None else family.rows(params)
-    return ImageFeatures(_packed(tokens, own, packing), _saliency(saliency, packing), packing.count)
+    return ImageFeatures(*_flat(tokens, saliency))
 
 
 def embed(
@@ -76,8 +71,8 @@ def embed(
       ValueError: images of another model or plan.
     """
     if images is not None and not isinstance(images, ImageFeatures):
-        pixels = images.pixel_values if isinstance(images, TiledImages) else images
-        images = encode_images(params, images, config, plan) if pixels.shape[0] else None
+        tiles = images.tiles if isinstance(images, TiledImages) else images.shape[0]
+        images = encode_images(params, images, config, plan) if tiles else None
     if images is not None:
         fits.require_features(images, input_ids.shape[0], config, plan)
     valid = jnp.arange(input_ids.shape[1])[None, :] < lengths[:, None]
@@ -96,6 +91,29 @@ def embed(
     matching = (jnp.sum(marked) == given) | jnp.all(marked == given)
     embeddings = fits.or_nan(embeddings, jnp.broadcast_to(matching, lengths.shape))
     return Prompt(embeddings, visual, lengths, jnp.where(visual, images.saliency[index], 0.0))
+
+
+def _packed_images(params: Params, images: TiledImages, config: ModelConfig) -> ImageFeatures:
+    """The visual tokens of images and videos, in the order of the prompts."""
+    family, encoded = family_of(config), []
+    if len(images.pixel_values):
+        encoded.append(_flat(*family.encode(params, images.pixel_values, config)))
+    if images.frames is not None:
+        assert family.encode_frames is not None
+        encoded.append(_flat(*family.encode_frames(params, images.frames, config)))
+    tokens, saliency = (
+        encoded[0] if len(encoded) == 1 else (jnp.concatenate(part) for part in zip(*encoded, strict=True))
+    )
+    own = None if family.rows is None else family.rows(params)
+    packing = images.packing
+    return ImageFeatures(_packed(tokens, own, packing), _saliency(saliency, packing), packing.count)
+
+
+def _flat(
+    tokens: Float[Array, "t v d"], saliency: Float[Array, "t v"]
+) -> tuple[Float[Array, "patches d"], Float[Array, "patches"]]:
+    """The patches of all tiles, one after the other."""
+    return tokens.reshape(-1, tokens.shape[-1]), saliency.reshape(-1)
 
 
 def _packed(

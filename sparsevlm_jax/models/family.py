@@ -13,9 +13,9 @@ from typing import Any
 import flax.linen as nn
 from jaxtyping import Array
 
-from sparsevlm_jax.config import ModelConfig, read_config
+from sparsevlm_jax.config import ModelConfig, read_config, refuse_temporal_attention
 from sparsevlm_jax.errors import UserError, shown
-from sparsevlm_jax.models import llava, llava_next, vipllava
+from sparsevlm_jax.models import llava, llava_next, video_llava, vipllava
 from sparsevlm_jax.models.names import Table
 from sparsevlm_jax.models.stages import Params
 
@@ -29,6 +29,7 @@ class Family:
       names: its tensors in checkpoints.
       module: declares its parameters, given a configuration.
       encode: parameters, tiles [t, 3, height, width] and configuration to visual tokens [t, v, d] and saliency [t, v].
+      encode_frames: as `encode`, for the frames of videos; None where there are no videos.
       rows: further rows [r, d] for the packer, behind the patches of all tiles; None where there are none.
     """
 
@@ -37,6 +38,7 @@ class Family:
     module: Callable[[Any], nn.Module]
     encode: Callable[[Params, Array, Any], tuple[Array, Array]]
     rows: Callable[[Params], Array] | None = None
+    encode_frames: Callable[[Params, Array, Any], tuple[Array, Array]] | None = None
 
 
 FAMILIES = {
@@ -44,6 +46,13 @@ FAMILIES = {
     "vipllava": Family(vipllava.VipLlavaConfig, vipllava.NAMES, llava.Llava, llava.encode_tiles),
     "llava_next": Family(
         llava_next.LlavaNextConfig, llava_next.NAMES, llava_next.LlavaNext, llava.encode_tiles, llava_next.newline_row
+    ),
+    "video_llava": Family(
+        video_llava.VideoLlavaConfig,
+        video_llava.NAMES,
+        video_llava.VideoLlava,
+        video_llava.encode_image_tiles,
+        encode_frames=video_llava.encode_frames,
     ),
 }
 
@@ -62,6 +71,7 @@ def config_from_hf(config: dict[str, Any], source: str = "config.json") -> Model
       UserError: another architecture, or a variant that this package does not compute.
     """
     model_type = config.get("model_type")
+    refuse_temporal_attention(config, source)
     # Early checkpoints of the original layout call themselves "llava" too.
     if model_type == "llava_llama" or "mm_vision_tower" in config:
         raise UserError(f"{source}: the original LLaVA layout; convert it with `sparsevlm convert`")

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from sparsevlm_jax.config import ModelConfig
+from sparsevlm_jax.inputs.packing import TiledImages
 from sparsevlm_jax.pruning.methods import METHODS
 from sparsevlm_jax.pruning.plan import Plan, require_count
 
@@ -80,13 +81,16 @@ def require_cache(params: Any, token: Array, cache: Cache, config: ModelConfig, 
             )
 
 
-def require_tiles(packing: Any, config: ModelConfig) -> None:
-    """Refuses plain pixels for a family whose images are tiles, and the other way round.
+def require_tiles(images: Any, config: ModelConfig) -> None:
+    """Refuses plain pixels for a family whose images are tiles, and the other way round; frames where none are taken.
 
     Raises:
       ValueError: naming the family.
     """
-    if (packing is None) != (config.most_tiles is None):
+    tiled = isinstance(images, TiledImages)
+    if tiled and images.frames is not None and config.video_token_id is None:
+        raise ValueError(f"{config.model_type} takes no videos")
+    if tiled == (config.most_tiles is None):
         wanted = "pixels [m, 3, S, S]" if config.most_tiles is None else "TiledImages, which the processor makes"
         raise ValueError(f"images of {config.model_type} are {wanted}")
 

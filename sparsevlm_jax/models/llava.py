@@ -30,10 +30,11 @@ from sparsevlm_jax.layout import ImageLayout, Size, one_tile
 from sparsevlm_jax.models.decoder import Llama
 from sparsevlm_jax.models.names import (
     DECODER_SPELLINGS,
-    HARMLESS,
+    TOWER,
     VISION_SPELLINGS,
     Table,
     decoder_rows,
+    harmless,
     projector_rows,
     projector_spellings,
     vision_rows,
@@ -47,7 +48,7 @@ NAMES = Table(
     VISION_SPELLINGS
     | projector_spellings(linear_1="model.mm_projector.0.", linear_2="model.mm_projector.2.")
     | DECODER_SPELLINGS,
-    HARMLESS,
+    harmless(TOWER),
 )
 
 
@@ -70,6 +71,7 @@ class LlavaConfig:
     projector_norm_eps: float | None = None  # of a norm in front of the projector; None where there is none
     model_type: str = "llava"
     canvases: tuple[Size, ...] = ()  # (height, width) in pixels, of families with tiles
+    video_token_id: int | None = None  # of families with videos
 
     def __post_init__(self) -> None:
         check_activation("projector_hidden_act", self.projector_hidden_act)
@@ -96,10 +98,11 @@ class LlavaConfig:
     @property
     def tile_tokens(self) -> int:
         """Visual tokens of a tile: the "default" strategy drops the tower's first hidden state, the class token."""
-        return self.vision.grid**2 + self.vision.class_tokens - self._dropped
+        return self.vision.grid**2 + self.vision.class_tokens - self.dropped
 
     @property
-    def _dropped(self) -> int:
+    def dropped(self) -> int:
+        """Hidden states of the tower, in front, that are no visual tokens."""
         return int(self.vision_feature_select_strategy == "default")
 
     @property
@@ -112,7 +115,10 @@ class LlavaConfig:
         return None
 
     def image_layout(self, size: Size) -> ImageLayout:
-        return one_tile(self.vision.grid, self.vision.class_tokens, self._dropped)
+        return one_tile(self.vision.grid, self.vision.class_tokens, self.dropped)
+
+    def video_layout(self, frames: int) -> ImageLayout:
+        raise UserError(f"{self.model_type}: takes images only, no videos")
 
     def visual_bucket(self, tokens: int) -> int:
         return tokens
@@ -213,12 +219,19 @@ def encode_tiles(
     params: Params, pixel_values: Float[Array, "t 3 height width"], config: LlavaConfig
 ) -> tuple[Float[Array, "t v d"], Float[Array, "t v"]]:
     """Tower, feature selection, projector: the visual tokens of every tile, and how much the tower looks at each."""
+    return encode_by(params, pixel_values, config, "vision_tower", config.dropped)
+
+
+def encode_by(
+    params: Params, pixel_values: Float[Array, "t 3 height width"], config: LlavaConfig, name: str, dropped: int
+) -> tuple[Float[Array, "t v d"], Float[Array, "t v"]]:
+    """`encode_tiles` by one of several towers, without the first so many of its hidden states."""
     # Under the names that they have in the tree: a profile tells phases by them.
-    tower = tower_of(config.vision, config.feature_layers, name="vision_tower")
+    tower = tower_of(config.vision, config.feature_layers, name=name)
     projector = Projector(config, name="multi_modal_projector")
-    features, saliency = cast(tuple[Array, Array], tower.apply({"params": params["vision_tower"]}, pixel_values))
-    if config.vision_feature_select_strategy == "default":
-        features, saliency = features[:, 1:], saliency[:, 1:]
+    features, saliency = cast(tuple[Array, Array], tower.apply({"params": params[name]}, pixel_values))
+    if dropped:
+        features, saliency = features[:, dropped:], saliency[:, dropped:]
     tokens: Any = projector.apply({"params": params["multi_modal_projector"]}, features)
     return tokens, saliency
 

@@ -205,17 +205,20 @@ def projector_spellings(**original: str) -> dict[str, tuple[str, ...]]:
 
 # What a model does without: buffers that older releases stored beside the weights and that follow from the
 # configuration; the head that pools a SigLIP tower of its own, which no hidden state passes through.
-_BUFFERS = (
-    TOWER + "embeddings.position_ids",
-    TEXT + "rotary_emb.inv_freq",
-    TEXT + "layers.{i}.self_attn.rotary_emb.inv_freq",
-)
+_BUFFERS = (TEXT + "rotary_emb.inv_freq", TEXT + "layers.{i}.self_attn.rotary_emb.inv_freq")
 _POOLING = ("probe", "attention.in_proj_weight", "attention.in_proj_bias") + tuple(
     f"{module}.{tensor}"
     for module in ("attention.out_proj", "layernorm", "mlp.fc1", "mlp.fc2")
     for tensor in ("weight", "bias")
 )
-HARMLESS = frozenset({*_BUFFERS, *(f"{TOWER}head.{tensor}" for tensor in _POOLING)})
+
+
+def harmless(*towers: str) -> frozenset[str]:
+    """Of a decoder and of towers with these names."""
+    return frozenset(
+        {*_BUFFERS, *(tower + "embeddings.position_ids" for tower in towers)}
+        | {f"{tower}head.{tensor}" for tower in towers for tensor in _POOLING}
+    )
 
 
 def _pattern(name: str) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 from sparsevlm_jax.config import TextConfig, VisionConfig
 from sparsevlm_jax.models.llava import LlavaConfig
+from sparsevlm_jax.models.video_llava import VideoLlavaConfig
 from sparsevlm_jax.rotary import plain_rope
 
 
@@ -62,7 +65,19 @@ def tiny() -> LlavaConfig:
     )
 
 
-PRESETS = {"llava-1.5-7b": llava_15_7b, "llava-1.5-13b": llava_15_13b, "tiny": tiny}
+def video_llava_7b() -> VideoLlavaConfig:
+    """Video-LLaVA-7B: two CLIP ViT-L/14-224 and Vicuna-7B v1.5, as in `LanguageBind/Video-LLaVA-7B-hf`."""
+    base = llava_15_7b()
+    own = {"vision": replace(base.vision, image_size=224), "model_type": "video_llava", "video_token_id": 32001}
+    return VideoLlavaConfig(**{field.name: getattr(base, field.name) for field in fields(base)} | own)
+
+
+PRESETS = {
+    "llava-1.5-7b": llava_15_7b,
+    "llava-1.5-13b": llava_15_13b,
+    "video-llava-7b": video_llava_7b,
+    "tiny": tiny,
+}
 
 
 def _llava_15(hidden: int, ffn: int, layers: int, heads: int) -> LlavaConfig:

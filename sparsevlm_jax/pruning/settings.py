@@ -133,6 +133,11 @@ class Sparsity:
         return cls("v1", Budget(published_layers=V1_PRUNING_LAYERS), options=RankOptions(scale, bias))
 
     @classmethod
+    def video(cls) -> Sparsity:
+        """v1 as the authors' code for Video-LLaVA has it: after layer 1 alone, as many tokens as the rank."""
+        return replace(cls.v1(scale=1.0, bias=0.0), budget=Budget(layers=(1,)))
+
+    @classmethod
     def v20(
         cls, keep: int | None = None, keep_at: Sequence[tuple[int, int]] | None = None, heads: int = 14
     ) -> Sparsity:

@@ -1,0 +1,131 @@
+"""Images and frames of videos to what a tower takes, by the checkpoint's image processor.
+
+Axis letters: t tiles or frames, S pixels per side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from sparsevlm_jax import bounds
+from sparsevlm_jax.config import ModelConfig
+from sparsevlm_jax.errors import UserError, first_line
+from sparsevlm_jax.inputs.images import ImageLike, open_image, pad_to_square, picture_name
+from sparsevlm_jax.inputs.packing import ImagePacking, pack_patches
+from sparsevlm_jax.inputs.video import Sampling, VideoLike, read_video, video_name
+from sparsevlm_jax.layout import ImageLayout
+
+
+class Visual(NamedTuple):
+    """An image or a video, and its visual tokens."""
+
+    pixels: np.ndarray  # float32 [t, 3, S, S]
+    layout: ImageLayout
+    is_video: bool
+
+
+class Preparation:
+    """What makes pixels for a model.
+
+    Args:
+      image_processor: as transformers loads it.
+      config: the model that they are for.
+    """
+
+    def __init__(self, image_processor: Any, config: ModelConfig) -> None:
+        self.image_processor = image_processor
+        self.config = config
+
+    def image(self, source: ImageLike, aspect: str | None) -> Visual:
+        """An image, in one tile or padded to the most that an image of this family has.
+
+        Raises:
+          UserError: it cannot be read, does not become [3, S, S], or the family knows no aspect.
+        """
+        image, name = open_image(source), picture_name(source)
+        layout, tiles = self.config.image_layout((image.height, image.width)), self.config.most_tiles
+        if tiles is None or not self.config.canvases:
+            return Visual(self._square(image, name, aspect)[None], layout, is_video=False)
+        if aspect is not None:
+            raise UserError(f"{name}: `aspect` is {aspect}, but {self.config.model_type} takes images as they are")
+        canvases = {"image_grid_pinpoints": [list(canvas) for canvas in self.config.canvases]}
+        pixels = self._processed(image, name, canvases, layout.tiles)
+        padded = np.pad(pixels, ((0, tiles - layout.tiles), *[(0, 0)] * 3))
+        return Visual(padded, layout, is_video=False)
+
+    def video(self, source: VideoLike, sampling: Sampling, aspect: str | None) -> Visual:
+        """Some frames of a video, each prepared as an image.
+
+        Raises:
+          UserError: it cannot be read, or the family has no videos.
+        """
+        layout, name = self.config.video_layout(sampling.frames), video_name(source)
+        frames = read_video(source, *sampling)
+        pixels = [self._square(Image.fromarray(frame), name, aspect) for frame in frames]
+        return Visual(np.stack(pixels), layout, is_video=True)
+
+    def _square(self, picture: Image.Image, name: str, aspect: str | None) -> np.ndarray:
+        """An image of one tile, float32 [3, S, S]."""
+        side = self.config.vision.image_size
+        square = {"height": side, "width": side}
+        long, short = max(picture.size), min(picture.size)
+        pads = aspect == "pad" or (aspect is None and getattr(self.image_processor, "do_pad", False))
+        edge = side if aspect else max(side, _edge(self.image_processor))
+        if (long**2 if pads else edge**2 * long / short) > bounds.PIXELS:
+            size = f"{picture.width} x {picture.height}"
+            raise UserError(f"{name}: {size} is too large or too narrow to prepare, scale or cut it first")
+
+        options: dict[str, Any] = {}
+        if aspect == "crop":
+            options = {"size": {"shortest_edge": side}, "do_center_crop": True, "crop_size": square}
+        elif aspect == "pad":
+            picture = pad_to_square(picture, self.image_processor.image_mean)
+            options = {"size": square, "do_center_crop": False}
+        if options:
+            options |= {"do_resize": True, "do_pad": False}
+        return self._processed(picture, name, options, None)
+
+    def _processed(self, image: Image.Image, name: str, options: dict[str, Any], tiles: int | None) -> np.ndarray:
+        """What the checkpoint's image processor makes of an image, float32 [3, S, S], or of `tiles` such."""
+        side = self.config.vision.image_size
+        wanted = (3, side, side) if tiles is None else (tiles, 3, side, side)
+        try:
+            pixels = self.image_processor([image], return_tensors="np", **options)["pixel_values"][0]
+        except Exception as error:  # the settings of a file, so any type
+            raise UserError(f"{name}: the checkpoint's image processor fails: {first_line(error)}") from error
+        if pixels.shape != wanted:
+            mend = ": choose the aspect crop or pad" if tiles is None else ""
+            raise UserError(
+                f"{name}: the checkpoint's image processor makes {list(pixels.shape)}, but the model takes "
+                f"{list(wanted)}{mend}"
+            )
+        pixels = np.asarray(pixels, np.float32)
+        if not np.isfinite(pixels).all():
+            raise UserError(f"{name}: the checkpoint's image processor makes NaN or infinity: its settings are wrong")
+        return pixels
+
+
+def pack_visuals(by_row: Sequence[Sequence[Visual]], config: ModelConfig) -> ImagePacking | None:
+    """Of what each row shows, padded to sizes that no single image decides; None where nothing is packed.
+
+    The patches of all images are counted first, then those of all frames.
+    """
+    flat = [visual for visuals in by_row for visual in visuals]
+    if config.most_tiles is None or not flat:
+        return None
+    patches = [v.layout.tokens if v.is_video else len(v.pixels) * config.tile_tokens for v in flat]
+    order = sorted(range(len(flat)), key=lambda number: flat[number].is_video)  # stable
+    before = np.cumsum([0, *(patches[number] for number in order)]).tolist()
+    starts = [before[order.index(number)] for number in range(len(flat))]
+    longest = max(sum(visual.layout.tokens for visual in visuals) for visuals in by_row)
+    tokens = len(by_row) * config.visual_bucket(longest)
+    return pack_patches([visual.layout for visual in flat], starts, before[-1], tokens)
+
+
+def _edge(image_processor: Any) -> int:
+    """The longest side that an image processor scales a picture's shorter one to, 0 where it states none."""
+    return max(dict(getattr(image_processor, "size", None) or {}).values(), default=0)
