@@ -25,6 +25,7 @@ from sparsevlm_jax.cli import main, options
 from sparsevlm_jax.data import demo_model
 from sparsevlm_jax.pruning.methods import METHODS
 from tests.hf import tiny_llava
+from tests.videos import noise, write_video
 
 PHOTO = str(demo_model.photo())
 VISUAL = 36  # visual tokens of a picture in the model below
@@ -549,3 +550,30 @@ def test_reader_that_goes_away_leaves_no_traceback(model, command):
         err = process.stderr.read()
     assert process.returncode == 1
     assert all(line.startswith("sparsevlm: ") for line in err.splitlines())
+
+
+def test_the_plan_of_eight_frames_needs_no_weights(run: Run) -> None:
+    plan = ("plan", "--model", "video-llava-7b", "--text-tokens", 60, "--method", "dense", "--json")
+    report = succeeded(run(*plan, "--video-frames", 8))
+    assert report["dense"]["stages"][0]["entering"] == 2056
+    assert round(report["dense"]["paper_flops"] / 1e12, 2) == 14.88
+    # 257 tokens of each frame through 23 layers of width 1024, and the projector.
+    assert 160e9 < report["tower_xla_flops"] / 8 < 175e9
+    both = succeeded(run(*plan, "--video-frames", 8, "--images", 2))
+    assert both["dense"]["stages"][0]["entering"] == 2056 + 2 * 256
+    assert both["tower_xla_flops"] > report["tower_xla_flops"]
+    assert "llava: takes images only, no videos" in error_of(run("plan", "--model", "tiny", "--video-frames", 8))
+
+
+def test_ask_answers_about_a_video(tmp_path: Path, run: Run) -> None:
+    model = tiny_llava(tmp_path / "model", family="video_llava", layers=2)
+    file = write_video(tmp_path / "clip.mkv", noise(12, 60, 70))
+    ask = ("ask", "--model", model, "--question", "where", "--json", "--max-new-tokens", 2, "--method", "dense")
+    report = succeeded(run(*ask, "--video", file, "--frames", 3, "--sampling", "arange"))
+    assert report["visual_tokens"] == [[3 * 17]]
+    settings = {"frames": 3, "sampling": "arange", "sparsity": "dense", "max_new_tokens": 2}
+    assert report["answers"] == [
+        sparsevlm_jax.generate(sparsevlm_jax.load(model), None, "where", videos=str(file), **settings)
+    ]
+    assert "missing.mp4: no such file" in error_of(run(*ask, "--video", tmp_path / "missing.mp4"))
+    assert "--sampling" in error_of(run(*ask, "--video", file, "--sampling", "uniform"))

@@ -37,9 +37,9 @@ def test_the_frames_taken_are_those_of_the_rule(total, frames, rule, expected) -
     [
         (7, 8, "arange", "has 7 of the 8 frames"),
         (0, 8, "linspace", "has no frames"),
-        (8, 0, "linspace", "frames is 0: expected 1 to 768"),
-        (8, bounds.FRAMES + 1, "linspace", "frames is 769"),
-        (8, 8, "uniform", 'sampling is "uniform": expected linspace or arange'),
+        (8, 0, "linspace", "frames=0: expected 1 to 768"),
+        (8, bounds.FRAMES + 1, "linspace", "frames=769"),
+        (8, 8, "uniform", 'sampling="uniform": expected linspace or arange'),
     ],
 )
 def test_frames_that_cannot_be_taken_are_refused(total, frames, rule, message) -> None:
@@ -174,12 +174,12 @@ print(read_video(sys.argv[1], 8, "linspace").shape, resource.getrusage(resource.
 
 
 def test_three_minutes_of_video_take_less_than_a_gigabyte(tmp_path: Path) -> None:
-    """4,500 frames of 320 x 240, which are 1,036 MB as RGB; frames that stand still compress fast."""
-    shades = (np.full((240, 320, 3), number * 37 % 256, np.uint8) for number in range(4500))
-    file = write_video(tmp_path / "long.mp4", shades)
+    """1,800 frames of 512 x 384, ten a second, which are 1,062 MB as RGB."""
+    shades = (np.full((384, 512, 3), number * 37 % 256, np.uint8) for number in range(1800))
+    times = [number * 100 for number in range(1800)]
+    file = write_video(tmp_path / "long.mp4", shades, times=times)
     run = subprocess.run([sys.executable, "-c", PEAK, str(file)], capture_output=True, text=True, check=True)
     shape, peak = run.stdout.rsplit(maxsplit=1)
-    assert shape == "(8, 240, 320, 3)" and int(peak) < 1000
-    assert read_video(file, 8, "linspace")[:, 0, 0, 0].tolist() == [
-        n * 37 % 256 for n in frame_indices(4500, 8, "linspace")
-    ]
+    assert shape == "(8, 384, 512, 3)" and int(peak) < 1000
+    taken = frame_indices(1800, 8, "linspace")
+    assert read_video(file, 8, "linspace")[:, 0, 0, 0].tolist() == (taken * 37 % 256).tolist()

@@ -10,7 +10,11 @@ from typing import Any
 import av
 import numpy as np
 
-LOSSLESS = {".mp4": ("libx264rgb", "rgb24", {"qp": "0"}), ".mkv": ("ffv1", "bgr0", {}), ".avi": ("ffv1", "bgr0", {})}
+LOSSLESS = {
+    ".mp4": ("libx264rgb", "rgb24", {"qp": "0", "preset": "ultrafast"}),
+    ".mkv": ("ffv1", "bgr0", {}),
+    ".avi": ("ffv1", "bgr0", {}),
+}
 
 
 def noise(frames: int, height: int = 34, width: int = 46, channels: int = 3, seed: int = 0) -> np.ndarray:

@@ -28,7 +28,7 @@ from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.files import open_regular
 from sparsevlm_jax.generation.api import pieces, require_processor, settings_for, stream_ids
 from sparsevlm_jax.generation.request import Generation
-from sparsevlm_jax.inputs.video import RULES, SAMPLING, Sampling
+from sparsevlm_jax.inputs.video import RULES, SAMPLING, Sampling, frame_indices
 
 
 @spread_options
@@ -73,6 +73,7 @@ def ask(
     require_readable(image or [], question)
     for file in video or []:
         open_regular(file).close()
+    frame_indices(frames, frames, sampling)
     loaded = source.load()
     processor = require_processor(loaded)
     inputs = processor([image or []], question, aspect, [video or []], Sampling(frames, sampling))

@@ -56,9 +56,9 @@ def frame_indices(total: int, frames: int, rule: str) -> Int[np.ndarray, "t"]:
       UserError: another rule, no frames, more than `bounds.FRAMES`, or fewer in the video than "arange" takes.
     """
     if rule not in RULES:
-        raise UserError(f"sampling is {shown(rule)}: expected {' or '.join(RULES)}")
+        raise UserError(f"sampling={shown(rule)}: expected {' or '.join(RULES)}")
     if not isinstance(frames, int) or not 1 <= frames <= bounds.FRAMES:
-        raise UserError(f"frames is {shown(frames)}: expected 1 to {bounds.FRAMES}")
+        raise UserError(f"frames={shown(frames)}: expected 1 to {bounds.FRAMES}")
     if total < 1:
         raise UserError("has no frames")
     if rule == "linspace":
