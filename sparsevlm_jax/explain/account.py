@@ -208,7 +208,7 @@ def _two_views(explanation: Explanation) -> str:
     return (
         f"{every} is shown to the model twice{shown}. The base is all of it, pressed into one square; the canvas is "
         "the same in its own shape, cut into tiles without their padding. Each row of the canvas is closed by a "
-        f"newline token, {explanation.newlines} in all: drawn apart, as the column at the right, and pruned like any patch."
+        f"newline token, {explanation.newlines} in all: drawn apart at the right, pruned like any patch."
     )
 
 

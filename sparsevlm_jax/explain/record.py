@@ -24,7 +24,7 @@ from sparsevlm_jax.explain.words import Words, read_words
 from sparsevlm_jax.generation.api import generate_ids, require_finite, require_processor
 from sparsevlm_jax.generation.request import Generation, Run
 from sparsevlm_jax.inputs.images import ImageLike
-from sparsevlm_jax.models.embedding import embed
+from sparsevlm_jax.models.embedding import Images, embed
 from sparsevlm_jax.models.stages import Cache, Params, Trace, prefill
 from sparsevlm_jax.pruning.plan import Plan, StagePlan
 from sparsevlm_jax.pruning.prune import Event
@@ -141,14 +141,14 @@ def _prefill_traced(
     params: Params,
     ids: Array,
     lengths: Array,
-    pixels: Array,
+    images: Images | None,
     seed: Array | None,
     *,
     config: ModelConfig,
     plan: Plan,
     room: int,
 ) -> tuple[Array, Cache, Trace]:
-    prompt = embed(params, ids, lengths, pixels, config, plan)
+    prompt = embed(params, ids, lengths, images, config, plan)
     logits, cache, trace = prefill(params, prompt, config, plan, trace=True, max_new_tokens=room, seed=seed)
     assert trace is not None
     return logits, cache, trace

@@ -251,7 +251,7 @@ class Processor:
         if tiles is None:
             return self._pixels(image, name, aspect)[None], layout
         if aspect is not None:
-            raise UserError(f"{name}: `aspect` is {aspect}, but {self.config.model_type} takes images as they are")
+            raise UserError(f"{name}: {self.config.model_type} shows an image in its own shape: leave `aspect` out")
         canvases = {"image_grid_pinpoints": [list(canvas) for canvas in self.config.canvases]}
         pixels = self._processed(image, name, canvases, layout.tiles)
         return np.pad(pixels, ((0, tiles - layout.tiles), *[(0, 0)] * 3)), layout
