@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from sparsevlm_jax.models.family import FAMILIES as FAMILY_RECORDS
+
 PACKAGE = Path(__file__).parent.parent / "sparsevlm_jax"
 ORDER = (
     *("errors", "bounds", "process", "data", "text", "files", "layout rotary", "config", "config_json", "ops"),
@@ -15,6 +17,16 @@ ORDER = (
     *("cli", "__main__"),
 )
 RANK = {name: rank for rank, row in enumerate(ORDER) for name in row.split()}
+FAMILIES = {family.config.__module__.rpartition(".")[2] for family in FAMILY_RECORDS.values()}
+# Of a family's file: the registry, presets, names for users, the benchmark (of LLaVA-1.5 alone), and one another.
+FAMILY_FILES = tuple(f"sparsevlm_jax.models.{name}." for name in FAMILIES)
+KNOW_FAMILIES = (
+    "models/family.py",
+    "models/presets.py",
+    "__init__.py",
+    "bench/",
+    *(f"models/{n}.py" for n in FAMILIES),
+)
 TORCH = ("checkpoints/torch_bin.py", "checkpoints/verify.py", "bench/torch_")
 
 
@@ -37,6 +49,8 @@ def faults(file: str, source: str) -> list[str]:
                 and name != "sparsevlm_jax.__version__"
             ):
                 found.append(f"{file} imports {name}")
+            elif name.startswith(FAMILY_FILES) and not file.startswith(KNOW_FAMILIES):
+                found.append(f"{file} imports {name}")
             if top in ("convert", "benchmarks", "training", "tests") or (top == "torch" and not file.startswith(TORCH)):
                 found.append(f"{file} imports {name}")
     return found
@@ -58,6 +72,8 @@ def test_imports_run_one_way() -> None:
         ("checkpoints/load.py", "from sparsevlm_jax import generate"),
         ("generation/api.py", "import torch.nn"),
         ("cli/bench.py", "from benchmarks.retention import run"),
+        ("generation/api.py", "from sparsevlm_jax.models.llava_next import LlavaNextConfig"),
+        ("models/stages.py", "from sparsevlm_jax.models.llava import LlavaConfig"),
     ],
 )
 def test_an_import_that_runs_up_or_sideways_is_found(file: str, source: str) -> None:
