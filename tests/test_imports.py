@@ -42,14 +42,9 @@ def faults(file: str, source: str) -> list[str]:
         for name in names:
             top, _, rest = name.partition(".")
             part = rest.split(".")[0] if rest.split(".")[0] in RANK else "__init__"
-            if (
-                top == "sparsevlm_jax"
-                and part != own
-                and RANK[part] >= RANK[own]
-                and name != "sparsevlm_jax.__version__"
-            ):
-                found.append(f"{file} imports {name}")
-            elif name.startswith(FAMILY_FILES) and not file.startswith(KNOW_FAMILIES):
+            up = top == "sparsevlm_jax" and part != own and RANK[part] >= RANK[own]
+            family = name.startswith(FAMILY_FILES) and not file.startswith(KNOW_FAMILIES)
+            if (up and name != "sparsevlm_jax.__version__") or family:
                 found.append(f"{file} imports {name}")
             if top in ("convert", "benchmarks", "training", "tests") or (top == "torch" and not file.startswith(TORCH)):
                 found.append(f"{file} imports {name}")
