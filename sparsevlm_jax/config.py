@@ -152,11 +152,7 @@ class ModelConfig(Protocol):
 
     @property
     def tokens_per_image(self) -> int:
-        """Visual tokens that an image becomes, where that is one number.
-
-        Raises:
-          UserError: it depends on the image's size.
-        """
+        """Visual tokens that an image becomes; where its size decides (see `image_layout`), at most."""
         ...
 
     @property

@@ -131,7 +131,7 @@ def compare(theirs: Mapping[str, np.ndarray], ours: Mapping[str, np.ndarray], dt
 
     def named(ids: np.ndarray, logits: np.ndarray) -> list[tuple[str, float]]:
         processor = model.processor
-        return [(str(i) if processor is None else processor.decode([i]), float(logits[i])) for i in ids]
+        return [(str(i) if processor is None else processor.decode([int(i)]), float(logits[i])) for i in ids]
 
     return Report(
         dtype,

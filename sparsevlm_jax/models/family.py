@@ -48,6 +48,10 @@ FAMILIES = {
 }
 
 
+# What checkpoints in the layout of the authors, which `sparsevlm convert` reads, call themselves, beside "llava".
+ORIGINAL_TYPES = ("llava_llama", "llava_mistral", "llava_qwen", "llava_mpt")
+
+
 def family_of(config: ModelConfig) -> Family:
     return FAMILIES[config.model_type]
 
@@ -63,7 +67,7 @@ def config_from_hf(config: dict[str, Any], source: str = "config.json") -> Model
     """
     model_type = config.get("model_type")
     # Early checkpoints of the original layout call themselves "llava" too.
-    if model_type == "llava_llama" or "mm_vision_tower" in config:
+    if model_type in ORIGINAL_TYPES or "mm_vision_tower" in config:
         raise UserError(f"{source}: the original LLaVA layout; convert it with `sparsevlm convert`")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         expected = ", ".join(f'"{name}"' for name in FAMILIES)
