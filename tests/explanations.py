@@ -58,5 +58,5 @@ def explained(
 ) -> Explanation:
     """An explanation of two words of answer, by the method with settings that suit the model."""
     own = {"v1": {"scale": 2.0, "bias": 3.0}, "v2.0": {"heads": 2}}.get(method, {})
-    images = [picture(seed + number) for number in range(pictures)]
-    return explain(model(class_token), images, question, sv.sparsity(method, **own), max_new_tokens=2)
+    shown = [picture(seed + number) for number in range(pictures)]
+    return explain(model(class_token), shown, question, sv.sparsity(method, **own), max_new_tokens=2)

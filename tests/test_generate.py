@@ -124,7 +124,7 @@ def test_one_picture_goes_with_every_question_and_through_the_tower_once(
             return run.lower(*args, **static)
 
     monkeypatch.setattr(request, "start", Start())
-    shared, own = (answer(model, images, questions) for images in (pictures[0], [pictures[0], pictures[0]]))
+    shared, own = (answer(model, shown, questions) for shown in (pictures[0], [pictures[0], pictures[0]]))
     assert shared == own
     assert seen == [1, 2]
 
@@ -189,14 +189,14 @@ def test_messages_are_asked_as_their_text(model: Model, asked: list[Any], pictur
     file = io.BytesIO()
     pictures[0].save(file, "PNG")
     url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-    for images, messages in (
+    for shown, messages in (
         (pictures[0], [{"role": "user", "content": QUESTION}]),
         (pictures[0], [said(QUESTION)]),
         (pictures[0], [said(QUESTION, {"type": "image"})]),
         (None, [said(QUESTION, {"type": "image", "image": pictures[0]})]),
         (None, [said(QUESTION, {"type": "image_url", "image_url": {"url": url}})]),
     ):
-        rows, pixels = ids_of(asked, model, images, messages)
+        rows, pixels = ids_of(asked, model, shown, messages)
         assert rows == plain[0]
         np.testing.assert_array_equal(pixels, plain[1])
 
