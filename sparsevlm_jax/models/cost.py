@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from sparsevlm_jax.config import ModelConfig
+from sparsevlm_jax.inputs.packing import TiledImages, pack_images
 from sparsevlm_jax.models.embedding import encode_images
 from sparsevlm_jax.models.parameters import abstract_params
 from sparsevlm_jax.models.stages import Prompt, prefill
@@ -81,11 +82,19 @@ def _decoder_flops(config: ModelConfig, plan: Plan, layers: Sequence[int], text_
 
 
 def tower_xla_flops(config: ModelConfig, plan: Plan) -> float:
-    """XLA's cost analysis of tower and projector for one picture."""
-    vision = config.vision
-    pixels = jax.ShapeDtypeStruct((1, vision.num_channels, vision.image_size, vision.image_size), jnp.bfloat16)
+    """XLA's cost analysis of tower and projector for one image: of a family with tiles for as many as it has at most,
+    to which every image is padded."""
+    vision, tiles = config.vision, config.most_tiles
+    shape = (tiles or 1, vision.num_channels, vision.image_size, vision.image_size)
+    images: Any = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    if tiles is not None:
+        layouts = [config.image_layout(canvas) for canvas in config.canvases]
+        packing = pack_images(
+            [max(layouts, key=lambda layout: layout.tokens)], tiles, config.tile_tokens, config.tokens_per_image
+        )
+        images = TiledImages(images, jax.eval_shape(lambda: jax.tree.map(jnp.asarray, packing)))
     run = partial(encode_images, config=config, plan=plan)
-    return _flops(run, abstract_params(config, jnp.bfloat16), pixels)
+    return _flops(run, abstract_params(config, jnp.bfloat16), images)
 
 
 def _flops(function, *shapes) -> float:  # noqa: ANN001, ANN002

@@ -15,6 +15,7 @@ from jaxtyping import Array
 
 from sparsevlm_jax.config import ModelConfig, read_config
 from sparsevlm_jax.errors import UserError, shown
+from sparsevlm_jax.files import read_json
 from sparsevlm_jax.models import llava, llava_next, vipllava
 from sparsevlm_jax.models.names import Table
 from sparsevlm_jax.models.stages import Params
@@ -75,10 +76,12 @@ def config_from_hf(config: dict[str, Any], source: str = "config.json") -> Model
     return FAMILIES[model_type].config.from_hf(config, source)
 
 
-def config_of(folder: Path) -> ModelConfig:
-    """The configuration in a model's folder.
+def config_of(path: Path) -> ModelConfig:
+    """The configuration in a model's folder, or in a `config.json` by itself.
 
     Raises:
       UserError: as `config_from_hf`, or there is none.
     """
-    return config_from_hf(read_config(folder), str(folder / "config.json"))
+    if path.is_file():
+        return config_from_hf(read_json(path), str(path))
+    return config_from_hf(read_config(path), str(path / "config.json"))
