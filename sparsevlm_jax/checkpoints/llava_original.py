@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsevlm_jax.checkpoints.safetensors import Tensor
-from sparsevlm_jax.config import refuse_quantised
+from sparsevlm_jax.config import ORIGINAL_TYPES, refuse_quantised
 from sparsevlm_jax.errors import UserError, shown
 from sparsevlm_jax.inputs.images import clip_settings
 from sparsevlm_jax.inputs.processor import MARKER, PROMPT_END, PROMPT_START
 from sparsevlm_jax.inputs.side_files import TOKENIZER_FILES, read_tokenizer, there
-from sparsevlm_jax.models.family import ORIGINAL_TYPES
 
 _TEXT_FIELDS = (
     "vocab_size",
