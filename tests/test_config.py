@@ -193,7 +193,8 @@ def test_vipllava_takes_its_layers_under_either_name(layers, expected):
     published = {key: value for key, value in PUBLISHED_7B.items() if not key.startswith("vision_feature")}
     found = config_from_hf(published | {"model_type": "vipllava"} | layers)
     assert found.feature_layers == expected
-    assert found.tokens_per_image == 576 and found.projector_norm_eps == 1e-5
+    assert isinstance(found, LlavaConfig) and found.projector_norm_eps == 1e-5
+    assert found.tokens_per_image == 576
 
 
 @pytest.mark.parametrize("preset", presets.PRESETS.values(), ids=presets.PRESETS)
