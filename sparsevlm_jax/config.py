@@ -19,6 +19,8 @@ from sparsevlm_jax.rotary import Rope
 
 DTYPES = ("float32", "bfloat16", "float16")  # to compute in and to store weights in
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")
+# What checkpoints in the layout of LLaVA's authors, which `sparsevlm convert` reads, call themselves, beside "llava".
+ORIGINAL_TYPES = ("llava_llama", "llava_mistral", "llava_qwen", "llava_mpt")
 # One of these is in a folder that holds more than an adapter.
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _WHOLE_MODELS = ("model*.safetensors", "pytorch_model*.bin", "manifest.json")
@@ -222,6 +224,17 @@ def refuse_quantised(config: Mapping[str, Any], source: str) -> None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else None
         by = f"quantised with {shown(method)}" if method else "quantised"
         raise UserError(f"{source}: {by} (quantization_config): give the unquantised checkpoint")
+
+
+def refuse_original(config: Mapping[str, Any], source: str) -> None:
+    """Whose names and entries are those of the LLaVA authors, and not of any family.
+
+    Raises:
+      UserError: the configuration is such a one.
+    """
+    # Early checkpoints of that layout call themselves "llava" too.
+    if config.get("model_type") in ORIGINAL_TYPES or "mm_vision_tower" in config:
+        raise UserError(f"{source}: the original LLaVA layout; convert it with `sparsevlm convert`")
 
 
 def token_id(value: Any, name: str) -> int:

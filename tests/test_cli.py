@@ -300,7 +300,7 @@ def test_missing_tensor_is_an_error(ask, broken):
 
 def test_another_architecture_is_an_error(ask, broken):
     write_json(broken / "config.json", model_type="qwen2_vl")
-    assert 'model_type is "qwen2_vl", expected "llava"' in error_of(ask("--model", broken))
+    assert 'model_type is "qwen2_vl", expected one of "llava", ' in error_of(ask("--model", broken))
 
 
 def test_checkpoint_without_processor_cannot_be_asked(ask, broken):

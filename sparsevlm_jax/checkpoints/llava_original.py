@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsevlm_jax.checkpoints.safetensors import Tensor
-from sparsevlm_jax.config import refuse_quantised
+from sparsevlm_jax.config import ORIGINAL_TYPES, refuse_quantised
 from sparsevlm_jax.errors import UserError, shown
 from sparsevlm_jax.inputs.images import clip_settings
 from sparsevlm_jax.inputs.processor import MARKER, PROMPT_END, PROMPT_START
 from sparsevlm_jax.inputs.side_files import TOKENIZER_FILES, read_tokenizer, there
-from sparsevlm_jax.models.family import ORIGINAL_TYPES
 
 _TEXT_FIELDS = (
     "vocab_size",
@@ -35,7 +34,6 @@ _TEXT_FIELDS = (
     "max_position_embeddings",
     "attention_bias",
     "mlp_bias",
-    "sliding_window",
     "tie_word_embeddings",
     "bos_token_id",
     "eos_token_id",
@@ -45,7 +43,6 @@ _TEXT_FIELDS = (
 _NOT_TOWER = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
 _SELECT = {"patch": "default", "cls_patch": "full"}
 _ARCHITECTURES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
-_NULL = frozenset({"sliding_window"})  # whose null is not the same as nothing
 
 # The towers of published checkpoints that hold its weights and not its sizes.
 _TOWERS = {
@@ -127,7 +124,8 @@ def hf_config(config: Mapping[str, Any], tower: Mapping[str, Any] | None, source
         "text_config": {
             "model_type": decoder,
             # That a window is null says something: left out, Mistral's is 4096.
-            **{key: config[key] for key in _TEXT_FIELDS if config.get(key) is not None or key in config.keys() & _NULL},
+            **{key: config[key] for key in _TEXT_FIELDS if config.get(key) is not None},
+            **{key: config[key] for key in ("sliding_window",) if key in config},
         },
     }
 
@@ -138,9 +136,8 @@ def _decoder(config: Mapping[str, Any], source: str) -> str:
     Raises:
       UserError: another than Llama's and Mistral's.
     """
-    kind = config.get("model_type")
-    architectures = config.get("architectures") or [""]
-    if kind == "llava_mistral" or (kind == "llava" and str(architectures[0]).startswith("LlavaMistral")):
+    kind, named = config.get("model_type"), config.get("architectures")
+    if kind == "llava_mistral" or (kind == "llava" and named == ["LlavaMistralForCausalLM"]):
         return "mistral"
     if kind not in ("llava", "llava_llama"):
         raise UserError(

@@ -13,7 +13,7 @@ from typing import Any
 import flax.linen as nn
 from jaxtyping import Array
 
-from sparsevlm_jax.config import ModelConfig, read_config
+from sparsevlm_jax.config import ModelConfig, read_config, refuse_original
 from sparsevlm_jax.errors import UserError, shown
 from sparsevlm_jax.files import read_json
 from sparsevlm_jax.models import llava, llava_next, vipllava
@@ -49,10 +49,6 @@ FAMILIES = {
 }
 
 
-# What checkpoints in the layout of the authors, which `sparsevlm convert` reads, call themselves, beside "llava".
-ORIGINAL_TYPES = ("llava_llama", "llava_mistral", "llava_qwen", "llava_mpt")
-
-
 def family_of(config: ModelConfig) -> Family:
     return FAMILIES[config.model_type]
 
@@ -66,10 +62,8 @@ def config_from_hf(config: dict[str, Any], source: str = "config.json") -> Model
     Raises:
       UserError: another architecture, or a variant that this package does not compute.
     """
+    refuse_original(config, source)
     model_type = config.get("model_type")
-    # Early checkpoints of the original layout call themselves "llava" too.
-    if model_type in ORIGINAL_TYPES or "mm_vision_tower" in config:
-        raise UserError(f"{source}: the original LLaVA layout; convert it with `sparsevlm convert`")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         expected = ", ".join(f'"{name}"' for name in FAMILIES)
         raise UserError(f"{source}: model_type is {shown(model_type)}, expected one of {expected}")

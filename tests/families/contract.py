@@ -26,11 +26,11 @@ from sparsevlm_jax.checkpoints.export import to_hf
 from sparsevlm_jax.generation.api import generate_ids, require_processor, stream_ids
 from sparsevlm_jax.generation.request import Run
 from sparsevlm_jax.inputs.processor import Inputs
-from sparsevlm_jax.layout import Size
+from sparsevlm_jax.layout import NEWLINE, Size
 from sparsevlm_jax.pruning.budgets import plan_of_row
 from tests import comparison, models, oracle
 from tests.hf import tiny_llava
-from tests.test_compilation import sizes as compiled
+from tests.test_compilation import COMPILED, events
 
 ATOL, NEW, STEPS = 1e-4, 16, 3
 QUESTIONS = ("what is in the heat on the in there", "where", "in what is that there", "is he there or here")
@@ -72,8 +72,7 @@ class Case:
 
     def answers(self, inputs: Inputs, sparsity: sv.Sparsity, new: int = NEW) -> list[list[int]]:
         model = self.ours
-        images = inputs.images if inputs.layouts else None
-        return generate_ids(model.params, model.config, inputs.ids, images, **settings(sparsity, new)).tokens
+        return generate_ids(model.params, model.config, inputs.ids, inputs.images, **settings(sparsity, new)).tokens
 
     def run(self, sparsity: sv.Sparsity) -> Run:
         return Run(self.ours.params, self.ours.config, self.inputs.ids, self.inputs.images, **settings(sparsity))
@@ -142,7 +141,7 @@ def torch_images(case: Case, shown: Sequence[int]) -> dict[str, Any]:
 def features(family: Family, place: Path) -> None:
     """Tower, projector and packer."""
     case = family.large
-    found = encoded(case.ours.params, jax.device_put(case.inputs.images), config=case.ours.config).tokens
+    found, saliency, _ = encoded(case.ours.params, jax.device_put(case.inputs.images), config=case.ours.config)
     layouts, before = case.inputs.layouts, 0
     for layout, number in zip(layouts, [number for row in SHOWN for number in row], strict=True):
         inputs = torch_images(case, [number])
@@ -150,6 +149,10 @@ def features(family: Family, place: Path) -> None:
             wanted = case.theirs.model.get_image_features(**inputs).pooler_output[0]
         assert wanted.shape[0] == layout.tokens
         np.testing.assert_allclose(found[before : before + layout.tokens], wanted, atol=ATOL, rtol=0)
+        own, newlines = np.asarray(saliency[before : before + layout.tokens]), layout.index[:, 0] == NEWLINE
+        for end in np.flatnonzero(newlines):  # the tower looks at a row's end as at its patches
+            assert own[end] == pytest.approx(own[(layout.line == end) & ~newlines].mean(), rel=1e-5)
+        assert (own > 0).all()
         before += layout.tokens
 
 
@@ -182,7 +185,8 @@ def conversion(family: Family, place: Path) -> None:
     converted = sv.load(place / "converted")
     assert converted.config == case.ours.config
     assert bits(converted.params) == bits(case.ours.params)
-    back, report = AutoModelForImageTextToText.from_pretrained(place / "back", output_loading_info=True)
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(place / "back", output_loading_info=True)
+    back, report = loaded
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     before, after = case.theirs.state_dict(), back.state_dict()
     # No hidden state passes through the head of a SigLIP tower: it is left out, and the configuration says so.
@@ -251,7 +255,8 @@ def pruned_by_rivals(method: str, family: Family, place: Path) -> None:
     for number, event in enumerate(trace.events):
         for row in range(len(SHOWN)):
             places = np.flatnonzero(event.before.visual[row])
-            keep = plan_of_row(run.plan, int(np.sum(prompt.visual[row]))).stages[number].keep if len(places) else 0
+            visual = int(np.sum(prompt.visual[row]))
+            keep = plan_of_row(run.plan, visual).stages[number].keep or 0 if visual else 0
             if method in ("fastv", "pyramiddrop"):
                 ahead = method == "pyramiddrop"
                 tokens = event.before if ahead else entered
@@ -261,7 +266,7 @@ def pruned_by_rivals(method: str, family: Family, place: Path) -> None:
             elif method == "uniform":
                 scores = comparison.spread_evenly(len(places), keep)
             else:
-                key = jax.random.fold_in(jax.random.key(sparsity.seed), event.layer + 1)
+                key = jax.random.fold_in(jax.random.key(seed), event.layer + 1)
                 scores = np.asarray(jax.random.uniform(key, (len(places),)))
             comparison.check_kept(event, row, keep, scores)
         entered = event.after
@@ -307,29 +312,31 @@ def new_sizes(family: Family, place: Path) -> None:
     for bucket, inputs in prepared:
         if bucket not in warm:
             warm[bucket] = case.answers(inputs, dense)
-    known = compiled().tolist()
+            encoded(case.ours.params, jax.device_put(inputs.images), config=case.ours.config)
     counts = {inputs.layouts[0].tokens for _, inputs in prepared}
-    for _, inputs in prepared:
-        case.answers(inputs, dense)
-    assert compiled().tolist() == known
+    with events() as seen:
+        for _, inputs in prepared:
+            case.answers(inputs, dense)
+            encoded(case.ours.params, jax.device_put(inputs.images), config=case.ours.config)
+    assert COMPILED not in seen
     assert len(counts) > len(warm) or not case.ours.config.canvases
 
 
 def chat(selection: str, family: Family, place: Path) -> None:
     """ "again" answers as a fresh run of the whole conversation; "first" goes on with its selection."""
     case, options = family.small, {"sparsity": sv.sparsity("v1.5", keep=12), "max_new_tokens": 4}
-    talk = sv.Chat(case.ours, list(case.images), selection=selection, room=128, **options)
-    assert talk.ask(QUESTIONS[0]) == sv.generate(case.ours, list(case.images), QUESTIONS[0], **options)
-    before = len(talk.ids)
-    talk.ask(QUESTIONS[1])
-    inputs = require_processor(case.ours)([list(case.images)], [QUESTIONS[0]])
+    talk = sv.Chat(case.ours, list(case.images), selection=selection, room=64, **options)
+    talk.ask("where")  # so short that both turns lie in one bucket
+    first = len(talk.ids)
+    talk.ask("why")
+    inputs = require_processor(case.ours)([list(case.images)], ["where"])
     np.testing.assert_array_equal(talk.ids[: len(inputs.ids[0])], inputs.ids[0])
     if selection == "again":
         fresh = case.answers(inputs._replace(ids=[talk.ids[:-4]]), options["sparsity"], 4)
         assert talk.ids[-4:].tolist() == fresh[0]
     else:  # one prefill, and every token since went through the decoder
         assert talk._run.packed.lengths.tolist() == [len(inputs.ids[0])]
-        assert len(talk.ids) > before + 4 and talk._in_cache == len(talk.ids) - 1
+        assert len(talk.ids) > first + 4 and talk._in_cache == len(talk.ids) - 1
 
 
 def shrinking(method: str, family: Family, place: Path) -> None:

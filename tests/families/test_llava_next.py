@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from sparsevlm_jax import Sparsity, UserError
 from tests.families import contract
 
 
@@ -20,3 +21,9 @@ def llava_next(tmp_path_factory: pytest.TempPathFactory) -> contract.Family:
 @pytest.mark.parametrize("promise", contract.promises(all_of_them=True))
 def test_llava_next_keeps_what_every_family_promises(promise: Any, llava_next: contract.Family, tmp_path: Path) -> None:
     promise(llava_next, tmp_path)
+
+
+def test_tiles_without_their_packing_are_refused(llava_next: contract.Family) -> None:
+    case = llava_next.small
+    with pytest.raises(UserError, match="llava_next takes images with their packing"):
+        case.answers(case.inputs._replace(packing=None), Sparsity.dense())
