@@ -11,6 +11,7 @@ from sparsevlm_jax.errors import UserError, shown
 # Text.
 JSON_BYTES = 4_000_000  # an index of LLaVA-1.5-13B has 0.08 MB, a manifest 0.4 MB; Python takes up to 100 times as much
 JSON_DEPTH = 40  # nested lists and objects; a config.json has 4 levels
+JSON_PART_BYTES = 40  # of a file for each list or object in it, at least: a million empty ones take seconds to read
 JSON_DIGITS = 100  # of one number; a float64 needs 17, a size 20
 TOKENIZER_BYTES = 20_000_000  # Vicuna's tokenizer.json has 1.8 MB, Llama 3's 17 MB
 TOKENIZER_GROWTH = 1_000  # times that a text may get longer before it is tokens

@@ -19,6 +19,8 @@ from sparsevlm_jax.rotary import Rope
 
 DTYPES = ("float32", "bfloat16", "float16")  # to compute in and to store weights in
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")
+# What checkpoints in the layout of LLaVA's authors, which `sparsevlm convert` reads, call themselves, beside "llava".
+ORIGINAL_TYPES = ("llava_llama", "llava_mistral", "llava_qwen", "llava_mpt")
 # One of these is in a folder that holds more than an adapter.
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _WHOLE_MODELS = ("model*.safetensors", "pytorch_model*.bin", "manifest.json")
@@ -158,11 +160,7 @@ class ModelConfig(Protocol):
 
     @property
     def tokens_per_image(self) -> int:
-        """Visual tokens that an image becomes, where that is one number.
-
-        Raises:
-          UserError: it depends on the image's size.
-        """
+        """Visual tokens that an image becomes; where its size decides (see `image_layout`), at most."""
         ...
 
     @property
@@ -254,6 +252,18 @@ def refuse_temporal_attention(config: Mapping[str, Any], source: str) -> None:
             "(its temporal_attn, temporal_layer_norm1 and temporal_embedding): that is not computed; give a converted "
             'checkpoint (model_type "video_llava"), which is a model without it'
         )
+
+
+def refuse_original(config: Mapping[str, Any], source: str) -> None:
+    """Whose names and entries are those of the LLaVA authors, and not of any family.
+
+    Raises:
+      UserError: the configuration is such a one.
+    """
+    refuse_temporal_attention(config, source)
+    # Early checkpoints of that layout call themselves "llava" too.
+    if config.get("model_type") in ORIGINAL_TYPES or "mm_vision_tower" in config:
+        raise UserError(f"{source}: the original LLaVA layout; convert it with `sparsevlm convert`")
 
 
 def token_id(value: Any, name: str) -> int:

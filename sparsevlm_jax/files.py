@@ -48,6 +48,9 @@ def parse_json(content: bytes, name: str, most: int = bounds.JSON_BYTES) -> dict
         if len(content) > most:
             raise ValueError(f"{len(content):,} bytes, expected at most {most:,}")
         text = content.decode("utf-8-sig")
+        parts = text.count("{") + text.count("[")
+        if parts > most // bounds.JSON_PART_BYTES:
+            raise ValueError(f"{parts:,} lists and objects, expected at most {most // bounds.JSON_PART_BYTES:,}")
         found = json.loads(text, object_pairs_hook=_without_repeats, parse_int=_integer, parse_float=_float)
         _check_values(found)
     except RecursionError:

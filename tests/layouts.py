@@ -133,3 +133,54 @@ def _folder(folder: Path, like: Path) -> Path:
     folder.mkdir()
     shutil.copyfile(like / "config.json", folder / "config.json")
     return folder
+
+
+# How the authors of LLaVA-NeXT begin what transformers 5 writes.
+NEXT_NAMES = {
+    "vision_tower.": "model.vision_tower.vision_tower.vision_model.",
+    "multi_modal_projector.linear_1.": "model.mm_projector.0.",
+    "multi_modal_projector.linear_2.": "model.mm_projector.2.",
+    "image_newline": "model.image_newline",
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+}
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def original_next(hf: Path, folder: Path, model_type: str = "llava", **changed: Any) -> Layout:
+    """A LLaVA-NeXT checkpoint of transformers in the authors' layout: its own tower inside, the sizes of that beside
+    it, in a CLIP model whose weights are others."""
+    folder.mkdir()
+    tensors = load_file(hf / "model.safetensors")
+    renamed = {_renamed(name): array for name, array in tensors.items()}
+    save_file(renamed, folder / "model.safetensors")
+    config = json.loads((hf / "config.json").read_text())
+    text = {key: value for key, value in config["text_config"].items() if key not in ("model_type", "rope_parameters")}
+    own = {
+        "architectures": ["LlavaMistralForCausalLM" if model_type == "llava_mistral" else "LlavaLlamaForCausalLM"],
+        "model_type": model_type,
+        "rope_theta": config["text_config"]["rope_parameters"]["rope_theta"],
+        "image_aspect_ratio": "anyres",
+        "image_grid_pinpoints": config["image_grid_pinpoints"],
+        "mm_patch_merge_type": "spatial_unpad",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": config["vision_feature_layer"],
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        "unfreeze_mm_vision_tower": True,
+    }
+    (folder / "config.json").write_text(json.dumps(text | own | changed))
+    for name in TOKENIZER:
+        if (hf / name).exists():
+            shutil.copyfile(hf / name, folder / name)
+    clip = folder.with_name(f"{folder.name}_clip")
+    clip.mkdir()
+    (clip / "config.json").write_text(json.dumps({"model_type": "clip", "vision_config": config["vision_config"]}))
+    other = {name.removeprefix("vision_tower."): array for name, array in tensors.items() if "vision_tower" in name}
+    save_file({f"vision_model.{name}": array + 1 for name, array in other.items()}, clip / "model.safetensors")
+    return Layout(folder, clip)
+
+
+def _renamed(name: str) -> str:
+    begins = next(begins for begins in NEXT_NAMES if name.startswith(begins))
+    return NEXT_NAMES[begins] + name.removeprefix(begins)

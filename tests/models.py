@@ -16,7 +16,7 @@ from flax import traverse_util
 from sparsevlm_jax import Cache, LlavaConfig, Plan, Prompt, abstract_params, decode_step, prefill, tiny
 from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.explain import provenance
-from sparsevlm_jax.models.llava import NAMES
+from sparsevlm_jax.models.parameters import entries
 from tests import oracle
 
 LAYERS, WIDTH, VOCAB = 6, 64, 192
@@ -107,12 +107,12 @@ def origins(trace: Any, row: int) -> list[np.ndarray]:
     return tables
 
 
-def oracle_decoder(weights: dict[str, Any], model: LlavaConfig) -> oracle.Decoder:
+def oracle_decoder(weights: dict[str, Any], model: ModelConfig) -> oracle.Decoder:
     """The same decoder for the NumPy reimplementation."""
     flat = dict(traverse_util.flatten_dict(weights))
     named = {
         name.removeprefix("language_model."): entry.to_hf(np.asarray(flat[entry.path]))
-        for name, entry in NAMES.entries(weights).items()
+        for name, entry in entries(model).items()
         if name.startswith("language_model.")
     }
     text = model.text

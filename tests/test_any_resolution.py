@@ -12,6 +12,7 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 
 from sparsevlm_jax.inputs.any_resolution import best_canvas, lay_out
 from sparsevlm_jax.layout import NEWLINE
+from sparsevlm_jax.models.presets import PRESETS
 
 CANVASES = [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]
 TILE, GRID = 336, 24
@@ -53,7 +54,10 @@ def test_patches_stand_where_transformers_puts_them(size: tuple[int, int]) -> No
     ],
 )
 def test_counts_are_those_of_published_tables(size: tuple[int, int], tokens: int, canvas: tuple[int, int]) -> None:
-    assert lay_out(size, TILE, GRID, CANVASES).tokens == tokens
+    for name in ("llava-next-7b", "llava-next-13b", "llava-next-mistral-7b", "llava-next-llama3-8b"):
+        config = PRESETS[name]()
+        assert config.image_layout(size).tokens == tokens <= config.tokens_per_image == 2928
+        assert tokens <= config.visual_bucket(tokens) <= 1.6 * tokens
     assert best_canvas(size, CANVASES) == canvas
 
 

@@ -37,9 +37,10 @@ from sparsevlm_jax.bench.torch_weights import fill, load
 from sparsevlm_jax.bench.worker import Worker, WorkerError
 from sparsevlm_jax.cli.main import main
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.models.llava import NAMES
+from sparsevlm_jax.models.family import family_of
 
 CELL = Cell("tiny", 1, 48, 16, "float32")
+NEXT = Cell("tiny-next", 1, 48, 88, "float32")
 DENSE, PRUNED = Side("jax", "dense"), Side("jax", "v1.5", 8)
 
 
@@ -80,14 +81,15 @@ def result() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_both_sides_draw_the_same_weights_bit_for_bit(dtype: str) -> None:
-    params = jax_programs.draw_params(CELL.config, dtype)
+@pytest.mark.parametrize("cell, dtype", [(CELL, "float32"), (CELL, "bfloat16"), (NEXT, "float32")])
+def test_both_sides_draw_the_same_weights_bit_for_bit(cell: Cell, dtype: str) -> None:
+    params = jax_programs.draw_params(cell.config, dtype)
     flat: dict[Any, Any] = dict(traverse_util.flatten_dict(params))
-    model = load(CELL.config, dtype, torch.device("cpu"), "sdpa")
-    entries = NAMES.entries(params)
+    model = load(cell.config, dtype, torch.device("cpu"), "sdpa")
+    names = family_of(cell.config).names
+    entries = names.entries(params)
     for name, parameter in model.named_parameters():
-        entry = entries.pop(NAMES.canonical(name) or name)
+        entry = entries.pop(names.canonical(name) or name)
         ours = np.asarray(flat[entry.path].astype(jnp.float32))
         np.testing.assert_array_equal(entry.to_hf(ours), parameter.detach().float().numpy())
     assert not entries
@@ -149,6 +151,15 @@ def test_visual_tokens_become_pictures_of_that_size() -> None:
         assert replace(CELL, visual_tokens=50).config
 
 
+def test_images_of_tiles_fill_their_largest_canvas() -> None:
+    cell = Cell("llava-next-7b", 2, 118, SHAPES["llava-next-7b"].visual_tokens, "float32")
+    assert (cell.image_size, cell.pictures) == ((672, 672), 1)
+    assert [layout.tokens for layout in cell.layouts] == [2928, 2928]
+    assert hash_weights.pixels(replace(NEXT, batch=2)).shape == (2 * 5, 3, 56, 56)
+    with pytest.raises(UserError, match="expected a multiple of 88"):
+        assert replace(NEXT, visual_tokens=100).config
+
+
 def test_given_indices_run_the_same_stages() -> None:
     """With nothing merged the prefill with given indices is the prefill."""
     side = Side("jax", "v2.0", 8)
@@ -158,8 +169,9 @@ def test_given_indices_run_the_same_stages() -> None:
     np.testing.assert_allclose(given, logits, atol=1e-4)
 
 
-def test_jax_and_pytorch_agree_from_pixels_to_tokens() -> None:
-    ours, theirs = JaxRunner(CELL, PRUNED, 16), runner(CELL, Side("best", "v1.5", 8), 16, "cpu")
+@pytest.mark.parametrize("cell", [CELL, NEXT], ids=lambda cell: cell.shape)
+def test_jax_and_pytorch_agree_from_pixels_to_tokens(cell: Cell) -> None:
+    ours, theirs = JaxRunner(cell, PRUNED, 16), runner(cell, Side("best", "v1.5", 8), 16, "cpu")
     tokens, seconds = ours.generate((1, 4))
     others, _ = theirs.generate((1, 4))
     np.testing.assert_array_equal(tokens, others)

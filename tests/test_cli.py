@@ -301,7 +301,7 @@ def test_missing_tensor_is_an_error(ask, broken):
 
 def test_another_architecture_is_an_error(ask, broken):
     write_json(broken / "config.json", model_type="qwen2_vl")
-    assert 'model_type is "qwen2_vl", expected "llava"' in error_of(ask("--model", broken))
+    assert 'model_type is "qwen2_vl", expected one of "llava", ' in error_of(ask("--model", broken))
 
 
 def test_checkpoint_without_processor_cannot_be_asked(ask, broken):
@@ -361,6 +361,23 @@ def test_plan_counts_pictures_and_text(run, model):
     assert report["dense"]["cache_bytes"] == keys_and_values * layers * (3 * VISUAL + 7) * width * itemsize
 
 
+def test_plan_of_tiles_follows_the_size_of_the_image(run, tmp_path):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = {
+        "model_type": "llava_next",
+        "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]],
+        "vision_config": {"model_type": "clip_vision_model", **sizes, "image_size": 56, "patch_size": 14},
+        "text_config": {"model_type": "llama", **sizes, "vocab_size": 64},
+    }
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(config))
+    arguments = ("plan", "--model", file, "--method", "uniform", "--keep", 20, "--json")
+    square, wide = (succeeded(run(*arguments, "--image-size", size)) for size in ("112x112", "30x150"))
+    assert [report["dense"]["entering_tokens"] for report in (square, wide)] == [16 + 64 + 8, 16 + 26]
+    assert [report["pruned"]["equivalent_tokens"] for report in (square, wide)] == pytest.approx([20, 20], abs=0.6)
+    assert square["tower_xla_flops"] == wide["tower_xla_flops"]  # five tiles run either way
+
+
 def test_plan_says_that_v1_counts_are_upper_bounds(run, model):
     assert "All counts are upper bounds" in run("plan", "--model", model, "--method", "v1", "--keep", 64).out
 
@@ -368,7 +385,12 @@ def test_plan_says_that_v1_counts_are_upper_bounds(run, model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--model", "llava-2"], "neither a folder nor one of llava-1.5-7b, llava-1.5-13b, tiny"),
+        (["--model", "llava-2"], "neither a folder nor one of llava-1.5-7b, llava-1.5-13b, llava-next-7b, "),
+        (["--model", "llava-next-7b"], "an image of llava_next becomes depends on its size: give height and width"),
+        (["--model", "llava-next-7b", "--image-size", "672"], "--image-size 672: expected height and width in pixels"),
+        (["--model", "llava-next-7b", "--image-size", "0x9"], "--image-size 0x9: expected height and width in pixels"),
+        (["--model", "llava-next-7b", "--image-size", "999999x999999"], "--image-size 999999x999999: has more pixels"),
+        (["--model", "llava-next-7b", "--image-size", "336x336", "--method", "pool"], "pool: shrinks images that are"),
         ([], "--model"),
         (["--model", "tiny", "--images", 0], "--images"),
         (["--model", "tiny", "--text-tokens", 0], "--text-tokens"),

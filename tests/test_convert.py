@@ -351,7 +351,7 @@ def test_verify_finds_no_difference(tmp_path, source):
     convert(source, tmp_path / "orbax", dtype="float32" if source == HF else None)
     report = verify(source, tmp_path / "orbax")
     assert report.passed
-    assert {"tower", "projector", "decoder layer 0", "logits"} < set(report.differences)
+    assert {"tower", "image features", "decoder layer 0", "logits"} < set(report.differences)
     assert 0 <= report.kl_divergence < 1e-3
     assert len(report.top[0]) == len(report.top[1]) == 10
 

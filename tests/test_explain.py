@@ -19,8 +19,9 @@ from sparsevlm_jax.cli import main, options
 from sparsevlm_jax.explain import account, drawing, words
 from sparsevlm_jax.explain.page import render
 from sparsevlm_jax.explain.provenance import DROPPED, KEPT, chosen, fates, origins, scores
-from sparsevlm_jax.explain.record import as_seen, first_difference
+from sparsevlm_jax.explain.record import first_difference
 from sparsevlm_jax.explain.sheet import draw_sheet
+from sparsevlm_jax.explain.views import as_seen
 from sparsevlm_jax.pruning import sparsify
 from sparsevlm_jax.pruning.methods import Scores
 from sparsevlm_jax.pruning.prune import Event
@@ -122,23 +123,23 @@ def drawn(seen: np.ndarray) -> Image.Image:
 
 def corner(image: Image.Image, row: int, column: int) -> np.ndarray:
     """Pixels of a patch clear of its border and of what is written in its middle, float [_, _, 3]."""
-    cell = drawing.cell_size(GRID)
+    cell = drawing.cell_size((GRID, GRID))
     top, left, size = row * cell + cell // 8, column * cell + cell // 8, cell // 8
     return np.asarray(image, np.float32)[top : top + size, left : left + size]
 
 
 def test_kept_patches_are_drawn_as_the_model_saw_them(seen: np.ndarray, drawn: Image.Image) -> None:
-    clear = np.asarray(drawing.enlarge(seen, GRID))
-    cell = drawing.cell_size(GRID)
+    clear = np.asarray(drawing.enlarge(seen, (GRID, GRID)))
+    cell = drawing.cell_size((GRID, GRID))
     np.testing.assert_array_equal(np.asarray(drawn)[2 * cell :], clear[2 * cell :])
-    np.testing.assert_array_equal(corner(drawn, 0, 0), corner(drawing.enlarge(seen, GRID), 0, 0))
+    np.testing.assert_array_equal(corner(drawn, 0, 0), corner(drawing.enlarge(seen, (GRID, GRID)), 0, 0))
 
 
 @pytest.mark.parametrize("column, number", [(1, 1), (3, 2)])
 def test_merged_patches_are_tinted_by_their_token(
     seen: np.ndarray, drawn: Image.Image, column: int, number: int
 ) -> None:
-    clear = corner(drawing.enlarge(seen, GRID), 0, column)
+    clear = corner(drawing.enlarge(seen, (GRID, GRID)), 0, column)
     expected = 0.45 * clear + 0.55 * np.array(drawing.tint(number))
     np.testing.assert_allclose(corner(drawn, 0, column), expected, atol=1)
 
@@ -150,8 +151,8 @@ def test_dropped_patches_are_dimmed(seen: np.ndarray, drawn: Image.Image) -> Non
 
 
 def test_a_line_stands_between_patches_of_different_fates_only(drawn: Image.Image, seen: np.ndarray) -> None:
-    cell = drawing.cell_size(GRID)
-    pixels, clear = np.asarray(drawn), np.asarray(drawing.enlarge(seen, GRID))
+    cell = drawing.cell_size((GRID, GRID))
+    pixels, clear = np.asarray(drawn), np.asarray(drawing.enlarge(seen, (GRID, GRID)))
     assert pixels[cell // 2, cell].tolist() == list(drawing.INK)
     assert pixels[cell // 8, 3 * cell].tolist() == list(drawing.INK)
     np.testing.assert_array_equal(pixels[cell + cell // 2, 4 * cell], clear[cell + cell // 2, 4 * cell])
@@ -175,7 +176,7 @@ def test_score_maps_frame_what_stays_and_leave_out_what_is_gone() -> None:
     stays = np.zeros((GRID, GRID), bool)
     stays[7, 7] = True
     image = drawing.draw_scores(values, stays, 0.0, 1.0)
-    cell = drawing.cell_size(GRID)
+    cell = drawing.cell_size((GRID, GRID))
     assert corner(image, 0, 0).min() == drawing.PAPER[0]
     assert corner(image, 7, 6).tolist() != corner(image, 0, 1).tolist()
     assert np.asarray(image)[7 * cell + 1, 7 * cell + cell // 2].tolist() == list(drawing.INK)
@@ -256,7 +257,8 @@ def test_tokens_and_patches_add_up_at_every_stage(method: str, pictures: int) ->
 def test_the_class_token_is_no_patch() -> None:
     explanation = explained(class_token=True)
     assert explanation.stages[0].visual == GRID * GRID + 1
-    assert explanation.stages[1].fates.shape == (1, GRID, GRID)
+    (view,) = explanation.views
+    assert view.tokens.tolist() == np.arange(1, 1 + GRID * GRID).reshape(GRID, GRID).tolist()
     assert any("class token" in note for note in account.notes(explanation))
 
 
@@ -319,7 +321,7 @@ def test_the_sheet_has_a_column_per_stage() -> None:
     sheets = {method: draw_sheet(explained(method)) for method in ("v1.5", "v1")}
     columns = {method: len(explained(method).stages) for method in sheets}
     assert columns["v1"] > columns["v1.5"]
-    side = drawing.cell_size(GRID) * GRID
+    side = drawing.cell_size((GRID, GRID)) * GRID
     assert all(sheet.width >= columns[method] * side for method, sheet in sheets.items())
 
 

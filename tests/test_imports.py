@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from sparsevlm_jax.models.family import FAMILIES as FAMILY_RECORDS
+
 PACKAGE = Path(__file__).parent.parent / "sparsevlm_jax"
 ORDER = (
     *("errors", "bounds", "process", "data", "text", "files", "layout rotary", "config", "config_json", "ops"),
@@ -15,6 +17,16 @@ ORDER = (
     *("cli", "__main__"),
 )
 RANK = {name: rank for rank, row in enumerate(ORDER) for name in row.split()}
+FAMILIES = {family.config.__module__.rpartition(".")[2] for family in FAMILY_RECORDS.values()}
+# Of a family's file: the registry, presets, names for users, the benchmark (of LLaVA-1.5 alone), and one another.
+FAMILY_FILES = tuple(f"sparsevlm_jax.models.{name}." for name in FAMILIES)
+KNOW_FAMILIES = (
+    "models/family.py",
+    "models/presets.py",
+    "__init__.py",
+    "bench/",
+    *(f"models/{n}.py" for n in FAMILIES),
+)
 TORCH = ("checkpoints/torch_bin.py", "checkpoints/verify.py", "bench/torch_")
 
 
@@ -30,12 +42,9 @@ def faults(file: str, source: str) -> list[str]:
         for name in names:
             top, _, rest = name.partition(".")
             part = rest.split(".")[0] if rest.split(".")[0] in RANK else "__init__"
-            if (
-                top == "sparsevlm_jax"
-                and part != own
-                and RANK[part] >= RANK[own]
-                and name != "sparsevlm_jax.__version__"
-            ):
+            up = top == "sparsevlm_jax" and part != own and RANK[part] >= RANK[own]
+            family = name.startswith(FAMILY_FILES) and not file.startswith(KNOW_FAMILIES)
+            if (up and name != "sparsevlm_jax.__version__") or family:
                 found.append(f"{file} imports {name}")
             if top in ("convert", "benchmarks", "training", "tests") or (top == "torch" and not file.startswith(TORCH)):
                 found.append(f"{file} imports {name}")
@@ -58,6 +67,8 @@ def test_imports_run_one_way() -> None:
         ("checkpoints/load.py", "from sparsevlm_jax import generate"),
         ("generation/api.py", "import torch.nn"),
         ("cli/bench.py", "from benchmarks.retention import run"),
+        ("generation/api.py", "from sparsevlm_jax.models.llava_next import LlavaNextConfig"),
+        ("models/stages.py", "from sparsevlm_jax.models.llava import LlavaConfig"),
     ],
 )
 def test_an_import_that_runs_up_or_sideways_is_found(file: str, source: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparsevlm_jax.bench.shapes import PREFIX, Cell
+from sparsevlm_jax.inputs.packing import TiledImages, pack_images
 
 UNIT = 2.0**-23  # of the integers that `numbers` draws
 STD_OF_UNIFORM = 3**-0.5  # of numbers in [-1, 1)
@@ -67,10 +68,20 @@ def values(integers: Any, scale: Any, norm: bool, to_float: Callable[[Any], Any]
 
 
 def pixels(cell: Cell) -> np.ndarray:
-    """Pictures of all rows, in order: float32 [batch * pictures, 3, S, S], about as wide as normalised photographs."""
-    vision = cell.config.vision
-    shape = (cell.batch * cell.pictures, vision.num_channels, vision.image_size, vision.image_size)
+    """Pictures of all rows, in order: float32 [batch * pictures, 3, S, S], about as wide as normalised photographs; of
+    a family with tiles, all tiles of each."""
+    vision, tiles = cell.config.vision, cell.config.most_tiles or 1
+    shape = (cell.batch * cell.pictures * tiles, vision.num_channels, vision.image_size, vision.image_size)
     return values(_host_numbers("pixels", shape), 1.75, False, lambda x: x.astype(np.float32))
+
+
+def images(cell: Cell) -> np.ndarray | TiledImages:
+    """The same as `embed` takes them."""
+    config, layouts = cell.config, cell.layouts
+    if config.most_tiles is None:
+        return pixels(cell)
+    tokens = sum(layout.tokens for layout in layouts)
+    return TiledImages(pixels(cell), pack_images(layouts, config.most_tiles, config.tile_tokens, tokens))
 
 
 def input_ids(cell: Cell) -> np.ndarray:

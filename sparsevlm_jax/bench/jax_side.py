@@ -15,7 +15,7 @@ from sparsevlm_jax.bench import hash_weights, jax_programs
 from sparsevlm_jax.bench.shapes import SHAPES, Cell, Side
 from sparsevlm_jax.bench.timing import timed
 from sparsevlm_jax.generation.loop import Decoding, Sampler, decode, start
-from sparsevlm_jax.inputs.packing import shrink_markers
+from sparsevlm_jax.inputs.packing import TiledImages, shrink_markers
 from sparsevlm_jax.models import stages
 from sparsevlm_jax.models.cost import tower_xla_flops, xla_flops
 from sparsevlm_jax.models.embedding import embed, encode_images
@@ -50,7 +50,7 @@ class JaxRunner:
         sparsity = side.sparsity(SHAPES[cell.shape], cell.visual_tokens)
         self.plan = make_plan(sparsity, self.config, cell.visual_tokens, cell.text_tokens)
         self.params = jax_programs.draw_params(self.config, cell.dtype)
-        self.pixels = jnp.asarray(hash_weights.pixels(cell), cell.dtype)
+        self.images = _on_device(hash_weights.images(cell), cell.dtype)
         rows = list(hash_weights.input_ids(cell))
         if self.plan.grid is not None:
             markers = self.config.image_token_id, self.config.tokens_per_image
@@ -183,7 +183,7 @@ class JaxRunner:
     def prompt(self) -> Prompt:
         """The rows' embeddings. Compiled when first asked for: while workers start, others may be busy."""
         program = jax.jit(embed, static_argnames=("config", "plan"))
-        return program(self.params, self.ids, self.lengths, self.pixels, config=self.config, plan=self.plan)
+        return program(self.params, self.ids, self.lengths, self.images, config=self.config, plan=self.plan)
 
     @cached_property
     def programs(self) -> dict[str, Program]:
@@ -193,13 +193,13 @@ class JaxRunner:
         encode = jax.jit(encode_images, static_argnames=("config", "plan"))
         prefill = jax.jit(stages.prefill, static_argnames=("config", "plan", "max_new_tokens"))
         keys = jax.random.split(jax.random.key(0), self.cell.batch)
-        question = (self.params, self.ids, self.lengths, self.pixels, keys, self.sampler)
+        question = (self.params, self.ids, self.lengths, self.images, keys, self.sampler)
         decoding = Decoding(room, True, ())
         starting = static | {"decoding": decoding}
         going_on = {"config": config, "stops": plan.stops, "decoding": decoding}
         state = jax.eval_shape(partial(start, **starting), *question)
         return {
-            "tower": Program(encode, (self.params, self.pixels), static),
+            "tower": Program(encode, (self.params, self.images), static),
             "prefill": Program(prefill, (self.params, self.prompt), static | {"max_new_tokens": room}),
             "start": Program(start, question, starting),
             "decode": Program(decode, (self.params, state, jnp.int32(1), self.sampler), going_on),
@@ -215,6 +215,13 @@ class JaxRunner:
     def _compile(self, name: str) -> float:
         self.compiled[name], seconds = timed(self.describe(name).compile)
         return seconds
+
+
+def _on_device(images: np.ndarray | TiledImages, dtype: str) -> Any:
+    if isinstance(images, TiledImages):
+        packing = jax.tree.map(jnp.asarray, images.packing)
+        return TiledImages(jnp.asarray(images.pixel_values, dtype), packing)
+    return jnp.asarray(images, dtype)
 
 
 def _called(program: Program) -> tuple[Any, ...]:

@@ -5,13 +5,15 @@ No weights and no arrays here: everything that decides a shape is an int in a fr
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from math import isqrt
 
 from sparsevlm_jax.config import TextConfig
 from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.layout import ImageLayout, Size
 from sparsevlm_jax.models.llava import LlavaConfig
-from sparsevlm_jax.models.presets import llava_15_7b, llava_15_13b, tiny
+from sparsevlm_jax.models.llava_next import LlavaNextConfig
+from sparsevlm_jax.models.presets import llava_15_7b, llava_15_13b, llava_next_7b, tiny
 from sparsevlm_jax.pruning.methods import METHODS, sparsity
 from sparsevlm_jax.pruning.settings import PRUNING_LAYERS, PUBLISHED_VISUAL_TOKENS, Sparsity
 from sparsevlm_jax.rotary import plain_rope
@@ -60,6 +62,11 @@ class Cell:
         config = SHAPES[self.shape].config
         if self.visual_tokens % config.tokens_per_image == 0:
             return config
+        if config.canvases:
+            raise UserError(
+                f"visual_tokens={self.visual_tokens}: expected a multiple of {config.tokens_per_image}, which an image "
+                f"becomes that fills the largest canvas of {self.shape}"
+            )
         side = isqrt(self.visual_tokens)
         if side**2 != self.visual_tokens:
             raise UserError(
@@ -71,6 +78,17 @@ class Cell:
     def pictures(self) -> int:
         """Of one prompt."""
         return self.visual_tokens // self.config.tokens_per_image
+
+    @property
+    def image_size(self) -> Size:
+        """Height and width of its images: of a family with tiles, those of the canvas of most visual tokens."""
+        config, side = self.config, self.config.vision.image_size
+        return max(config.canvases, key=lambda size: config.image_layout(size).tokens, default=(side, side))
+
+    @property
+    def layouts(self) -> list[ImageLayout]:
+        """What the visual tokens of all rows are, image by image."""
+        return [self.config.image_layout(self.image_size)] * (self.batch * self.pictures)
 
     @property
     def length(self) -> int:
@@ -150,6 +168,12 @@ def _video() -> LlavaConfig:
     return replace(full, vision=replace(full.vision, image_size=224))
 
 
+def _next(base: LlavaConfig, canvases: tuple[Size, ...]) -> LlavaNextConfig:
+    """LLaVA-NeXT of the same tower, projector and decoder."""
+    same = {field.name: getattr(base, field.name) for field in fields(base)}
+    return LlavaNextConfig(**same | {"model_type": "llava_next", "canvases": canvases})
+
+
 def _decoder(text: TextConfig, layers: int, width: int, ffn: int, heads: int) -> TextConfig:
     return replace(
         text,
@@ -168,9 +192,11 @@ SHAPES = {
     "quick": Shape(_quick(), 576, 64, published=True, budgets=(192,)),
     "llava-1.5-7b": Shape(llava_15_7b(), 576, 118, published=True, budgets=(192, 128, 64)),
     "llava-1.5-13b": Shape(llava_15_13b(), 576, 118, published=False, budgets=(192, 128, 64)),
-    "llava-next-7b": Shape(llava_15_7b(), 2880, 118, published=False, budgets=(960, 640, 320)),
+    "llava-next-7b": Shape(llava_next_7b(), 2928, 118, published=False, budgets=(960, 640, 320)),
     "video": Shape(_video(), 2048, 118, published=False, budgets=(640, 320, 194)),
-    "tiny": Shape(tiny(), 16, 48, published=False, budgets=(8,)),  # for tests
+    # For tests.
+    "tiny": Shape(tiny(), 16, 48, published=False, budgets=(8,)),
+    "tiny-next": Shape(_next(tiny(), ((56, 112), (112, 112))), 88, 48, published=False, budgets=(30,)),
 }
 _PYTORCH_SPARSE = ("v1", "v1.5", "v2.0")  # what the port in PyTorch knows
 ENGINES = {

@@ -35,6 +35,10 @@ class TorchRunner:
         self.model = load(cell.config, cell.dtype, self.device, WRITTEN_OUT.get(side.engine, "sdpa"))
         dtype = self.model.dtype
         self.pixels = torch.from_numpy(hash_weights.pixels(cell)).to(self.device, dtype)
+        self.sizes: dict[str, Tensor] = {}  # of the images, where their layout follows from them
+        if cell.config.most_tiles is not None:
+            self.pixels = self.pixels.unflatten(0, (-1, cell.config.most_tiles))
+            self.sizes = {"image_sizes": torch.tensor([cell.image_size] * len(self.pixels), device=self.device)}
         self.ids = torch.from_numpy(hash_weights.input_ids(cell)).to(self.device, torch.long)
         self.set_up()
         with torch.inference_mode():
@@ -65,6 +69,7 @@ class TorchRunner:
             self.pixels,
             vision_feature_layer=config.vision_feature_layer,
             vision_feature_select_strategy=config.vision_feature_select_strategy,
+            **self.sizes,
         )
         return torch.stack(list(found.pooler_output))
 

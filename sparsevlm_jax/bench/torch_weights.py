@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlavaConfig as HFConfig
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.initialization import no_init_weights
 
 from sparsevlm_jax.bench import hash_weights
-from sparsevlm_jax.models.llava import NAMES, LlavaConfig
+from sparsevlm_jax.models.family import family_of
+from sparsevlm_jax.models.llava import LlavaConfig
 
 CHUNK = 2**22  # elements drawn at a time
 
@@ -31,12 +31,15 @@ def load(config: LlavaConfig, dtype: str, device: torch.device, attention: str) 
         "projector_hidden_act": config.projector_hidden_act,
         "multimodal_projector_bias": config.projector_bias,
     }
-    described = HFConfig(**settings)
+    if config.canvases:
+        settings["image_grid_pinpoints"] = [list(canvas) for canvas in config.canvases]
+    described = AutoConfig.for_model(config.model_type, **settings)
     with no_init_weights(), device:
         described._attn_implementation = attention
-        model = LlavaForConditionalGeneration(described).to(getattr(torch, dtype)).eval()
+        model = AutoModelForImageTextToText.from_config(described).to(getattr(torch, dtype)).eval()
+    names = family_of(config).names
     for name, parameter in model.named_parameters():
-        fill(parameter.data, NAMES.canonical(name) or name)
+        fill(parameter.data, names.canonical(name) or name)
     return model
 
 

@@ -28,6 +28,7 @@ from sparsevlm_jax.bench.shapes import Cell, Side
 from sparsevlm_jax.bench.timing import cores, forget_peak_memory, peak_resident_bytes, timed
 from sparsevlm_jax.data.demo_model import photo
 from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.models.llava import LlavaConfig
 from sparsevlm_jax.process import versions
 
 VERSIONS = ("jax", "jaxlib", "flax", "torch", "transformers", "numpy")
@@ -195,12 +196,10 @@ class Service:
         return {"tokens": followed.tolist(), "selections": self.runner.selections()}
 
     def preprocess(self) -> float:
-        """Seconds that the photograph takes to become one prompt's pixels, by CLIP's processor on Pillow."""
+        """Seconds that the photograph takes to become one prompt's pixels, by the family's processor on Pillow."""
         from PIL import Image
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-        size = self.cell.config.vision.image_size
-        processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+        processor = _image_processor(self.cell.config)
 
         def run() -> Any:
             with Image.open(photo()) as picture:
@@ -227,6 +226,18 @@ class Service:
         from sparsevlm_jax.bench.profiling import profile
 
         return profile(self.runner, Path(folder), new_tokens)
+
+
+def _image_processor(config: LlavaConfig) -> Any:
+    """CLIP's, or LLaVA-NeXT's, which cuts tiles too."""
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    side = config.vision.image_size
+    sizes: dict[str, Any] = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    if not config.canvases:
+        return CLIPImageProcessorPil(**sizes)
+    return LlavaNextImageProcessorPil(**sizes, image_grid_pinpoints=[list(canvas) for canvas in config.canvases])
 
 
 def main() -> None:

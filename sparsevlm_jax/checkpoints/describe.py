@@ -48,8 +48,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     refuse_adapter(folder)
     tensors, config = list_tensors(folder), _config(folder)
     suffix = next(iter(tensors.values())).file.suffix.removeprefix(".") if tensors else "empty"
-    # The original layout has the names of "llava", whatever it calls itself.
-    names = FAMILIES["llava" if "layout" in config else config["model_type"]].names
+    # The original layout calls itself all sorts of things.
+    names = FAMILIES[llava_original.family_name(config) if "layout" in config else config["model_type"]].names
     held = [
         _Held(names.part(parts_of(name)[0]) or "other", tensor.dtype, math.prod(tensor.shape))
         for name, tensor in tensors.items()

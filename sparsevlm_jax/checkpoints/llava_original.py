@@ -1,8 +1,8 @@
-"""The layout of the LLaVA authors' own checkpoints: configuration, tower, tokenizer and processor.
+"""The layout of the LLaVA authors' own checkpoints, 1.5 and 1.6: configuration, tower, tokenizer and processor.
 
-They are a language model with a projector (`model.layers. ...`, `model.mm_projector. ...`), mark a picture by the id
--200, which no table of embeddings has, and leave the CLIP tower to another checkpoint. The vocabulary stays as it is:
-the marker becomes a token behind its end.
+They are a language model with a projector (`model.layers. ...`, `model.mm_projector. ...`), mark an image by the id
+-200, which no table of embeddings has, and leave the CLIP tower to another checkpoint; 1.6 trained it further and holds
+it. The vocabulary stays as it is: the marker becomes a token behind its end.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sparsevlm_jax.checkpoints.safetensors import Tensor
-from sparsevlm_jax.config import refuse_quantised, refuse_temporal_attention
-from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.config import ORIGINAL_TYPES, refuse_quantised, refuse_temporal_attention
+from sparsevlm_jax.errors import UserError, shown
 from sparsevlm_jax.inputs.images import clip_settings
 from sparsevlm_jax.inputs.processor import MARKER, PROMPT_END, PROMPT_START
 from sparsevlm_jax.inputs.side_files import TOKENIZER_FILES, read_tokenizer, there
@@ -42,23 +42,45 @@ _TEXT_FIELDS = (
 # CLIP models hold more than the tower.
 _NOT_TOWER = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
 _SELECT = {"patch": "default", "cls_patch": "full"}
+_ARCHITECTURES = {"llava": "LlavaForConditionalGeneration", "llava_next": "LlavaNextForConditionalGeneration"}
 
-# The Vicuna prompt: a system text, then turns; every answer ends with the end token.
-_SYSTEM, _USER = PROMPT_START.split("USER: ")[0], "USER: "
-_CHAT_TEMPLATE = (
-    "{{ '" + _SYSTEM.replace("'", "\\'") + "' }}{% for message in messages %}{% set content = message['content'] %}"
-    "{% if message['role'] == 'user' %}{{ '" + _USER + "' }}"
-    "{% if content is string %}{{ content }}{% else %}"
-    "{% for part in content if part['type'] == 'image' %}{{ '" + MARKER + "\\n' }}{% endfor %}"
-    "{% for part in content if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
-    "{% else %}{{ '" + PROMPT_END + " ' }}"
-    "{% if content is string %}{{ content }}{% else %}{{ content[0]['text'] }}{% endif %}{{ eos_token }}"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '" + PROMPT_END + "' }}{% endif %}"
+# The towers of published checkpoints that hold its weights and not its sizes.
+_TOWERS = {
+    "openai/clip-vit-large-patch14-336": {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "image_size": 336,
+        "patch_size": 14,
+    }
+}
+
+
+class _Turns(NamedTuple):
+    """How a prompt is written: what begins it, then around each question and each answer."""
+
+    start: str
+    question: tuple[str, str]
+    answer: tuple[str, str]  # "" at its end: the tokenizer's end token
+
+
+_VICUNA = _Turns(PROMPT_START.split("USER: ")[0], ("USER: ", ""), (PROMPT_END + " ", ""))
+_MISTRAL = _Turns("", ("[INST] ", " [/INST]"), (" ", ""))
+_CHATML = _Turns(  # LLaVA 1.6 34B
+    "<|im_start|>system\nAnswer the questions.<|im_end|>",
+    ("<|im_start|>user\n", "<|im_end|>"),
+    ("<|im_start|>assistant\n", "<|im_end|>"),
 )
 
 
 def is_original(config: Mapping[str, Any]) -> bool:
-    return config.get("model_type") == "llava_llama" or "mm_vision_tower" in config
+    return config.get("model_type") in ORIGINAL_TYPES or "mm_vision_tower" in config
+
+
+def family_name(config: Mapping[str, Any]) -> str:
+    """The family that a checkpoint of the original layout is of."""
+    return "llava" if config.get("mm_patch_merge_type") in (None, "flat") else "llava_next"
 
 
 def hf_config(config: Mapping[str, Any], tower: Mapping[str, Any] | None, source: str) -> dict[str, Any]:
@@ -69,26 +91,30 @@ def hf_config(config: Mapping[str, Any], tower: Mapping[str, Any] | None, source
       tower: config.json of its CLIP model, or None where the checkpoint states the tower's geometry itself.
 
     Raises:
-      UserError: a variant that is not LLaVA-1.5, or a geometry that stands nowhere.
+      UserError: a variant that is neither LLaVA-1.5 nor LLaVA-NeXT, or a geometry that stands nowhere.
     """
     refuse_quantised(config, source)
     refuse_temporal_attention(config, source)
+    family, decoder = family_name(config), _decoder(config, source)
     projector, select = config.get("mm_projector_type", "linear"), config.get("mm_vision_select_feature", "patch")
     if projector != "mlp2x_gelu":
-        raise UserError(f'{source}: mm_projector_type is "{projector}", expected "mlp2x_gelu" (LLaVA-1.5)')
+        raise UserError(f'{source}: mm_projector_type is "{projector}", expected "mlp2x_gelu"')
     if not isinstance(select, str) or select not in _SELECT:
         raise UserError(f'{source}: mm_vision_select_feature is "{select}", expected one of {", ".join(_SELECT)}')
     if config.get("mm_use_im_start_end"):
         raise UserError(f"{source}: mm_use_im_start_end is set: pictures between special tokens are not supported")
-    vision = config.get("vision_config") or config.get("tiny_vision_config")
+    tiles = _tiles(config, source) if family == "llava_next" else _require_whole(config, source)
+    name = str(config.get("mm_vision_tower"))
+    vision = config.get("vision_config") or config.get("tiny_vision_config") or _TOWERS.get(name)
     if tower is not None:
         vision = tower.get("vision_config", tower)
     if not isinstance(vision, dict):
         raise UserError(f"{source}: {ask_for_tower(config)}")
     dtype = config.get("dtype") or config.get("torch_dtype")
     return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
+        "architectures": [_ARCHITECTURES[family]],
+        "model_type": family,
+        **tiles,
         **({"dtype": dtype} if dtype else {}),
         "vision_feature_layer": config.get("mm_vision_select_layer", -2),
         "vision_feature_select_strategy": _SELECT[select],
@@ -97,10 +123,53 @@ def hf_config(config: Mapping[str, Any], tower: Mapping[str, Any] | None, source
         "tie_word_embeddings": config.get("tie_word_embeddings", False),
         "vision_config": {**vision, "model_type": "clip_vision_model"},
         "text_config": {
-            "model_type": "llama",
+            "model_type": decoder,
+            # That a window is null says something: left out, Mistral's is 4096.
             **{key: config[key] for key in _TEXT_FIELDS if config.get(key) is not None},
+            **{key: config[key] for key in ("sliding_window",) if key in config},
         },
     }
+
+
+def _decoder(config: Mapping[str, Any], source: str) -> str:
+    """The decoder's model type.
+
+    Raises:
+      UserError: another than Llama's and Mistral's.
+    """
+    kind, named = config.get("model_type"), config.get("architectures")
+    if kind == "llava_mistral" or (kind == "llava" and named == ["LlavaMistralForCausalLM"]):
+        return "mistral"
+    if kind not in ("llava", "llava_llama"):
+        raise UserError(
+            f"{source}: model_type is {shown(kind)}: of the original layout llava_llama and llava_mistral are read"
+        )
+    return "llama"
+
+
+def _tiles(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """What LLaVA-NeXT's config.json has beside that of LLaVA-1.5.
+
+    Raises:
+      UserError: another way to lay out tiles.
+    """
+    for key, wanted in (("mm_patch_merge_type", "spatial_unpad"), ("image_aspect_ratio", "anyres")):
+        if config.get(key) != wanted:
+            raise UserError(f'{source}: {key} is {shown(config.get(key))}, expected "{wanted}" (LLaVA-NeXT)')
+    pinpoints = config.get("image_grid_pinpoints")
+    return {} if pinpoints is None else {"image_grid_pinpoints": pinpoints}
+
+
+def _require_whole(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Nothing, of a checkpoint that sees each image whole.
+
+    Raises:
+      UserError: it cuts them into tiles and does not say how these are laid out.
+    """
+    aspect = config.get("image_aspect_ratio")
+    if isinstance(aspect, str) and "anyres" in aspect:
+        raise UserError(f'{source}: image_aspect_ratio is "{aspect}" without mm_patch_merge_type "spatial_unpad"')
+    return {}
 
 
 def ask_for_tower(config: Mapping[str, Any]) -> str:
@@ -133,11 +202,41 @@ def write_processor(source: Path, target: Path, config: Mapping[str, Any], aspec
     if tokenizer is None:
         return
     _marker_id(tokenizer, config["text_config"]["vocab_size"])
-    tokenizer.chat_template = _CHAT_TEMPLATE
+    tokenizer.chat_template = _template(_turns(tokenizer, config))
     tokenizer.save_pretrained(str(target))
     side = config["vision_config"]["image_size"]
-    settings = clip_settings("LlavaImageProcessor", side, do_pad=aspect == "pad")
+    if config["model_type"] == "llava_next":
+        own = {key: config[key] for key in ("image_grid_pinpoints",) if key in config}
+        settings = clip_settings("LlavaNextImageProcessor", side, do_pad=True, **own)
+    else:
+        settings = clip_settings("LlavaImageProcessor", side, do_pad=aspect == "pad")
     (target / "preprocessor_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _turns(tokenizer: Any, config: Mapping[str, Any]) -> _Turns:
+    """The prompt that the checkpoint was trained with: its configuration does not say."""
+    if config["text_config"]["model_type"] == "mistral":
+        return _MISTRAL
+    return _CHATML if "<|im_start|>" in tokenizer.get_vocab() else _VICUNA
+
+
+def _template(turns: _Turns) -> str:
+    """A chat template of it."""
+
+    def text(of: str) -> str:
+        return f"{{{{ {json.dumps(of)} }}}}" if of else ""
+
+    end = text(turns.answer[1]) or "{{ eos_token }}"
+    return (
+        f"{text(turns.start)}{{% for message in messages %}}{{% set content = message['content'] %}}"
+        f"{{% if message['role'] == 'user' %}}{text(turns.question[0])}"
+        "{% if content is string %}{{ content }}{% else %}"
+        f"{{% for part in content if part['type'] == 'image' %}}{text(MARKER + chr(10))}{{% endfor %}}"
+        "{% for part in content if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}{% endif %}"
+        f"{text(turns.question[1])}{{% else %}}{text(turns.answer[0])}"
+        f"{{% if content is string %}}{{{{ content }}}}{{% else %}}{{{{ content[0]['text'] }}}}{{% endif %}}{end}"
+        f"{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}{text(turns.answer[0].rstrip(' '))}{{% endif %}}"
+    )
 
 
 def _tokenizer(folder: Path) -> Any:

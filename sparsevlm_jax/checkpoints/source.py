@@ -95,7 +95,8 @@ def open_source(source: str | Path, *, revision: str | None = None, vision_tower
         beside |= _beside(folder, tower)
         tower_config = None if tower is None else read_config(tower)
         config = llava_original.hf_config(config, tower_config, str(config_file))
-        if not any((FAMILIES["llava"].names.canonical(name) or "").startswith("vision_tower.") for name in tensors):
+        canonical = FAMILIES[config["model_type"]].names.canonical
+        if not any((canonical(name) or "").startswith("vision_tower.") for name in tensors):
             if tower is None:
                 raise UserError(f"{source}: {llava_original.ask_for_tower(read_config(folder))}")
             tensors |= llava_original.tower_tensors(list_tensors(tower))

@@ -131,7 +131,7 @@ def compare(theirs: Mapping[str, np.ndarray], ours: Mapping[str, np.ndarray], dt
 
     def named(ids: np.ndarray, logits: np.ndarray) -> list[tuple[str, float]]:
         processor = model.processor
-        return [(str(i) if processor is None else processor.decode([i]), float(logits[i])) for i in ids]
+        return [(str(i) if processor is None else processor.decode([int(i)]), float(logits[i])) for i in ids]
 
     return Report(
         dtype,
@@ -163,17 +163,18 @@ def run_torch(source: Source, question: Question) -> tuple[Parts, str]:
     """The same in PyTorch, and the dtype that it ran in."""
     try:
         import torch
-        from transformers import AutoConfig, AutoModelForImageTextToText
+        import transformers
     except ImportError as error:
         raise UserError("verifying runs the source in PyTorch: install torch") from error
 
     if source.layout == "hf":
-        model: Any = AutoModelForImageTextToText.from_pretrained(source.folder, dtype="auto").eval()
+        model: Any = transformers.AutoModelForImageTextToText.from_pretrained(source.folder, dtype="auto").eval()
     else:  # transformers cannot read it: tensors under the names that it knows
         state = {entry.name: _tensor(source.tensors[name].read()) for name, entry in source.pairs}
         dtype = next(iter(state.values())).dtype
-        config = AutoConfig.for_model(**source.config)
-        cls: Any = AutoModelForImageTextToText
+        config = transformers.AutoConfig.for_model(**source.config)
+        (architecture,) = source.config["architectures"]  # an Auto class wants a folder
+        cls = getattr(transformers, architecture)
         model = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
     with torch.no_grad():
         pixels = torch.from_numpy(question.pixel_values).to(model.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -12,8 +13,10 @@ import typer
 
 from sparsevlm_jax import bounds
 from sparsevlm_jax.cli.options import Json, PruningOptions, spread_options
+from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.files import user_path
+from sparsevlm_jax.inputs.images import check_pixels
 from sparsevlm_jax.models.cost import Cost, cost, frame_xla_flops, tower_xla_flops
 from sparsevlm_jax.models.family import config_of
 from sparsevlm_jax.models.presets import PRESETS
@@ -38,6 +41,10 @@ def plan(
             metavar="N", min=1, max=MOST_IMAGES, help="Images in the prompt; default: 1, or none beside a video."
         ),
     ] = None,
+    image_size: Annotated[
+        str | None,
+        typer.Option(metavar="HxW", help="Height and width of each image, for a model that cuts images into tiles."),
+    ] = None,
     video_frames: Annotated[
         int, typer.Option(metavar="N", min=0, max=bounds.FRAMES, help="Frames of a video in the prompt.")
     ] = 0,
@@ -53,7 +60,7 @@ def plan(
     config = PRESETS[model]() if model in PRESETS else config_of(user_path(model))
     if images is None:
         images = 0 if video_frames else 1
-    visual = images * config.tokens_per_image if images else 0
+    visual = images * _visual_tokens(config, image_size) if images else 0
     if video_frames:
         visual += config.video_layout(video_frames).tokens
     dense, pruned = (make_plan(s, config, visual, text_tokens) for s in (Sparsity.dense(), sparsity))
@@ -73,6 +80,30 @@ def plan(
         print(json.dumps(report, indent=2))
     else:
         _print_plan(pruned, pruned_cost, dense, dense_cost, tower, text_tokens)
+
+
+def _visual_tokens(config: ModelConfig, image_size: str | None) -> int:
+    """Of one image.
+
+    Raises:
+      UserError: a size that is none, or none where it decides.
+    """
+    if image_size is None:
+        if config.canvases:
+            raise UserError(
+                f"--image-size: how many visual tokens an image of {config.model_type} becomes depends on its size: "
+                "give height and width in pixels, as in --image-size 672x672"
+            )
+        return config.tokens_per_image
+    sides = re.fullmatch(r"([1-9][0-9]{0,6})x([1-9][0-9]{0,6})", image_size)
+    if sides is None:
+        raise UserError(f"--image-size {image_size}: expected height and width in pixels, as in 480x640")
+    height, width = map(int, sides.groups())
+    try:
+        check_pixels(width, height)
+    except UserError as error:
+        raise UserError(f"--image-size {image_size}: {error}") from None
+    return config.image_layout((height, width)).tokens
 
 
 def plan_report(plan: Plan) -> dict[str, Any]:

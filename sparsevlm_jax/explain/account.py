@@ -6,7 +6,11 @@ from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
+
+from sparsevlm_jax.explain.provenance import ABSENT, DROPPED, KEPT
 from sparsevlm_jax.explain.record import Explanation, Pruning, Stage, first_difference
+from sparsevlm_jax.explain.views import BASE, CANVAS, View
 from sparsevlm_jax.explain.words import pieces
 from sparsevlm_jax.generation.api import require_processor
 from sparsevlm_jax.generation.request import Generation
@@ -41,7 +45,7 @@ class StageCost(NamedTuple):
     """What a stage's layers take in and cost; multiply-adds by the paper's formula, keys and values in 16 bit."""
 
     layers: str
-    patches: int  # visual tokens that are one patch, or the class token, as it was
+    patches: int  # visual tokens as they were: one patch, the class token, or a newline
     merged: int
     text: int
     multiply_adds: str
@@ -66,6 +70,23 @@ def entering(stage: Stage) -> str:
 def merged_tokens(stage: Stage) -> int:
     """Merged tokens that enter."""
     return len(set(stage.fates[stage.fates > 0].tolist()))
+
+
+def view_name(view: View, images: int) -> str:
+    """What a view is called beside others of the same image; empty where it is the only one."""
+    if not view.name:
+        return ""
+    return view.name.capitalize() if images == 1 else f"Image {view.image + 1}, {view.name}"
+
+
+def fates_of(view: View, stage: Stage) -> str:
+    """What stands in a view on entering a stage, in numbers."""
+    fates = view.of(stage.fates, ABSENT)
+    patches = fates[:, : view.shape[1]]
+    told = f"{np.sum(patches == KEPT)} patches kept, {np.sum(patches > 0)} merged, {np.sum(patches == DROPPED)} dropped"
+    if not view.newlines:
+        return told
+    return f"{told}; {np.sum(fates[:, -1] != DROPPED)} of {len(fates)} newlines left"
 
 
 def outcome(pruning: Pruning) -> str:
@@ -100,11 +121,12 @@ def savings(explanation: Explanation) -> list[Saving]:
     config, words = explanation.model.config, explanation.text_tokens
     pruned, dense = explanation.pruned.plan, explanation.dense.plan
     visual = [stage.visual for stage in explanation.stages]
-    lengths, whole = ([words + n for n in layers] for layers in (pruned.entering(visual), dense.entering()))
+    whole = explanation.dense.visual_tokens[0]
+    lengths, most = ([words + n for n in layers] for layers in (pruned.entering(visual), dense.entering(whole)))
     entered, flops, held = (
-        (pruned.entering_tokens(visual), dense.visual_tokens),
-        tuple(paper_flops(config.text, n) for n in (lengths, whole)),
-        tuple(cache_bytes(config.text, n, 2) for n in (lengths, whole)),
+        (pruned.entering_tokens(visual), whole[0]),
+        tuple(paper_flops(config.text, n) for n in (lengths, most)),
+        tuple(cache_bytes(config.text, n, 2) for n in (lengths, most)),
     )
     return [
         _saving("Visual tokens entering a layer, on average", entered, lambda n: f"{n:.1f}".removesuffix(".0")),
@@ -158,12 +180,36 @@ def notes(explanation: Explanation) -> list[str]:
             f"{method.name} decides from the picture and the question how many tokens stay. The counts are those of "
             "this run; XLA counts the program, which is made for the most that could stay."
         )
+    if explanation.newlines:
+        found.append(_two_views(explanation))
+        found.append(
+            "Programs are made for sizes that many images share: XLA counts one whose visual tokens are padded from "
+            f"{explanation.stages[0].visual} to {plan.visual_tokens}."
+        )
+    absent = sum(int(np.sum(view.tokens == ABSENT)) for view in explanation.views)
+    if absent:
+        found.append(
+            f"{count(absent, 'patch')} of the image, left blank here, has no visual token: this checkpoint drops the "
+            "first one of its tower."
+        )
     if explanation.class_tokens:
         found.append(
             f"The tower's class token is a visual token too, {explanation.class_tokens} in all: it is counted, "
             "but it is no patch and has no place in the picture."
         )
     return found
+
+
+def _two_views(explanation: Explanation) -> str:
+    base, canvas = (next(view for view in explanation.views if view.name == name) for name in (BASE, CANVAS))
+    sides = [" by ".join(map(str, view.shape)) for view in (base, canvas)]
+    every = "Every image" if explanation.views[-1].image else "The image"
+    shown = f": {sides[0]} and {sides[1]} patches" if every == "The image" else ""
+    return (
+        f"{every} is shown to the model twice{shown}. The base is all of it, pressed into one square; the canvas is "
+        "the same in its own shape, cut into tiles without their padding. Each row of the canvas is closed by a "
+        f"newline token, {explanation.newlines} in all: drawn apart at the right, pruned like any patch."
+    )
 
 
 def _answer(explanation: Explanation, generation: Generation, at: int | None) -> Answer:

@@ -3,7 +3,7 @@
 Kept patches are clear, merged ones tinted and numbered, dropped ones faded and struck through: no statement is made by
 colour alone.
 
-Axis letters: g patches per side, S pixels per side of a picture as the model sees it.
+Axis letters: h rows and w columns of a view, v values.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from sparsevlm_jax.explain.provenance import DROPPED
-from sparsevlm_jax.explain.record import Explanation, Stage
+from sparsevlm_jax.explain.provenance import ABSENT, DROPPED
+from sparsevlm_jax.explain.record import Explanation, Pruning, Stage
+from sparsevlm_jax.explain.views import View
 
-SIDE = 480  # pixels per side of a drawing, about: patches are all of the same size
+SIDE = 480  # pixels of a drawing's longer side, about: patches are all of the same size
+READABLE = 14  # pixels of a patch at least, for the number in it
 RGB = tuple[int, int, int]
 # Okabe and Ito's palette, without black, ordered so that neighbours differ in lightness too.
 TINTS: tuple[RGB, ...] = (
@@ -49,16 +51,29 @@ def tint(number: int) -> RGB:
     return TINTS[(number - 1) % len(TINTS)]
 
 
+def draw_view(view: View) -> Image.Image:
+    """What the model saw."""
+    return _set_apart(enlarge(view.pixels, view.tokens.shape), view)
+
+
 def draw_stage(explanation: Explanation, stage: Stage) -> list[Image.Image]:
-    """What a stage's layers see of every picture; where the method shrinks pictures, the cells that it makes."""
+    """What a stage's layers see of every view; where the method shrinks images, the cells that it makes."""
     if explanation.pruned.plan.grid is not None:
-        return [draw_cells(picture, len(stage.fates[0])) for picture in explanation.pictures]
-    return [draw_fates(picture, fates) for picture, fates in zip(explanation.pictures, stage.fates, strict=True)]
+        return [draw_cells(view.pixels, len(view.tokens)) for view in explanation.views]
+    return [_set_apart(draw_fates(view.pixels, view.of(stage.fates, ABSENT)), view) for view in explanation.views]
+
+
+def draw_pruning(explanation: Explanation, pruning: Pruning) -> tuple[list[Image.Image], float, float]:
+    """Heat maps of the scores in every view, and the ends of their scale."""
+    views = explanation.views
+    low, high = score_range(np.concatenate([pruning.scores[view.tokens[view.tokens >= 0]] for view in views]))
+    maps = [draw_scores(view.of(pruning.scores, -np.inf), view.of(pruning.chosen), low, high) for view in views]
+    return [_set_apart(drawn, view) for drawn, view in zip(maps, views, strict=True)], low, high
 
 
 def draw_cells(picture: UInt8[np.ndarray, "S S 3"], grid: int) -> Image.Image:
     """The picture under lines between the cells that enter the decoder."""
-    image, cell = enlarge(picture, grid), cell_size(grid)
+    image, cell = enlarge(picture, (grid, grid)), cell_size((grid, grid))
     draw = ImageDraw.Draw(image)
     for at in range(cell, image.width, cell):
         for line in ((at, 0, at, image.height), (0, at, image.width, at)):
@@ -67,10 +82,10 @@ def draw_cells(picture: UInt8[np.ndarray, "S S 3"], grid: int) -> Image.Image:
     return image
 
 
-def draw_fates(picture: UInt8[np.ndarray, "S S 3"], fates: Int[np.ndarray, "g g"]) -> Image.Image:
-    """The picture with its patches as they stand: see `provenance` for the fates."""
-    cell = cell_size(len(fates))
-    clear = np.asarray(enlarge(picture, len(fates)))
+def draw_fates(picture: UInt8[np.ndarray, "height width 3"], fates: Int[np.ndarray, "h w"]) -> Image.Image:
+    """The picture with its patches as they stand: see `provenance` for the fates, and `ABSENT`."""
+    cell = cell_size(fates.shape)
+    clear = np.asarray(enlarge(picture, fates.shape))
     grey = np.asarray(Image.fromarray(clear).convert("L"), np.float32)[..., None]
     fate = _by_pixel(fates, cell)[..., None]
     colours = np.array([tint(n) for n in range(1, max(int(fates.max()), 1) + 1)], np.float32)
@@ -87,13 +102,14 @@ def draw_fates(picture: UInt8[np.ndarray, "S S 3"], fates: Int[np.ndarray, "g g"
 
 
 def draw_scores(
-    scores: Float[np.ndarray, "g g"], chosen: Bool[np.ndarray, "g g"], low: float, high: float
+    scores: Float[np.ndarray, "h w"], chosen: Bool[np.ndarray, "h w"], low: float, high: float
 ) -> Image.Image:
-    """A heat map from `low` to `high`; patches that stay are framed, those dropped before struck through."""
-    cell = cell_size(len(scores))
-    gone = np.isnan(scores)
-    share = np.clip((np.where(gone, low, scores) - low) / max(high - low, 1e-30), 0, 1)
-    colours = np.where(gone[..., None], np.array(PAPER, np.float64), colour_map(share))
+    """A heat map from `low` to `high`; patches that stay are framed, those dropped before struck through (nan), and
+    those without a token left blank (minus infinity)."""
+    cell = cell_size(scores.shape)
+    gone, blank = np.isnan(scores), ~np.isfinite(scores)
+    share = np.clip((np.where(blank, low, scores) - low) / max(high - low, 1e-30), 0, 1)
+    colours = np.where(blank[..., None], np.array(PAPER, np.float64), colour_map(share))
     image = Image.fromarray(np.round(_by_pixel(colours, cell)).astype(np.uint8))
     draw = ImageDraw.Draw(image)
     _strike(draw, gone, cell)
@@ -104,7 +120,7 @@ def draw_scores(
     return image
 
 
-def score_range(scores: Float[np.ndarray, "m g g"]) -> tuple[float, float]:
+def score_range(scores: Float[np.ndarray, "v"]) -> tuple[float, float]:
     """Ends of the colour map: the lowest score and the 98th percentile, so that one outlier does not flatten all."""
     return float(np.nanmin(scores)), float(np.nanpercentile(scores, 98))
 
@@ -115,15 +131,15 @@ def colour_map(share: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape 
     return np.stack([np.interp(share, steps, channel) for channel in np.array(CIVIDIS).T], axis=-1)
 
 
-def enlarge(picture: UInt8[np.ndarray, "S S 3"], grid: int) -> Image.Image:
-    """The picture at the size of drawings, a whole number of pixels per patch."""
-    side = cell_size(grid) * grid
-    return Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC)
+def enlarge(picture: UInt8[np.ndarray, "height width 3"], shape: tuple[int, int]) -> Image.Image:
+    """A view of so many rows and columns at the size of drawings, a whole number of pixels per patch."""
+    cell, (rows, columns) = cell_size(shape), shape
+    return Image.fromarray(picture).resize((columns * cell, rows * cell), Image.Resampling.BICUBIC)
 
 
-def cell_size(grid: int) -> int:
-    """Pixels per side of a patch in drawings."""
-    return max(round(SIDE / grid), 4)
+def cell_size(shape: tuple[int, ...]) -> int:
+    """Pixels per side of a patch in drawings of so many rows and columns."""
+    return max(round(SIDE / max(shape)), READABLE)
 
 
 def font(size: float | int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
@@ -138,11 +154,24 @@ def png(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def _by_pixel(values: Shaped[np.ndarray, "g g *rest"], cell: int) -> Shaped[np.ndarray, "S S *rest"]:
+def _set_apart(image: Image.Image, view: View) -> Image.Image:
+    """The newline tokens of a canvas as a column of its own, behind a gap."""
+    if not view.newlines:
+        return image
+    rows, columns = view.shape
+    cell = image.height // rows
+    gap = max(cell // 2, 3)
+    apart = Image.new("RGB", (image.width + gap, image.height), (255, 255, 255))
+    apart.paste(image.crop((0, 0, columns * cell, image.height)), (0, 0))
+    apart.paste(image.crop((columns * cell, 0, image.width, image.height)), (columns * cell + gap, 0))
+    return apart
+
+
+def _by_pixel(values: Shaped[np.ndarray, "h w *rest"], cell: int) -> Shaped[np.ndarray, "height width *rest"]:
     return values.repeat(cell, axis=0).repeat(cell, axis=1)
 
 
-def _strike(draw: ImageDraw.ImageDraw, where: Bool[np.ndarray, "g g"], cell: int) -> None:
+def _strike(draw: ImageDraw.ImageDraw, where: Bool[np.ndarray, "h w"], cell: int) -> None:
     """A diagonal stroke through patches."""
     inset = cell // 4
     for row, column in np.argwhere(where):
@@ -150,7 +179,7 @@ def _strike(draw: ImageDraw.ImageDraw, where: Bool[np.ndarray, "g g"], cell: int
         draw.line((left + inset, top + cell - inset, left + cell - inset, top + inset), STROKE, max(cell // 20, 1))
 
 
-def _outline(draw: ImageDraw.ImageDraw, fates: Int[np.ndarray, "g g"], cell: int) -> None:
+def _outline(draw: ImageDraw.ImageDraw, fates: Int[np.ndarray, "h w"], cell: int) -> None:
     """A line wherever neighbouring patches have different fates."""
     width = max(cell // 14, 1)
     for row, column in np.argwhere(fates[:, 1:] != fates[:, :-1]).tolist():

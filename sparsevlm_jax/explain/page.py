@@ -12,8 +12,9 @@ from PIL import Image
 
 from sparsevlm_jax import __version__
 from sparsevlm_jax.explain import account
-from sparsevlm_jax.explain.drawing import CIVIDIS, TINTS, draw_scores, draw_stage, enlarge, png, score_range
+from sparsevlm_jax.explain.drawing import CIVIDIS, TINTS, draw_pruning, draw_stage, draw_view, png
 from sparsevlm_jax.explain.record import Explanation, Pruning, Stage
+from sparsevlm_jax.explain.views import View
 from sparsevlm_jax.pruning.methods import METHODS
 
 _TEMPLATES = jinja2.Environment(
@@ -29,14 +30,12 @@ def render(explanation: Explanation) -> str:
     """The page, as text."""
     sparsity = explanation.pruned.plan.sparsity
     dense, pruned = account.answers(explanation)
-    grid = explanation.stages[0].fates.shape[-1]
     return _TEMPLATES.get_template("page.html.jinja").render(
         question=explanation.question,
         model=explanation.model.name,
         method=sparsity.method,
-        pictures=[_inline(enlarge(picture, grid)) for picture in explanation.pictures],
-        grid=grid,
-        cells="patches" if explanation.pruned.plan.grid is None else "cells",
+        views=[_view(explanation, view) for view in explanation.views],
+        newlines=explanation.newlines,
         answers={"All patches (dense)": dense}
         | ({f"Pruned by {sparsity.method}": pruned} if METHODS[sparsity.method].reduces else {}),
         verdict=account.verdict(explanation),
@@ -55,32 +54,58 @@ def render(explanation: Explanation) -> str:
     )
 
 
+def _view(explanation: Explanation, view: View) -> dict[str, str]:
+    """What the template shows of what the model saw."""
+    images, cells = explanation.images, "patches" if explanation.pruned.plan.grid is None else "cells"
+    rows, columns = view.shape
+    also = f", {view.name}" if view.name else ""
+    return {
+        "image": _inline(draw_view(view)),
+        "alt": f"Picture {view.image + 1} of {images}{also}, as the model saw it",
+        "name": ("The picture" if images == 1 else f"Picture {view.image + 1}") + also,
+        "size": f"{rows} × {columns} {cells}" + (", a newline behind each row" if view.newlines else ""),
+    }
+
+
 def _stage(explanation: Explanation, stage: Stage) -> dict[str, Any]:
-    """What the template shows of a stage, a figure per picture of the prompt."""
+    """What the template shows of a stage, a figure per view."""
     name = account.stage_name(stage)
     figures = []
-    for drawing, fates in zip(draw_stage(explanation, stage), stage.fates, strict=True):
-        counts = f"{np.sum(fates == 0)} patches kept, {np.sum(fates > 0)} merged, {np.sum(fates < 0)} dropped"
-        figures.append({"image": _inline(drawing), "alt": f"{name}: {counts}"})
+    for drawing, view in zip(draw_stage(explanation, stage), explanation.views, strict=True):
+        counts = account.fates_of(view, stage)
+        caption = account.view_name(view, explanation.images)
+        alt = f"{name}: {caption}{', ' if caption else ''}{counts}"
+        figures.append({"image": _inline(drawing), "alt": alt, "caption": caption and f"{caption}: {counts}"})
     return {
         "name": name,
         "entering": account.entering(stage),
         "visual": stage.visual,
         "share": stage.visual / explanation.stages[0].visual,
         "figures": figures,
-        "pruning": None if stage.pruning is None else _pruning(stage.pruning, name),
+        "pruning": None if stage.pruning is None else _pruning(explanation, stage.pruning, name),
     }
 
 
-def _pruning(pruning: Pruning, name: str) -> dict[str, Any]:
-    low, high = score_range(pruning.scores)
+def _pruning(explanation: Explanation, pruning: Pruning, name: str) -> dict[str, Any]:
+    drawings, low, high = draw_pruning(explanation, pruning)
     maps = []
-    for scores, chosen in zip(pruning.scores, pruning.chosen, strict=True):
-        row, column = np.unravel_index(np.argmax(np.nan_to_num(scores, nan=-np.inf)), scores.shape)
-        best = f"the highest in row {row + 1}, column {column + 1}"
-        alt = f"Scores at the end of {name.lower()}: {best}; outlined patches stay"
-        maps.append({"image": _inline(draw_scores(scores, chosen, low, high)), "alt": alt})
+    for drawing, view in zip(drawings, explanation.views, strict=True):
+        caption = account.view_name(view, explanation.images)
+        of = f" in {caption[0].lower()}{caption[1:]}" if caption else ""
+        alt = f"Scores at the end of {name.lower()}{of}: {_highest(view, pruning)}; outlined patches stay"
+        maps.append({"image": _inline(drawing), "alt": alt, "caption": caption})
     return {"maps": maps, "low": f"{low:.2g}", "high": f"{high:.2g}", "outcome": account.outcome(pruning)}
+
+
+def _highest(view: View, pruning: Pruning) -> str:
+    """Where the best score of a view is."""
+    scores = np.nan_to_num(view.of(pruning.scores, np.nan), nan=-np.inf)
+    if not np.isfinite(scores).any():
+        return "none of them is left"
+    row, column = np.unravel_index(np.argmax(scores), scores.shape)
+    if column == view.shape[1]:
+        return f"the highest is the newline of row {row + 1}"
+    return f"the highest in row {row + 1}, column {column + 1}"
 
 
 def _inline(image: Image.Image) -> str:

@@ -15,6 +15,7 @@ from sparsevlm_jax.pruning.prune import Event
 from sparsevlm_jax.pruning.sparsify import Tokens
 
 KEPT, DROPPED = 0, -1  # a positive fate is the number of the merged token that it went into
+ABSENT = -2  # where fates are laid out: a patch without a token
 GONE = -1
 
 

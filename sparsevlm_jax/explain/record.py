@@ -1,6 +1,6 @@
 """Runs a question dense and pruned, and records what was kept, merged and dropped on the way.
 
-Axis letters: m pictures, g patches per side of a picture, S pixels per side, o original visual tokens of the prompt.
+Axis letters: o original visual tokens of the prompt.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
+from jaxtyping import Array, Bool, Float, Int
 
 from sparsevlm_jax.checkpoints.load import Model
 from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.explain.provenance import Origins, chosen, fates, origins, scores
+from sparsevlm_jax.explain.views import View, as_seen, views_of
 from sparsevlm_jax.explain.words import Words, read_words
 from sparsevlm_jax.generation.api import generate_ids, require_finite, require_processor
 from sparsevlm_jax.generation.request import Generation, Run
 from sparsevlm_jax.inputs.images import ImageLike
-from sparsevlm_jax.models.embedding import embed
+from sparsevlm_jax.models.embedding import Images, embed
 from sparsevlm_jax.models.stages import Cache, Params, Trace, prefill
-from sparsevlm_jax.pruning.methods import METHODS
 from sparsevlm_jax.pruning.plan import Plan, StagePlan
 from sparsevlm_jax.pruning.prune import Event
 from sparsevlm_jax.pruning.settings import Sparsity
 
 
 class Pruning(NamedTuple):
-    """What one pruning layer did, patch by patch and in numbers of tokens."""
+    """What one pruning layer did, to each original visual token and in numbers of tokens."""
 
-    scores: Float[np.ndarray, "m g g"]  # of the token that each patch is part of; nan where it no longer stands
-    chosen: Bool[np.ndarray, "m g g"]  # in a token that stays as it is
+    scores: Float[np.ndarray, "o"]  # of the token that it is part of; nan where it no longer stands
+    chosen: Bool[np.ndarray, "o"]  # in a token that stays as it is
     kept: int
     recycled: int  # tokens that were merged, into
     merged: int  # so many
@@ -47,7 +47,7 @@ class Stage(NamedTuple):
 
     plan: StagePlan
     visual: int  # visual tokens that enter
-    fates: Int[np.ndarray, "m g g"]  # of every patch on entering: see `provenance`
+    fates: Int[np.ndarray, "o"]  # of every original visual token on entering: see `provenance`
     pruning: Pruning | None
 
 
@@ -56,20 +56,29 @@ class Explanation:
     """One question about pictures, answered by one model dense and pruned.
 
     Attributes:
-      pictures: as the model saw them: cropped or padded, and shrunk where the method does that.
+      views: the images as the model saw them: cropped, padded or laid out, and shrunk where the method does that.
       text_tokens: all tokens of the prompt that are not visual.
       class_tokens: visual tokens that are no patch (the tower's class token, where the checkpoint keeps it).
     """
 
     model: Model
     question: str
-    pictures: UInt8[np.ndarray, "m S S 3"]
+    views: list[View]
     words: Words
     stages: list[Stage]
     dense: Generation
     pruned: Generation
     text_tokens: int
     class_tokens: int
+
+    @property
+    def images(self) -> int:
+        return self.views[-1].image + 1
+
+    @property
+    def newlines(self) -> int:
+        """Newline tokens, which close the rows of canvases."""
+        return sum(view.shape[0] for view in self.views if view.newlines)
 
 
 def explain(
@@ -88,8 +97,6 @@ def explain(
     """
     require_picture(images)
     processor, config = require_processor(model), model.config
-    if config.tile_tokens < config.vision.grid**2:
-        raise UserError("explain draws all patches of an image: this model has no token of the first one")
     inputs = processor([list(images)], [question], aspect)
     settings: Any = {"max_new_tokens": max_new_tokens, "end_tokens": model.generation.eos_token_ids}
     run = Run(model.params, config, inputs.ids, inputs.images, sparsity=sparsity, **settings)
@@ -98,16 +105,17 @@ def explain(
     for generation in (pruned, dense):
         require_finite(generation, model.params)
     packed = pruned.packed
+    seen, stages = as_seen(inputs.pixel_values, processor.image_processor, run.plan, config), _stages(trace, run.plan)
     length = int(packed.lengths[0])
     return Explanation(
         model=model,
         question=question,
-        pictures=as_seen(inputs.pixel_values, processor.image_processor, run.plan, config),
+        views=views_of(inputs.layouts, seen, run.plan, config),
         words=read_words(packed.input_ids[0, :length], trace.tokens, question, len(images), processor),
-        stages=_stages(trace, run.plan, len(images), run.plan.grid or config.vision.grid),
+        stages=stages,
         dense=dense,
         pruned=pruned,
-        text_tokens=length - packed.visual,
+        text_tokens=length - stages[0].visual,
         class_tokens=sum(int(np.sum(layout.places[:, 1] < 0)) for layout in inputs.layouts),
     )
 
@@ -133,14 +141,14 @@ def _prefill_traced(
     params: Params,
     ids: Array,
     lengths: Array,
-    pixels: Array,
+    images: Images | None,
     seed: Array | None,
     *,
     config: ModelConfig,
     plan: Plan,
     room: int,
 ) -> tuple[Array, Cache, Trace]:
-    prompt = embed(params, ids, lengths, pixels, config, plan)
+    prompt = embed(params, ids, lengths, images, config, plan)
     logits, cache, trace = prefill(params, prompt, config, plan, trace=True, max_new_tokens=room, seed=seed)
     assert trace is not None
     return logits, cache, trace
@@ -153,17 +161,13 @@ def _run_traced(run: Run, max_new_tokens: int) -> tuple[Generation, Trace]:
     return run.result(run.decode(run.resume(logits, cache), max_new_tokens)), trace
 
 
-def _stages(trace: Trace, plan: Plan, pictures: int, grid: int) -> list[Stage]:
-    def by_patch(values: Shaped[np.ndarray, "o"]) -> Shaped[np.ndarray, "m g g"]:
-        # Where the class token is a visual token too, it stands before its picture's patches.
-        return values.reshape(pictures, -1)[:, -grid * grid :].reshape(pictures, grid, grid)
-
+def _stages(trace: Trace, plan: Plan) -> list[Stage]:
     def pruning(event: Event, standing: Origins) -> Pruning:
         before, selection = int(event.before.visual.sum()), event.selection
         kept, recycled = int(selection.kept_count[0]), int(selection.pool_count[0])
         return Pruning(
-            scores=by_patch(scores(event, standing)),
-            chosen=by_patch(chosen(event, standing)),
+            scores=scores(event, standing),
+            chosen=chosen(event, standing),
             kept=kept,
             recycled=recycled,
             merged=int(selection.cluster_count[0]),
@@ -175,21 +179,6 @@ def _stages(trace: Trace, plan: Plan, pictures: int, grid: int) -> list[Stage]:
     told = fates(trace.events, found)
     prunings = [*(pruning(*both) for both in zip(trace.events, found, strict=False)), None]
     return [
-        Stage(stage, int(tokens.visual.sum()), by_patch(fate), done)
+        Stage(stage, int(tokens.visual.sum()), fate, done)
         for stage, tokens, fate, done in zip(plan.stages, entering, told, prunings, strict=True)
     ]
-
-
-def as_seen(
-    pixels: Float[np.ndarray, "m 3 S S"], image_processor: Any, plan: Plan, config: ModelConfig
-) -> UInt8[np.ndarray, "m s s 3"]:
-    """The processor's last steps undone, from what the tower takes back to colours."""
-    shrink = METHODS[plan.sparsity.method].shrink_images
-    if plan.grid is not None and shrink is not None:
-        pixels = np.asarray(shrink(jnp.asarray(pixels), plan.grid * config.vision.patch_size))
-    if getattr(image_processor, "do_normalize", False):
-        mean, std = (np.asarray(x)[:, None, None] for x in (image_processor.image_mean, image_processor.image_std))
-        pixels = pixels * std + mean
-    if getattr(image_processor, "do_rescale", False):
-        pixels = pixels / image_processor.rescale_factor
-    return np.clip(np.round(pixels), 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from sparsevlm_jax.explain import account
-from sparsevlm_jax.explain.drawing import INK, colour_map, draw_scores, draw_stage, font, score_range
+from sparsevlm_jax.explain.drawing import INK, colour_map, draw_pruning, draw_stage, font
 from sparsevlm_jax.explain.record import Explanation, Stage
 from sparsevlm_jax.explain.words import Word
 
@@ -44,18 +44,29 @@ def draw_sheet(explanation: Explanation) -> Image.Image:
 def _column(explanation: Explanation, stage: Stage) -> Image.Image:
     """A stage from top to bottom: name, counts, pictures, what the pruning did, score maps."""
     drawings = draw_stage(explanation, stage)
-    width, pruning = drawings[0].width, stage.pruning
+    width, pruning = max(drawing.width for drawing in drawings), stage.pruning
     parts = [
         _text(account.stage_name(stage), width, 1.2 * LETTERS),
         _text(account.entering(stage), width, colour=SOFT, lines=2),
     ]
-    parts += drawings
+    names = [account.view_name(view, explanation.images) for view in explanation.views]
+    counts = [account.fates_of(view, stage) for view in explanation.views]
+    told = [name and f"{name}: {count}" for name, count in zip(names, counts, strict=True)]
+    parts += _named(told, drawings, width, lines=2)
     if pruning is not None:
-        low, high = score_range(pruning.scores)
+        maps, low, high = draw_pruning(explanation, pruning)
         parts.append(_text(f"Then {account.outcome(pruning)}", width, lines=2))
-        parts += [draw_scores(*pair, low, high) for pair in zip(pruning.scores, pruning.chosen, strict=True)]
+        parts += _named(names, maps, width)
         parts.append(_scale(width, low, high))
     return _below(parts, gap=GAP // 3)
+
+
+def _named(names: Sequence[str], drawings: Sequence[Image.Image], width: int, lines: int = 1) -> list[Image.Image]:
+    """Drawings, each below its name where it has one."""
+    found = []
+    for name, drawing in zip(names, drawings, strict=True):
+        found += [_text(name, width, 0.75 * LETTERS, SOFT, lines), drawing] if name else [drawing]
+    return found
 
 
 def _words(words: Sequence[Word], width: int) -> Image.Image:

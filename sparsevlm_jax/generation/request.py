@@ -289,4 +289,6 @@ def _visual_tokens(images: np.ndarray | TiledImages | ImageFeatures | None, conf
         return len(images.tokens) if images.count is None else int(jax.device_get(images.count))
     if isinstance(images, TiledImages):
         return int(jax.device_get(images.packing.count))
+    if config.canvases and len(images):
+        raise UserError(f"{config.model_type} takes images with their packing: give the processor's `Inputs.images`")
     return len(images) * config.tokens_per_image

@@ -51,7 +51,7 @@ class Preparation:
         if tiles is None or not self.config.canvases:
             return Visual(self._square(image, name, aspect)[None], layout, is_video=False)
         if aspect is not None:
-            raise UserError(f"{name}: `aspect` is {aspect}, but {self.config.model_type} takes images as they are")
+            raise UserError(f"{name}: {self.config.model_type} shows an image in its own shape: leave `aspect` out")
         canvases = {"image_grid_pinpoints": [list(canvas) for canvas in self.config.canvases]}
         pixels = self._processed(image, name, canvases, layout.tiles)
         padded = np.pad(pixels, ((0, tiles - layout.tiles), *[(0, 0)] * 3))

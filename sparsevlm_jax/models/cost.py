@@ -5,7 +5,7 @@ Both look at shapes only; no weights are made. The paper counts multiply-adds, X
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from sparsevlm_jax.config import ModelConfig
+from sparsevlm_jax.inputs.packing import TiledImages, pack_images
 from sparsevlm_jax.models.embedding import encode_images
 from sparsevlm_jax.models.family import family_of
 from sparsevlm_jax.models.parameters import abstract_params
@@ -83,27 +84,34 @@ def _decoder_flops(config: ModelConfig, plan: Plan, layers: Sequence[int], text_
 
 
 def tower_xla_flops(config: ModelConfig, plan: Plan) -> float:
-    """XLA's cost analysis of tower and projector for one tile: an image of a family without tiles."""
-    run: Any = partial(encode_images, config=config, plan=plan)
-    if config.most_tiles is not None:
-        run = partial(_encode, family_of(config).encode, config)
-    return _flops(run, abstract_params(config, jnp.bfloat16), _tile(config))
+    """XLA's cost analysis of tower and projector for one image: of a family with tiles for as many as it has at most,
+    to which every image is padded."""
+    side, tiles = config.vision.image_size, config.most_tiles
+    images: Any = _tiles(config, tiles or 1)
+    if tiles is not None:
+        layouts = [config.image_layout(canvas) for canvas in config.canvases or [(side, side)]]
+        packing = pack_images(
+            [max(layouts, key=lambda layout: layout.tokens)], tiles, config.tile_tokens, config.tokens_per_image
+        )
+        images = TiledImages(images, jax.eval_shape(lambda: jax.tree.map(jnp.asarray, packing)))
+    run = partial(encode_images, config=config, plan=plan)
+    return _flops(run, abstract_params(config, jnp.bfloat16), images)
 
 
 def frame_xla_flops(config: ModelConfig) -> float:
-    """The same for one frame of a video."""
+    """XLA's cost analysis of tower and projector for one frame of a video."""
     encode = family_of(config).encode_frames
     assert encode is not None
-    return _flops(partial(_encode, encode, config), abstract_params(config, jnp.bfloat16), _tile(config))
+
+    def run(params: Params, pixel_values: Array) -> tuple[Array, Array]:
+        return encode(params, pixel_values, config)
+
+    return _flops(run, abstract_params(config, jnp.bfloat16), _tiles(config, 1))
 
 
-def _encode(encode: Callable[..., Any], config: ModelConfig, params: Params, pixel_values: Array) -> Any:
-    return encode(params, pixel_values, config)
-
-
-def _tile(config: ModelConfig) -> jax.ShapeDtypeStruct:
+def _tiles(config: ModelConfig, number: int) -> jax.ShapeDtypeStruct:
     vision = config.vision
-    return jax.ShapeDtypeStruct((1, vision.num_channels, vision.image_size, vision.image_size), jnp.bfloat16)
+    return jax.ShapeDtypeStruct((number, vision.num_channels, vision.image_size, vision.image_size), jnp.bfloat16)
 
 
 def _flops(function, *shapes) -> float:  # noqa: ANN001, ANN002

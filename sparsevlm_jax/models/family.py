@@ -13,8 +13,9 @@ from typing import Any
 import flax.linen as nn
 from jaxtyping import Array
 
-from sparsevlm_jax.config import ModelConfig, read_config, refuse_temporal_attention
+from sparsevlm_jax.config import ModelConfig, read_config, refuse_original
 from sparsevlm_jax.errors import UserError, shown
+from sparsevlm_jax.files import read_json
 from sparsevlm_jax.models import llava, llava_next, video_llava, vipllava
 from sparsevlm_jax.models.names import Table
 from sparsevlm_jax.models.stages import Params
@@ -70,21 +71,20 @@ def config_from_hf(config: dict[str, Any], source: str = "config.json") -> Model
     Raises:
       UserError: another architecture, or a variant that this package does not compute.
     """
+    refuse_original(config, source)
     model_type = config.get("model_type")
-    refuse_temporal_attention(config, source)
-    # Early checkpoints of the original layout call themselves "llava" too.
-    if model_type == "llava_llama" or "mm_vision_tower" in config:
-        raise UserError(f"{source}: the original LLaVA layout; convert it with `sparsevlm convert`")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         expected = ", ".join(f'"{name}"' for name in FAMILIES)
         raise UserError(f"{source}: model_type is {shown(model_type)}, expected one of {expected}")
     return FAMILIES[model_type].config.from_hf(config, source)
 
 
-def config_of(folder: Path) -> ModelConfig:
-    """The configuration in a model's folder.
+def config_of(path: Path) -> ModelConfig:
+    """The configuration in a model's folder, or in a `config.json` by itself.
 
     Raises:
       UserError: as `config_from_hf`, or there is none.
     """
-    return config_from_hf(read_config(folder), str(folder / "config.json"))
+    if path.is_file():
+        return config_from_hf(read_json(path), str(path))
+    return config_from_hf(read_config(path), str(path / "config.json"))

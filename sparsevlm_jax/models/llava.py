@@ -20,6 +20,7 @@ from sparsevlm_jax.config import (
     TowerConfig,
     check_activation,
     read_config,
+    refuse_original,
     token_id,
     typed,
 )
@@ -125,7 +126,7 @@ class LlavaConfig:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], source: str = "config.json") -> LlavaConfig:
-        """Reads a Hugging Face `config.json` of model type "llava".
+        """Reads a Hugging Face `config.json` of this family; `config_from_hf` reads that of any.
 
         Args:
           config: the parsed file, as transformers 4.x or 5.x wrote it. Published files are sparse: what they leave
@@ -135,6 +136,9 @@ class LlavaConfig:
         Raises:
           UserError: another architecture, or a variant of it that this package does not compute.
         """
+        refuse_original(config, source)
+        if (stated := config.get("model_type")) != cls.model_type:
+            raise UserError(f'{source}: model_type is {shown(stated)}, expected "{cls.model_type}"')
         full = complete(config, source)
         vision, text = full["vision_config"], full["text_config"]
         made = cls(

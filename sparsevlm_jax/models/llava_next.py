@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import flax.linen as nn
@@ -61,23 +62,19 @@ class LlavaNextConfig(LlavaConfig):
 
     @property
     def tokens_per_image(self) -> int:
-        raise UserError("llava_next: how many visual tokens an image becomes depends on its size; see `image_layout`")
+        """Of the image that has most: one that fills the canvas of most patches, row ends included."""
+        return _most_tokens(self)
 
     @property
     def most_tiles(self) -> int:
         return 1 + max(height * width for height, width in self.canvases) // self.vision.image_size**2
-
-    @property
-    def most_tokens(self) -> int:
-        """Visual tokens of the image that has most: one that fills the canvas of most patches, row ends included."""
-        return max(self.image_layout(canvas).tokens for canvas in self.canvases)
 
     def image_layout(self, size: Size) -> ImageLayout:
         return lay_out(size, self.vision.image_size, self.vision.grid, self.canvases)
 
     def visual_bucket(self, tokens: int) -> int:
         """Of one image one of six sizes; of more, whole images of the largest and one of the six."""
-        most = self.most_tokens
+        most = self.tokens_per_image
         whole, rest = divmod(tokens, most)
         buckets = (-(-bucket * most // _OF) for bucket in _BUCKETS)
         return whole * most + (next(bucket for bucket in buckets if bucket >= rest) if rest else 0)
@@ -100,6 +97,11 @@ class LlavaNext(Llava):
 def newline_row(params: Params) -> Float[Array, "1 d"]:
     """What stands behind the patches for the packer."""
     return params["image_newline"][None]
+
+
+@cache
+def _most_tokens(config: LlavaNextConfig) -> int:
+    return max(config.image_layout(canvas).tokens for canvas in config.canvases)
 
 
 def _canvases(found: Any, source: str) -> tuple[Size, ...]:

@@ -22,6 +22,8 @@ NAMES = Table(
 class VipLlavaConfig(LlavaConfig):
     """As LLaVA-1.5; the class token is always dropped, the projector always has biases."""
 
+    model_type: str = "vipllava"
+
     @classmethod
     def own_fields(cls, full: dict[str, Any], source: str) -> dict[str, Any]:
         name = f"{source}: projector_layernorm_eps"

@@ -295,6 +295,11 @@ def _checked(layers: Sequence[int], depth: int) -> tuple[int, ...]:
 
 def _shrink(sparsity: Sparsity, config: ModelConfig, visual_tokens: int) -> Plan:
     """One stage on pictures of the largest grid that fits the budget."""
+    if config.canvases:
+        raise UserError(
+            f"{sparsity.method}: shrinks images that are one square of patches, and those of {config.model_type} are "
+            "tiles and rows: choose another `method`"
+        )
     if config.image_grid is None:
         raise UserError(f'{sparsity.method}: needs vision_feature_select_strategy "default" (a square of patches)')
     for name in BUDGETS:

@@ -1,0 +1,29 @@
+"""LLaVA-NeXT: tiles of a canvas, grouped queries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sparsevlm_jax import Sparsity, UserError
+from tests.families import contract
+
+
+@pytest.fixture(scope="module")
+def llava_next(tmp_path_factory: pytest.TempPathFactory) -> contract.Family:
+    canvases = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+    place = tmp_path_factory.mktemp("llava_next")
+    return contract.family(place, large=(112, 8), small=(56, 14), family="llava_next", kv_heads=2, canvases=canvases)
+
+
+@pytest.mark.parametrize("promise", contract.promises(all_of_them=True))
+def test_llava_next_keeps_what_every_family_promises(promise: Any, llava_next: contract.Family, tmp_path: Path) -> None:
+    promise(llava_next, tmp_path)
+
+
+def test_tiles_without_their_packing_are_refused(llava_next: contract.Family) -> None:
+    case = llava_next.small
+    with pytest.raises(UserError, match="llava_next takes images with their packing"):
+        case.answers(case.inputs._replace(packing=None), Sparsity.dense())
