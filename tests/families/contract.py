@@ -129,7 +129,7 @@ def torch_inputs(case: Case, row: int) -> dict[str, Any]:
 def torch_images(case: Case, shown: Sequence[int]) -> dict[str, Any]:
     own = require_processor(case.ours)([[case.images[number] for number in shown]], [QUESTIONS[0]])
     pixels = torch.from_numpy(own.pixel_values)
-    if case.ours.config.most_tiles is None:
+    if not case.ours.config.canvases:
         return {"pixel_values": pixels}
     sizes = [(case.images[number].height, case.images[number].width) for number in shown]
     return {"pixel_values": pixels.unflatten(0, (len(shown), -1)), "image_sizes": torch.tensor(sizes)}

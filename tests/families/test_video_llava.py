@@ -19,7 +19,7 @@ from transformers import VideoLlavaImageProcessor
 import sparsevlm_jax as sv
 from sparsevlm_jax import UserError
 from sparsevlm_jax.checkpoints.convert import convert
-from sparsevlm_jax.generation.api import generate_ids, require_processor
+from sparsevlm_jax.generation.api import require_processor
 from sparsevlm_jax.generation.request import Run
 from sparsevlm_jax.inputs.processor import Inputs, Processor
 from sparsevlm_jax.models.family import config_from_hf
@@ -45,15 +45,21 @@ VIDEOS = "{% for part in message['content'] | selectattr('type', 'equalto', 'vid
 
 
 @pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    folder = tiny_llava(
-        tmp_path_factory.mktemp("video") / "model",
-        family="video_llava",
-        layers=3,
-        image_size=SIDE,
-        top={"video_seq_length": VIDEO},
-    )
-    return contract.case(folder, ((56, 56), (90, 140)))
+def video_llava(tmp_path_factory: pytest.TempPathFactory) -> contract.Family:
+    place = tmp_path_factory.mktemp("video_llava")
+    return contract.family(place, large=(364, 14), small=(SIDE, SIDE // 4), family="video_llava")
+
+
+@pytest.fixture(scope="module")
+def case(video_llava: contract.Family) -> Case:
+    return video_llava.small
+
+
+@pytest.mark.parametrize("promise", contract.promises())
+def test_video_llava_keeps_with_images_what_every_family_promises(
+    promise: Any, video_llava: contract.Family, tmp_path: Path
+) -> None:
+    promise(video_llava, tmp_path)
 
 
 def film(seed: int) -> np.ndarray:
@@ -83,11 +89,6 @@ def torch_inputs(case: Case, name: str) -> dict[str, Any]:
     return found
 
 
-def answers(case: Case, inputs: Inputs, sparsity: sv.Sparsity) -> list[list[int]]:
-    settings = contract.settings(sparsity)
-    return generate_ids(case.ours.params, case.ours.config, inputs.ids, inputs.images, **settings).tokens
-
-
 @pytest.mark.parametrize("name", ROWS)
 def test_logits_are_those_of_transformers(case: Case, name: str) -> None:
     config, inputs = case.ours.config, inputs_of(case, name)
@@ -107,7 +108,7 @@ def test_answers_are_those_of_transformers(case: Case, name: str) -> None:
     inputs = torch_inputs(case, name)
     with torch.no_grad():
         expected = case.theirs.generate(**inputs, max_new_tokens=NEW, do_sample=False)
-    assert answers(case, inputs_of(case, name), sv.Sparsity.dense()) == [
+    assert case.answers(inputs_of(case, name), sv.Sparsity.dense()) == [
         expected[0, inputs["input_ids"].shape[1] :].tolist()
     ]
 
@@ -129,16 +130,8 @@ def test_features_are_those_of_transformers_tower_by_tower(case: Case) -> None:
 @pytest.mark.parametrize("name, sparsity", [("v1.5", sv.Sparsity.v15(keep=60)), ("video", sv.Sparsity.video())])
 def test_rows_of_a_batch_are_answered_as_alone(case: Case, name: str, sparsity: sv.Sparsity) -> None:
     rows = ("a video", "two videos and an image")
-    together = answers(case, inputs_of(case, *rows), sparsity)
-    assert together == [answers(case, inputs_of(case, row), sparsity)[0] for row in rows]
-
-
-def test_pruned_rows_with_images_are_answered_as_alone(case: Case) -> None:
-    contract.check_rows(case, "v1.5")
-
-
-def test_conversion_is_undone_bit_for_bit(case: Case, tmp_path: Path) -> None:
-    contract.check_conversion(case, tmp_path)
+    together = case.answers(inputs_of(case, *rows), sparsity)
+    assert together == [case.answers(inputs_of(case, row), sparsity)[0] for row in rows]
 
 
 def test_up_to_its_pruning_layer_a_pruned_prefill_is_the_dense_one(case: Case) -> None:
