@@ -1,4 +1,4 @@
-"""`--verify`: the same picture and question through the source in PyTorch and the result in JAX.
+"""`--verify`: the same image and question through the source in PyTorch and the result in JAX.
 
 The two run one after the other, so that one model at a time is in memory.
 """
@@ -28,7 +28,7 @@ from sparsevlm_jax.models.towers import tower_of
 from sparsevlm_jax.pruning.budgets import make_plan
 from sparsevlm_jax.pruning.settings import Sparsity
 
-QUESTION = "What do you see in this picture?"
+QUESTION = "What do you see in this image?"
 # Largest difference of a part, as a share of its largest value. The two sides round at other places.
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 _TOP = 10

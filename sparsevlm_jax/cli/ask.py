@@ -31,7 +31,7 @@ from sparsevlm_jax.generation.request import Generation
 def ask(
     *,
     question: Annotated[
-        list[str], typer.Option(metavar="TEXT", help="Repeat it for a batch of questions about the same pictures.")
+        list[str], typer.Option(metavar="TEXT", help="Repeat it for a batch of questions about the same images.")
     ],
     image: Images = None,
     source: ModelOptions,
@@ -52,7 +52,7 @@ def ask(
     stream: Annotated[bool, typer.Option("--stream", help="Print the answer while it is made.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Answers a question about pictures."""
+    """Answers a question about images."""
     sparsity = pruning.sparsity(seed=seed, ladder=ladder or None)
     if stream and (len(question) > 1 or as_json):
         raise UserError("--stream prints one answer as text: give one --question and no --json")
@@ -60,7 +60,7 @@ def ask(
     loaded = source.load()
     processor = require_processor(loaded)
     inputs = processor([image or []], question, aspect)
-    instalments = stream_ids(
+    chunks = stream_ids(
         loaded.params,
         loaded.config,
         inputs.ids,
@@ -69,8 +69,8 @@ def ask(
         **settings_for(loaded, sparsity, max_new_tokens, temperature, top_p, seed),
     )
     result = None
-    for piece, instalment in pieces(instalments, processor, loaded.params):
-        result = instalment
+    for piece, chunk in pieces(chunks, processor, loaded.params):
+        result = chunk
         if stream:
             print(piece, end="", flush=True)
     assert result is not None

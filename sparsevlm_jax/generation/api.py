@@ -1,4 +1,4 @@
-"""What users call: from questions about pictures, or token ids and pixels, to answers, whole or piece by piece."""
+"""What users call: from questions about images, or token ids and pixels, to answers, whole or piece by piece."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from sparsevlm_jax.checkpoints.load import Model
 from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.generation.request import Generation, Run, Settings, key_of, require_limit
+from sparsevlm_jax.generation.request import Generation, GenerationRequest, Settings, key_of, require_limit
 from sparsevlm_jax.inputs.images import ImageLike
 from sparsevlm_jax.inputs.messages import Asked, read_prompts
 from sparsevlm_jax.inputs.packing import TiledImages
@@ -44,9 +44,9 @@ def generate_ids(
       The answers. Logits that are not finite do not raise here: see `Generation.finite`.
 
     Raises:
-      UserError: prompts longer than the model's context, pictures that do not match the markers, or bad settings.
+      UserError: prompts longer than the model's context, images that do not match the markers, or bad settings.
     """
-    run = Run(params, config, rows, images, **settings)
+    run = GenerationRequest(params, config, rows, images, **settings)
     return run.result(run.decode(run.prefill(), settings["max_new_tokens"]))
 
 
@@ -59,9 +59,9 @@ def stream_ids(
     every: int = 1,
     **settings: Unpack[Settings],
 ) -> Iterator[Generation]:
-    """`generate_ids` in instalments of `every` tokens: the same compiled loop, the same tokens."""
+    """`generate_ids` in chunks of `every` tokens: the same compiled loop, the same tokens."""
     require_limit("every", every)
-    yield from Run(params, config, rows, images, **settings).instalments(every)
+    yield from GenerationRequest(params, config, rows, images, **settings).chunks(every)
 
 
 def generate(
@@ -76,14 +76,14 @@ def generate(
     seed: int = 0,
     aspect: str | None = None,
 ) -> str | list[str]:
-    """Answers questions about pictures.
+    """Answers questions about images.
 
     Args:
       model: from `load`, with its processor.
-      images: for one prompt its picture or pictures; for a list of prompts a list of pictures for each, or one picture,
-        or pictures that go with all of them. None or an empty list for text alone.
-      prompts: a question, or a batch of them. They may contain `<image>` markers; by default pictures come first. A
-        question may also be a list of messages, as chat interfaces take them; those may hold the pictures themselves.
+      images: for one prompt its image or images; for a list of prompts a list of images for each, or one image,
+        or images that go with all of them. None or an empty list for text alone.
+      prompts: a question, or a batch of them. They may contain `<image>` markers; by default images come first. A
+        question may also be a list of messages, as chat interfaces take them; those may hold the images themselves.
       sparsity: what to prune, or a method's name; by default v1.5 with a third of the visual tokens.
       max_new_tokens, temperature, top_p: see `generate_ids`; `seed` makes the PRNG key.
       aspect: "pad", "crop", or None for what the checkpoint's processor says.
@@ -92,7 +92,7 @@ def generate(
       The answer, or a list of answers.
 
     Raises:
-      UserError: bad pictures, prompts or settings, or logits that are not finite.
+      UserError: bad images, prompts or settings, or logits that are not finite.
     """
     asked, alone = read_prompts(prompts)
     batch = _in_ids(model, images, asked, aspect)
@@ -121,13 +121,13 @@ def stream(
         raise UserError("stream answers one question: give a text or one list of messages")
     batch = _in_ids(model, images, asked, aspect)
     settings = settings_for(model, sparsity, max_new_tokens, temperature, top_p, seed)
-    instalments = stream_ids(*batch, every=every, **settings)
-    for piece, _ in pieces(instalments, require_processor(model), model.params):
+    chunks = stream_ids(*batch, every=every, **settings)
+    for piece, _ in pieces(chunks, require_processor(model), model.params):
         yield piece
 
 
-def pieces(instalments: Iterator[Generation], processor: Processor, params: Params) -> Iterator[tuple[str, Generation]]:
-    """The text that each instalment adds to the first row's answer, with the instalment.
+def pieces(chunks: Iterator[Generation], processor: Processor, params: Params) -> Iterator[tuple[str, Generation]]:
+    """The text that each chunk adds to the first row's answer, with the chunk.
 
     Text whose end may still change (a character made of several tokens) waits for the next piece.
 
@@ -135,7 +135,7 @@ def pieces(instalments: Iterator[Generation], processor: Processor, params: Para
       UserError: logits that are not finite.
     """
     said, generation = "", None
-    for generation in instalments:
+    for generation in chunks:
         require_finite(generation, params)
         text = processor.decode(generation.tokens[0])
         complete = text.startswith(said) and not text.endswith("\ufffd")
@@ -164,12 +164,12 @@ def require_finite(generation: Generation, params: Params) -> Generation:
 def _in_ids(
     model: Model, images: Images, asked: Sequence[Asked], aspect: str | None
 ) -> tuple[Params, ModelConfig, list[np.ndarray], np.ndarray | TiledImages]:
-    """What `generate_ids` takes, from pictures and questions."""
-    rows: list[list[ImageLike]] = [one.pictures for one in asked]
+    """What `generate_ids` takes, from images and questions."""
+    rows: list[list[ImageLike]] = [one.images for one in asked]
     if not any(rows):
-        rows = pictures_by_prompt(images, len(asked))
-    elif any(pictures_by_prompt(images, 1)[0]):
-        raise UserError("pictures in the messages and beside them: give them in one place")
+        rows = images_by_prompt(images, len(asked))
+    elif any(images_by_prompt(images, 1)[0]):
+        raise UserError("images in the messages and beside them: give them in one place")
     inputs = require_processor(model)(rows, [one.conversation for one in asked], aspect)
     return model.params, model.config, inputs.ids, inputs.images
 
@@ -199,8 +199,8 @@ def settings_for(
     }
 
 
-def pictures_by_prompt(images: Images, prompts: int) -> list[list[ImageLike]]:
-    """A list of pictures for every prompt, or one that goes with each of them, from what `generate` takes.
+def images_by_prompt(images: Images, prompts: int) -> list[list[ImageLike]]:
+    """A list of images for every prompt, or one that goes with each of them, from what `generate` takes.
 
     Raises:
       UserError: neither.
@@ -209,20 +209,20 @@ def pictures_by_prompt(images: Images, prompts: int) -> list[list[ImageLike]]:
     several: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
     rows = [_row(row) for row in several]
     if prompts == 1:
-        return [[picture for row in rows for picture in row]]
+        return [[image for row in rows for image in row]]
     if len(rows) in (0, 1):
         return rows or [[]]
     if len(rows) != prompts:
         raise UserError(
-            f"{prompts} prompts but pictures for {len(rows)}: give a list of pictures per prompt, or one for all"
+            f"{prompts} prompts but images for {len(rows)}: give a list of images per prompt, or one for all"
         )
     return rows
 
 
-def _row(pictures: Any) -> list[Any]:
-    if pictures is None:
+def _row(images: Any) -> list[Any]:
+    if images is None:
         return []
-    return list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
+    return list(images) if isinstance(images, (list, tuple)) else [images]
 
 
 def require_processor(model: Model) -> Processor:

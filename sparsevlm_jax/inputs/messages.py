@@ -25,10 +25,10 @@ class Conversation(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """A conversation, and the pictures that its messages hold themselves."""
+    """A conversation, and the images that its messages hold themselves."""
 
     conversation: Conversation
-    pictures: list[ImageLike]
+    images: list[ImageLike]
 
 
 def read_prompts(prompts: Any) -> tuple[list[Asked], bool]:
@@ -62,41 +62,41 @@ def _read(prompt: Any) -> Asked:
     system = None
     if messages[0][0] == "system":
         if messages[0][2]:
-            raise UserError("a picture in the system's message: all pictures come with the first question")
+            raise UserError("an image in the system's message: all images come with the first question")
         system, messages = messages[0][1], messages[1:]
     roles = [role for role, _, _ in messages]
     if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
         said = ", ".join(map(str, roles))
         raise UserError(f"messages by {said or 'nobody'}: expected user and assistant in turn, a question last")
-    if any(pictures for _, _, pictures in messages[1:]):
-        raise UserError("a picture in a later message: all pictures come with the first question")
+    if any(images for _, _, images in messages[1:]):
+        raise UserError("an image in a later message: all images come with the first question")
     texts = [text for _, text, _ in messages]
     earlier = tuple(zip(texts[:-1:2], texts[1::2], strict=True))
     return Asked(Conversation(texts[-1], earlier, system), messages[0][2])
 
 
 def _content(message: Mapping[str, Any]) -> tuple[str, list[ImageLike]]:
-    """Text and pictures of a message; a picture's place is in front, as where none is marked."""
+    """Text and images of a message; an image's place is in front, as where none is marked."""
     content = message.get("content")
     if isinstance(content, str):
         return content, []
     if not isinstance(content, (list, tuple)):
         raise UserError(f"a message's content is {_named(content)}: expected {SHAPE}")
     texts: list[str] = []
-    pictures: list[ImageLike] = []
+    images: list[ImageLike] = []
     for part in content:
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
         elif kind in ("image", "image_url"):
-            pictures += _pictures(part)
+            images += _images(part)
         else:
             raise UserError(f"a part of a message is {_named(part)}: expected {SHAPE}")
-    return "\n".join(texts), pictures
+    return "\n".join(texts), images
 
 
-def _pictures(part: Mapping[str, Any]) -> list[ImageLike]:
-    """The picture of a part; none where the part only says that one is given elsewhere."""
+def _images(part: Mapping[str, Any]) -> list[ImageLike]:
+    """The image of a part; none where the part only says that one is given elsewhere."""
     found = next((part[key] for key in ("image", "path", "url", "image_url") if part.get(key) is not None), None)
     if isinstance(found, Mapping):
         found = found.get("url")
@@ -106,13 +106,13 @@ def _pictures(part: Mapping[str, Any]) -> list[ImageLike]:
 
 
 def _of_data_url(url: str) -> Image.Image:
-    name = "a picture in a data: URL"
+    name = "an image in a data: URL"
     try:
         content = base64.b64decode(url.partition(";base64,")[2], validate=True)
         return identify(io.BytesIO(content), Path(name))
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
-    except Exception as error:  # a damaged picture surfaces as any of many unrelated types
+    except Exception as error:  # a damaged image surfaces as any of many unrelated types
         raise UserError(f"{name}: damaged or cut short: {first_line(error)}") from error
 
 

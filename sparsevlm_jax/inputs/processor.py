@@ -1,10 +1,10 @@
-"""Host side: questions and pictures to arrays, token ids to text. No jax, no torch.
+"""Host side: questions and images to arrays, token ids to text. No jax, no torch.
 
 The tokenizer, the image processor and the chat template are the checkpoint's own, read through transformers. The
 image marker is expanded from the model's configuration, never by the checkpoint's multimodal processor: that one
 needs a patch size which many checkpoints do not state.
 
-Axis letters: m pictures, l tokens, S pixels per side.
+Axis letters: m images, l tokens, S pixels per side.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sparsevlm_jax import bounds
 from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError, first_line
 from sparsevlm_jax.inputs import templates
-from sparsevlm_jax.inputs.images import ImageLike, open_image, pad_to_square, picture_name
+from sparsevlm_jax.inputs.images import ImageLike, image_name, open_image, pad_to_square
 from sparsevlm_jax.inputs.messages import Conversation, as_texts
 from sparsevlm_jax.inputs.packing import ImagePacking, TiledImages, pack_images
 from sparsevlm_jax.inputs.side_files import (
@@ -119,11 +119,11 @@ class Processor:
     def prompt(self, question: str | Conversation, num_images: int) -> str:
         """The text that is tokenized: the checkpoint's chat template, else the Vicuna prompt, around what was said.
 
-        Markers in the first question stay where they are. Without any, one per picture goes in front of it. A template
+        Markers in the first question stay where they are. Without any, one per image goes in front of it. A template
         of LLaVA's kind places those itself.
 
         Raises:
-          UserError: the first question holds markers, but not one per picture; a later one holds any; or some of it is
+          UserError: the first question holds markers, but not one per image; a later one holds any; or some of it is
             no text.
         """
         talk = question if isinstance(question, Conversation) else Conversation(question)
@@ -131,12 +131,12 @@ class Processor:
         first, *later = [*(asked for asked, _ in talk.earlier), talk.question]
         answers = [answer.replace(MARKER, "") for _, answer in talk.earlier]  # a model may write it, but shows nothing
         if any(MARKER in text for text in later):
-            raise UserError(f"{MARKER} in a later question: all pictures come with the first one")
+            raise UserError(f"{MARKER} in a later question: all images come with the first one")
         found = first.count(MARKER)
         if found and found != num_images:
             raise UserError(
-                f"the question holds {count(found, f'{MARKER} marker')}, but {count(num_images, 'picture')} "
-                "came with it: write one marker per picture, or none"
+                f"the question holds {count(found, f'{MARKER} marker')}, but {count(num_images, 'image')} "
+                "came with it: write one marker per image, or none"
             )
         unmarked = 0 if found else num_images
         if self.chat_template is None:
@@ -154,11 +154,11 @@ class Processor:
         said = "".join(f" {answer}{self.tokenizer.eos_token}USER: {asked}{PROMPT_END}" for answer, asked in turns)
         return f"{start}{questions[0]}{PROMPT_END}{said}"
 
-    def _content(self, text: str, pictures: int = 0) -> str | list[dict[str, str]]:
+    def _content(self, text: str, images: int = 0) -> str | list[dict[str, str]]:
         """A message's content as the chat template takes it."""
         if not self._content_in_parts:
             return text
-        return [*[{"type": "image"}] * pictures, {"type": "text", "text": text}]
+        return [*[{"type": "image"}] * images, {"type": "text", "text": text}]
 
     def __call__(
         self,
@@ -166,21 +166,21 @@ class Processor:
         questions: Sequence[str | Conversation],
         aspect: str | None = None,
     ) -> Inputs:
-        """Tokenizes the questions and prepares their pictures.
+        """Tokenizes the questions and prepares their images.
 
         Args:
-          images: the pictures of each question, in the order of its markers; an empty list for text alone. One list
-            for several questions goes with each of them: its pictures are prepared, and stand in the result, once.
+          images: the images of each question, in the order of its markers; an empty list for text alone. One list
+            for several questions goes with each of them: its images are prepared, and stand in the result, once.
           questions: as many, each by itself or with what was said before it.
           aspect: "crop" scales the shorter side to S and cuts out the middle, "pad" fills up to a square with the
             processor's mean colour and scales that (as the authors of LLaVA do), None is the checkpoint's own choice.
 
         Raises:
-          UserError: a picture that cannot be read or does not become [3, S, S], a count that does not match, or
+          UserError: an image that cannot be read or does not become [3, S, S], a count that does not match, or
             another aspect.
         """
         if len(images) not in (1, len(questions)):
-            raise UserError(f"{len(images)} lists of pictures for {len(questions)} questions: give one per question")
+            raise UserError(f"{len(images)} lists of images for {len(questions)} questions: give one per question")
         if aspect is not None and aspect not in ASPECTS:
             raise UserError(f'aspect is "{aspect}": expected {" or ".join(ASPECTS)}')
         prepared = [[self._prepared(image, aspect) for image in own] for own in images]
@@ -228,7 +228,7 @@ class Processor:
         marker = row == self.config.image_token_id
         if marker.sum() != len(layouts):
             raise UserError(
-                f"the prompt has {count(int(marker.sum()), f'{MARKER} token')} for {count(len(layouts), 'picture')}: "
+                f"the prompt has {count(int(marker.sum()), f'{MARKER} token')} for {count(len(layouts), 'image')}: "
                 "the chat template or the tokenizer of this checkpoint does not keep the markers"
             )
         copies = np.ones(len(row), int)
@@ -246,7 +246,7 @@ class Processor:
 
     def _prepared(self, source: ImageLike, aspect: str | None) -> tuple[np.ndarray, ImageLayout]:
         """An image as the tower takes it, float32 [tiles, 3, S, S], and its visual tokens."""
-        image, name = open_image(source), picture_name(source)
+        image, name = open_image(source), image_name(source)
         layout, tiles = self.config.image_layout((image.height, image.width)), self.config.most_tiles
         if tiles is None:
             return self._pixels(image, name, aspect)[None], layout
@@ -256,26 +256,26 @@ class Processor:
         pixels = self._processed(image, name, canvases, layout.tiles)
         return np.pad(pixels, ((0, tiles - layout.tiles), *[(0, 0)] * 3)), layout
 
-    def _pixels(self, picture: Image.Image, name: str, aspect: str | None) -> np.ndarray:
+    def _pixels(self, image: Image.Image, name: str, aspect: str | None) -> np.ndarray:
         """An image of one tile, float32 [3, S, S]."""
         side = self.config.vision.image_size
         square = {"height": side, "width": side}
-        long, short = max(picture.size), min(picture.size)
+        long, short = max(image.size), min(image.size)
         pads = aspect == "pad" or (aspect is None and getattr(self.image_processor, "do_pad", False))
         edge = side if aspect else max(side, _edge(self.image_processor))
         if (long**2 if pads else edge**2 * long / short) > bounds.PIXELS:
-            size = f"{picture.width} x {picture.height}"
+            size = f"{image.width} x {image.height}"
             raise UserError(f"{name}: {size} is too large or too narrow to prepare, scale or cut it first")
 
         options: dict[str, Any] = {}
         if aspect == "crop":
             options = {"size": {"shortest_edge": side}, "do_center_crop": True, "crop_size": square}
         elif aspect == "pad":
-            picture = pad_to_square(picture, self.image_processor.image_mean)
+            image = pad_to_square(image, self.image_processor.image_mean)
             options = {"size": square, "do_center_crop": False}
         if options:
             options |= {"do_resize": True, "do_pad": False}
-        return self._processed(picture, name, options, None)
+        return self._processed(image, name, options, None)
 
     def _processed(self, image: Image.Image, name: str, options: dict[str, Any], tiles: int | None) -> np.ndarray:
         """What the checkpoint's image processor makes of an image, float32 [3, S, S], or of `tiles` such."""
@@ -297,7 +297,7 @@ class Processor:
         return pixels
 
     def _takes_parts(self) -> bool:
-        """Whether the chat template wants a list of pictures and texts (LLaVA's) or one string (a language model's)."""
+        """Whether the chat template wants a list of images and texts (LLaVA's) or one string (a language model's)."""
         try:
             text = self._render([{"type": "image"}, {"type": "text", "text": "probe"}])
         except UserError as error:
@@ -334,7 +334,7 @@ def _texts(tokens: dict[str, Any]) -> dict[str, Any]:
 
 
 def _edge(image_processor: Any) -> int:
-    """The longest side that an image processor scales a picture's shorter one to, 0 where it states none."""
+    """The longest side that an image processor scales an image's shorter one to, 0 where it states none."""
     return max(dict(getattr(image_processor, "size", None) or {}).values(), default=0)
 
 
