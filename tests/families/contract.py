@@ -27,7 +27,6 @@ from sparsevlm_jax.generation.api import generate_ids, require_processor, stream
 from sparsevlm_jax.generation.request import GenerationRequest
 from sparsevlm_jax.inputs.processor import Inputs
 from sparsevlm_jax.layout import NEWLINE, Size
-from sparsevlm_jax.pruning.budgets import plan_of_row
 from tests import comparison, models, oracle
 from tests.hf import tiny_llava
 from tests.test_compilation import COMPILED, events
@@ -227,7 +226,7 @@ def by_oracle(case: Case, run: GenerationRequest, prompt: sv.Prompt) -> list[ora
     for row in range(len(SHOWN) - 1):
         before, visual, after = block(prompt, row)
         own = np.asarray(prompt.embeddings[row, : before + visual + after])
-        settings = comparison.wanted(run.plan.sparsity, kept(plan_of_row(run.plan, visual)))
+        settings = comparison.wanted(run.plan.sparsity, kept(alone(run, visual)))
         found.append(oracle.generate(decoder, own, before, visual, settings, STEPS))
     return found
 
@@ -238,6 +237,11 @@ def block(prompt: sv.Prompt, row: int) -> models.Row:
     if not len(places):
         return length, 0, 0
     return int(places[0]), len(places), length - int(places[-1]) - 1
+
+
+def alone(run: GenerationRequest, visual: int) -> sv.Plan:
+    """The plan of a row of so many visual tokens that is asked by itself."""
+    return sv.make_plan(run.plan.sparsity, run.config, visual, run.packed.text)
 
 
 def kept(plan: sv.Plan) -> tuple[tuple[int, int], ...]:
@@ -258,7 +262,7 @@ def pruned_by_rivals(method: str, family: Family, place: Path) -> None:
         for row in range(len(SHOWN)):
             places = np.flatnonzero(event.before.visual[row])
             visual = int(np.sum(prompt.visual[row]))
-            keep = plan_of_row(run.plan, visual).stages[number].keep or 0 if visual else 0
+            keep = alone(run, visual).stages[number].keep or 0 if visual else 0
             if method in ("fastv", "pyramiddrop"):
                 ahead = method == "pyramiddrop"
                 tokens = event.before if ahead else entered
