@@ -214,7 +214,9 @@ def _plan_of_rows(sparsity: Sparsity, config: ModelConfig, packed: Packed) -> Pl
       UserError: a budget that a row cannot meet.
     """
     counts = set(np.sum(packed.input_ids == config.image_token_id, axis=1, where=packed.valid).tolist())
-    row_counts = None
+    most, keep, row_counts = max(counts), sparsity.budget.keep, None
+    if keep is not None and 0 < most < keep:  # a bucket may have room for more
+        raise UserError(f"keep={keep}: the prompt has only {most} visual tokens")
     if config.canvases:
         row_counts = range(packed.visual + 1)
     elif len(counts) > 1 and not any(count % config.tokens_per_image for count in counts):
