@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13; do \
 	$$p -c pass 2>/dev/null && echo $$p && exit; done; echo python3)
 PHOTO ?= sparsevlm_jax/data/china.jpg
-QUESTION ?= What is in the picture?
+QUESTION ?= What is in the image?
 REAL_MODEL ?= llava-hf/llava-1.5-7b-hf
 ARGS ?=
 
@@ -13,7 +13,7 @@ ARGS ?=
 .DELETE_ON_ERROR:
 
 help:
-	@echo 'make demo   ask the embedded model about three pictures, dense and pruned'
+	@echo 'make demo   ask the embedded model about three images, dense and pruned'
 	@echo 'make test   run the tests (ARGS="-k name" goes to pytest)'
 	@echo 'make lint   ruff and pyright'
 	@echo 'make real   ask $(REAL_MODEL) (downloads about 14 GB, needs as much memory)'

@@ -1,4 +1,4 @@
-"""Draws docs/stages.svg, the README's picture: visual tokens entering each layer of LLaVA-1.5-7B, from the plans."""
+"""Draws docs/stages.svg, the README's image: visual tokens entering each layer of LLaVA-1.5-7B, from the plans."""
 
 from __future__ import annotations
 

@@ -3,10 +3,10 @@
 import jax.numpy as jnp
 
 import sparsevlm_jax as sv
-from sparsevlm_jax.pruning.methods import Layer, Method, Scores
+from sparsevlm_jax.pruning.methods import Method, PruningContext, Scores
 
 
-def score_by_length(layer: Layer, sparsity: sv.Sparsity) -> Scores:
+def score_by_length(layer: PruningContext, sparsity: sv.Sparsity) -> Scores:
     """Scores of all tokens of the layer's output, [b, l]; the visual tokens with the highest stay."""
     return Scores(jnp.linalg.norm(layer.tokens.hidden.astype(jnp.float32), axis=-1))
 

@@ -33,9 +33,9 @@ SIZES = {
     "sliding_window": 16_777_216,
     "image_size": 2_048,  # pixels per side: 50 MB as float32
     "patch_size": 2_048,
-    "num_channels": 3,  # pictures are RGB
+    "num_channels": 3,  # images are RGB
 }
-VISUAL_TOKENS = 16_384  # of one picture; LLaVA-1.5 has 576
+VISUAL_TOKENS = 16_384  # of one image; LLaVA-1.5 has 576
 TOKEN_ID = 2**31 - 1  # ids are int32
 END_TOKENS = 1_000  # of one model
 NUMBER = 1e18  # rotary base and norms' epsilon, which are computed with in float32
@@ -52,8 +52,8 @@ def positive(value: object, name: str) -> float:
     return float(value)
 
 
-# Pictures.
-# 8192 x 6144, the largest that common telephones take; also of what a picture is padded or enlarged to. Decoding takes
+# Images.
+# 8192 x 6144, the largest that common telephones take; also of what an image is padded or enlarged to. Decoding takes
 # 8 bytes for each (JPEG), 12 with transparency, 20 at worst (WebP with transparency): a gigabyte.
 PIXELS = 50_331_648
 

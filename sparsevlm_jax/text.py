@@ -21,7 +21,7 @@ def in_bytes(value: float | int) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """3 and "picture" as "3 pictures"."""
+    """3 and "image" as "3 images"."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 import sparsevlm_jax as sv
 from sparsevlm_jax.checkpoints.load import GenerationDefaults
-from sparsevlm_jax.explain.record import Explanation, explain
+from sparsevlm_jax.explain.trace_run import Explanation, explain
 from sparsevlm_jax.inputs.processor import Processor
 from tests import models
 from tests.hf import CHAT_TEMPLATE, image_processor, llama_tokenizer
@@ -40,7 +40,7 @@ def processor() -> Processor:
     return found
 
 
-def picture(seed: int = 0) -> Image.Image:
+def image(seed: int = 0) -> Image.Image:
     """Coloured noise, smooth enough to survive scaling."""
     pixels = np.random.default_rng(seed).integers(0, 256, (GRID, GRID, 3), np.uint8)
     return Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
@@ -54,9 +54,9 @@ def image_size(file: Path) -> tuple[int, int]:
 
 @cache
 def explained(
-    method: str = "v1.5", pictures: int = 1, question: str = QUESTION, class_token: bool = False, seed: int = 0
+    method: str = "v1.5", images: int = 1, question: str = QUESTION, class_token: bool = False, seed: int = 0
 ) -> Explanation:
     """An explanation of two words of answer, by the method with settings that suit the model."""
     own = {"v1": {"scale": 2.0, "bias": 3.0}, "v2.0": {"heads": 2}}.get(method, {})
-    shown = [picture(seed + number) for number in range(pictures)]
+    shown = [image(seed + number) for number in range(images)]
     return explain(model(class_token), shown, question, sv.sparsity(method, **own), max_new_tokens=2)

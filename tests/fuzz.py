@@ -176,7 +176,7 @@ def peak() -> int:
 
 
 def make_sound(folder: Path) -> None:
-    """A checkpoint with everything beside it, the same converted, and pictures."""
+    """A checkpoint with everything beside it, the same converted, and images."""
     import numpy as np
     from PIL import Image
 
@@ -186,15 +186,15 @@ def make_sound(folder: Path) -> None:
     model = tiny_llava(folder / "hf", layers=2, hidden=32, ffn=48)
     (model / "chat_template.json").write_text(json.dumps({"chat_template": CHAT_TEMPLATE}))
     convert(model, folder / "orbax")
-    pictures = folder / "pictures"
-    pictures.mkdir()
+    images = folder / "images"
+    images.mkdir()
     colours = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6
     for suffix in ("jpg", "png", "gif", "webp", "tiff", "bmp"):
         options: dict[str, Any] = {"exif": exif} if suffix in ("jpg", "png") else {}
-        colours.save(pictures / f"picture.{suffix}", **options)
-    colours.save(pictures / "picture.tif", compression="tiff_lzw")
+        colours.save(images / f"image.{suffix}", **options)
+    colours.save(images / "image.tif", compression="tiff_lzw")
 
 
 # How it is damaged.
@@ -304,10 +304,10 @@ def chunk(rng: random.Random, folder: Path) -> None:
             flip(rng, file)
 
 
-def picture(rng: random.Random, folder: Path) -> None:
-    file = rng.choice(sorted((folder / "pictures").glob("picture.*")))
+def image(rng: random.Random, folder: Path) -> None:
+    file = rng.choice(sorted((folder / "images").glob("image.*")))
     flip(rng, file)
-    file.rename(folder / "picture")
+    file.rename(folder / "image")
 
 
 # How it is used.
@@ -331,13 +331,13 @@ def ask(folder: Path) -> None:
 
     processor = Processor.from_pretrained(folder / "hf", LlavaConfig.from_file(folder / "hf"))
     if processor is not None:
-        processor([[folder / "pictures" / "picture.png"]], ["what is this?"])
+        processor([[folder / "images" / "image.png"]], ["what is this?"])
 
 
 def look(folder: Path) -> None:
     from sparsevlm_jax.inputs.images import open_image
 
-    open_image(folder / "picture" if (folder / "picture").exists() else folder / "pictures" / "picture.png")
+    open_image(folder / "image" if (folder / "image").exists() else folder / "images" / "image.png")
 
 
 KINDS: dict[str, tuple[Mutation, Callable[[Path], None]]] = {
@@ -347,7 +347,7 @@ KINDS: dict[str, tuple[Mutation, Callable[[Path], None]]] = {
     "template": (template, ask),
     "manifest": (manifest, load_orbax),
     "chunk": (chunk, load_orbax),
-    "picture": (picture, look),
+    "image": (image, look),
 }
 
 

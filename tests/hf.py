@@ -14,7 +14,7 @@ from sparsevlm_jax import Model, load
 from sparsevlm_jax.checkpoints.load import GenerationDefaults
 from sparsevlm_jax.inputs.processor import Processor
 
-# The template of the published llava-1.5 checkpoints in substance: pictures first, then texts, no system prompt.
+# The template of the published llava-1.5 checkpoints in substance: images first, then texts, no system prompt.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
     "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"

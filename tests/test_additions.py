@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sparsevlm_jax import Plan, Prompt, Sparsity, make_plan, prefill, sparsity
-from sparsevlm_jax.generation.ladder import prefill_by_rungs
+from sparsevlm_jax.generation.ladder import prefill_stage_by_stage
 from sparsevlm_jax.models.decoder import DecoderLayer
 from sparsevlm_jax.models.stages import decoder_of
 from sparsevlm_jax.ops.attention import attend
@@ -142,7 +142,7 @@ def test_the_ladder_carries_additions_along() -> None:
         make_plan(sparsity("v1", scale=1.0, bias=2.0, layers=(0,)), model, VISUAL, TEXT),
         models.params(model),
     )
-    logits, *_ = prefill_by_rungs(weights, prompt(2), model, plan, max_new_tokens=NEW)
+    logits, *_ = prefill_stage_by_stage(weights, prompt(2), model, plan, max_new_tokens=NEW)
     expected, *_ = models.compiled_prefill(model, plan, NEW)(weights, prompt(2))
     np.testing.assert_allclose(logits, expected, atol=1e-4)
 

@@ -144,16 +144,16 @@ def test_a_side_that_cannot_be_is_refused(text: str) -> None:
         Side.parse(text, 16)
 
 
-def test_visual_tokens_become_pictures_of_that_size() -> None:
+def test_visual_tokens_become_images_of_that_size() -> None:
     assert replace(CELL, visual_tokens=25).config.tokens_per_image == 25
-    assert replace(CELL, visual_tokens=48).pictures == 3
+    assert replace(CELL, visual_tokens=48).images == 3
     with pytest.raises(UserError, match="visual_tokens=50"):
         assert replace(CELL, visual_tokens=50).config
 
 
 def test_images_of_tiles_fill_their_largest_canvas() -> None:
     cell = Cell("llava-next-7b", 2, 118, SHAPES["llava-next-7b"].visual_tokens, "float32")
-    assert (cell.image_size, cell.pictures) == ((672, 672), 1)
+    assert (cell.image_size, cell.images) == ((672, 672), 1)
     assert [layout.tokens for layout in cell.layouts] == [2928, 2928]
     assert hash_weights.pixels(replace(NEXT, batch=2)).shape == (2 * 5, 3, 56, 56)
     with pytest.raises(UserError, match="expected a multiple of 88"):

@@ -26,7 +26,7 @@ from tests import hf, models
 KEEP_AT = ((0, 5),)
 V15, V20 = Sparsity.v15(keep_at=KEEP_AT), Sparsity.v20(keep_at=KEEP_AT, heads=2)
 # The first one is so long that both turns lie in one bucket of lengths.
-QUESTIONS = ("what is there in the picture, and where in all of it is that", "why")
+QUESTIONS = ("what is there in the image, and where in all of it is that", "why")
 NEW, ROOM = 4, 64
 
 
@@ -61,7 +61,7 @@ def model(vicuna: Model) -> Model:
 
 
 @pytest.fixture(scope="module")
-def picture() -> Image.Image:
+def image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (56, 56, 3), np.uint8))
 
 
@@ -123,39 +123,39 @@ def check_answers(chat: Chat, turns: Sequence[Turn]) -> None:
 
 @pytest.mark.parametrize("pruning", [V15, sparsity("pool", keep=4)], ids=lambda s: s.method)
 def test_again_answers_as_a_fresh_run_of_the_conversation_from_pixels(
-    model: Model, picture: Image.Image, pruning: Sparsity
+    model: Model, image: Image.Image, pruning: Sparsity
 ) -> None:
-    chat = start_chat(model, [picture], "again", pruning)
+    chat = start_chat(model, [image], "again", pruning)
     for turn in converse(chat):
         assert turn.answer == fresh_answer(chat, np.asarray(turn.prompt, np.int32))
 
 
 @pytest.mark.parametrize("pruning", [V15, V20], ids=lambda s: s.method)
 def test_first_answers_as_if_the_first_prompt_had_been_decoded_on(
-    model: Model, picture: Image.Image, pruning: Sparsity
+    model: Model, image: Image.Image, pruning: Sparsity
 ) -> None:
-    chat = start_chat(model, [picture], "first", pruning)
+    chat = start_chat(model, [image], "first", pruning)
     check_answers(chat, converse(chat, [*QUESTIONS, "is it a boat"]))
 
 
-def test_policies_agree_on_the_first_question(model: Model, picture: Image.Image) -> None:
-    again, first = (start_chat(model, [picture], selection) for selection in ("again", "first"))
+def test_policies_agree_on_the_first_question(model: Model, image: Image.Image) -> None:
+    again, first = (start_chat(model, [image], selection) for selection in ("again", "first"))
     assert again.ask(QUESTIONS[0]) == first.ask(QUESTIONS[0])
     assert again.ids.tolist() == first.ids.tolist()
 
 
-def test_first_goes_on_behind_an_answer_that_ended_early(model: Model, picture: Image.Image) -> None:
-    chat = start_chat(model, [picture], "first")
+def test_first_goes_on_behind_an_answer_that_ended_early(model: Model, image: Image.Image) -> None:
+    chat = start_chat(model, [image], "first")
     (turn,) = converse(chat, QUESTIONS[:1])
     end = turn.answer[1]
     ending = replace(model, generation=GenerationDefaults((end,), 0))
-    chat = start_chat(ending, [picture], "first")
+    chat = start_chat(ending, [image], "first")
     turns = converse(chat)
     assert turns[0].stop - turns[0].start == 1, "the end token is no part of the conversation"
     check_answers(chat, turns)
 
 
-def test_without_pictures_both_policies_are_exact(model: Model) -> None:
+def test_without_images_both_policies_are_exact(model: Model) -> None:
     again, first = (start_chat(model, [], selection) for selection in ("again", "first"))
     for turn in converse(again):
         assert turn.answer == fresh_answer(again, np.asarray(turn.prompt, np.int32))
@@ -163,11 +163,9 @@ def test_without_pictures_both_policies_are_exact(model: Model) -> None:
 
 
 @pytest.mark.parametrize("selection", ["again", "first"])
-def test_the_tower_runs_once(
-    model: Model, picture: Image.Image, selection: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_tower_runs_once(model: Model, image: Image.Image, selection: str, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded, seen = [], []
-    encode, run = chat_module._encode, chat_module.Run
+    encode, run = chat_module._encode, chat_module.GenerationRequest
 
     def recorded_encode(*args: Any, **static: Any) -> Any:
         encoded.append(encode(*args, **static))
@@ -179,9 +177,9 @@ def test_the_tower_runs_once(
 
     monkeypatch.setattr(chat_module, "_encode", recorded_encode)
     monkeypatch.setattr(chat_module, "Run", recorded_run)
-    converse(start_chat(model, [picture], selection))
+    converse(start_chat(model, [image], selection))
     assert len(encoded) == 1
-    assert all(pictures is encoded[0] for pictures in seen)
+    assert all(images is encoded[0] for images in seen)
     assert len(seen) == (2 if selection == "again" else 1)
 
 
@@ -214,9 +212,9 @@ def llama_2(model: Model) -> Model:
 @pytest.mark.parametrize("kind", ["template", "vicuna"])
 @pytest.mark.parametrize("selection", ["again", "first"])
 def test_a_later_question_is_asked_in_the_ids_of_the_whole_conversation(
-    model: Model, vicuna: Model, picture: Image.Image, selection: str, kind: str, monkeypatch: pytest.MonkeyPatch
+    model: Model, vicuna: Model, image: Image.Image, selection: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chat = start_chat(llama_2(model if kind == "template" else vicuna), [picture], selection)
+    chat = start_chat(llama_2(model if kind == "template" else vicuna), [image], selection)
     tokenizer = chat.processor.tokenizer
     said = tokenizer(" the cat", add_special_tokens=False)["input_ids"][1:]  # what a model says: no second space
     assert tokenizer.decode(said).strip() == "the cat"
@@ -251,8 +249,8 @@ def test_an_answer_that_would_be_tokenized_otherwise_stays_in_the_cache_as_it_wa
     assert len(set(written)) == 1
 
 
-def test_the_template_frames_every_turn(model: Model, picture: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
-    chat = start_chat(model, [picture], "again")
+def test_the_template_frames_every_turn(model: Model, image: Image.Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = start_chat(model, [image], "again")
     asked = answer_with(monkeypatch, chat.processor.tokenizer("a", add_special_tokens=False)["input_ids"])
     for question in QUESTIONS:
         chat.ask(question)
@@ -286,27 +284,25 @@ def test_a_chat_that_overflows_says_so_and_can_go_on(model: Model, monkeypatch: 
 
 
 @pytest.mark.parametrize("selection", ["again", "first"])
-def test_a_marker_in_a_later_question_is_refused(model: Model, picture: Image.Image, selection: str) -> None:
-    chat = start_chat(model, [picture], selection)
+def test_a_marker_in_a_later_question_is_refused(model: Model, image: Image.Image, selection: str) -> None:
+    chat = start_chat(model, [image], selection)
     chat.ask(QUESTIONS[0])
     refused(chat, "and in <image>", "<image> in a later question")
 
 
-def test_a_conversation_that_outgrows_the_cache_is_refused(model: Model, picture: Image.Image) -> None:
-    chat = start_chat(model, [picture], "first")
+def test_a_conversation_that_outgrows_the_cache_is_refused(model: Model, image: Image.Image) -> None:
+    chat = start_chat(model, [image], "first")
     chat.ask(QUESTIONS[0])
     refused(chat, "is it here or there " * 3, f"the cache has {ROOM}: raise room")
     chat.ask(QUESTIONS[1])
-    other = start_chat(model, [picture], "first")
+    other = start_chat(model, [image], "first")
     converse(other)
     assert other.ids.tolist() == chat.ids.tolist(), "it goes on as if the question had not been asked"
 
 
 @pytest.mark.parametrize("selection", ["again", "first"])
-def test_a_conversation_that_outgrows_the_context_is_refused(
-    model: Model, picture: Image.Image, selection: str
-) -> None:
-    chat = start_chat(model, [picture], selection)
+def test_a_conversation_that_outgrows_the_context_is_refused(model: Model, image: Image.Image, selection: str) -> None:
+    chat = start_chat(model, [image], selection)
     chat.ask(QUESTIONS[0])
     context = len(chat.ids) + 5
     chat.model = replace(

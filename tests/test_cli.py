@@ -28,7 +28,7 @@ from tests.hf import tiny_llava
 from tests.videos import noise, write_video
 
 PHOTO = str(demo_model.photo())
-VISUAL = 36  # visual tokens of a picture in the model below
+VISUAL = 36  # visual tokens of an image in the model below
 SUMMARY = re.compile(
     r"sparsevlm: v1\.5: 36 > 12 visual tokens \(\d+\.\d equivalent, \d+\.\d entering a layer on average\); "
     r"prefill \d+\.\d{3} s, \d+ decoding steps \d+\.\d{3} s, compile \d+\.\d s on \w+"
@@ -55,7 +55,7 @@ def quick_compiler() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One pruning layer, pictures of 6 × 6 patches."""
+    """One pruning layer, images of 6 × 6 patches."""
     return tiny_llava(tmp_path_factory.mktemp("models") / "small", layers=2, hidden=32, ffn=48, image_size=84)
 
 
@@ -159,13 +159,13 @@ def test_streamed_answer_equals_the_whole_one(ask):
     assert SUMMARY.fullmatch(streamed.err.rstrip("\n"))
 
 
-def test_question_without_picture_is_answered(run, model):
+def test_question_without_image_is_answered(run, model):
     result = run("ask", "--model", model, "--question", "Is the sky blue?", "--max-new-tokens", 4)
     assert result.code == 0 and result.out.strip()
     assert result.err.startswith("sparsevlm: text only, nothing to prune; prefill ")
 
 
-def test_several_pictures_go_into_one_prompt(ask):
+def test_several_images_go_into_one_prompt(ask):
     report = succeeded(ask("--image", PHOTO, "--method", "dense", "--max-new-tokens", 1, "--json"))
     assert report["plan"]["stages"][0]["entering"] == 2 * VISUAL
 
@@ -178,7 +178,7 @@ def test_seed_decides_what_is_sampled(ask):
 def test_embedded_model_is_the_default(run):
     sample = demo_model.samples()[0]
     question, truth = sample.questions[0]
-    result = run("ask", "--image", sample.picture, "--question", question)
+    result = run("ask", "--image", sample.image, "--question", question)
     assert (result.code, result.out) == (0, f"{truth}\n")
     assert result.err.startswith("sparsevlm: v1.5: 196 > ")
 
@@ -244,7 +244,7 @@ def test_plain_answers_of_a_batch_come_in_the_order_of_the_questions(ask):
         (["--question", "<image> or <image>?"], "2 <image> markers, but 1 image came"),
         (["--question", "caf\udce9?"], "--question: not text"),
         (["--image", "no-such.png"], "no-such.png: no such file"),
-        (["--image", __file__], "test_cli.py: not a picture"),
+        (["--image", __file__], "test_cli.py: not an image"),
         (["--revision", "main"], 'a revision ("main") can be chosen of a hub id only'),
         (["--model", "a" * 300], ": cannot be looked up: File name too long"),
         (["--model", "~nosuchuser/x"], "~nosuchuser/x': cannot be the name of a file"),
@@ -273,7 +273,7 @@ def test_decompression_bomb_is_an_error(ask, tmp_path):
     assert "bomb.png: has more pixels than" in error_of(ask("--image", tmp_path / "bomb.png"))
 
 
-def test_bad_picture_is_found_before_the_model_is_loaded(ask, monkeypatch):
+def test_bad_image_is_found_before_the_model_is_loaded(ask, monkeypatch):
     monkeypatch.setattr(options, "load", lambda *_, **__: pytest.fail("loads the model"))
     assert "no such file" in error_of(ask("--image", "no-such.png"))
 
@@ -354,7 +354,7 @@ def test_plan_takes_layers_and_counts(run, model):
     assert [(s["entering"], s["kept"]) for s in report["pruned"]["stages"]] == [(VISUAL, 20), (20, 10), (10, None)]
 
 
-def test_plan_counts_pictures_and_text(run, model):
+def test_plan_counts_images_and_text(run, model):
     report = succeeded(run("plan", "--model", model, "--images", 3, "--text-tokens", 7, "--json"))
     assert report["dense"]["entering_tokens"] == 3 * VISUAL
     keys_and_values, layers, width, itemsize = 2, 2, 32, 2

@@ -17,7 +17,7 @@ import pytest
 
 from sparsevlm_jax import Plan, Prompt, Sparsity, abstract_params, make_plan, prefill, sparsity
 from sparsevlm_jax.generation.api import generate_ids
-from sparsevlm_jax.generation.loop import Decoding, Sampler, decode, start
+from sparsevlm_jax.generation.loop import LoopConfig, SamplingParams, decode, start
 from tests import models
 
 MODEL = models.config(layers=4)
@@ -45,7 +45,7 @@ def shapes(dtype: str = "float32", batch: int = 1) -> tuple[Any, Prompt]:
 def programs(method: str) -> dict[str, Any]:
     """The two programs of an answer, lowered from ids and pixels."""
     plan = make_plan(sparsity(method, **SETTINGS[method]), MODEL, 16, 32)
-    common = {"config": MODEL, "decoding": Decoding(room=16, greedy=False, end_tokens=(2,))}
+    common = {"config": MODEL, "decoding": LoopConfig(room=16, greedy=False, end_tokens=(2,))}
     static = common | {"plan": plan}
     args = jax.eval_shape(
         lambda: (
@@ -53,7 +53,7 @@ def programs(method: str) -> dict[str, Any]:
             jnp.zeros(1, jnp.int32),
             jnp.zeros((1, 3, 56, 56), jnp.float32),
             jax.random.split(jax.random.key(0), 1),
-            Sampler(jnp.float32(1), jnp.float32(1)),
+            SamplingParams(jnp.float32(1), jnp.float32(1)),
         )
     )
     weights = abstract_params(MODEL, jnp.dtype("float32"))
@@ -85,7 +85,7 @@ FRESH = models.config(layers=2, image_size=28)  # used nowhere else: nothing of 
 
 
 def ask(before: int, after: int, tokens: int, seed: int) -> list[int]:
-    """One question about one picture."""
+    """One question about one image."""
     random = np.random.default_rng(seed)
     words = [random.integers(0, 180, count) for count in (before, after)]
     image = np.full(FRESH.tokens_per_image, FRESH.image_token_id)
@@ -132,7 +132,7 @@ def test_a_layout_is_compiled_once_and_another_question_in_its_bucket_compiles_n
 
 
 def ask_pruned(settings: Sparsity, **options: Any) -> None:
-    """One question about one picture, under any settings."""
+    """One question about one image, under any settings."""
     random = np.random.default_rng(0)
     image = np.full(FRESH.tokens_per_image, FRESH.image_token_id)
     generate_ids(

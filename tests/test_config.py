@@ -244,7 +244,7 @@ def test_tokens_per_image(strategy, tokens):
         ("text_config.head_dim", 10**9, "head_dim is 1000000000, expected at most"),
         ("text_config.vocab_size", 10**80, "vocab_size is 1000.*, expected at most"),
         ("vision_config.image_size", 10**6, "image_size is 1000000, expected at most"),
-        ("vision_config.patch_size", 1, "a picture becomes 112,896 visual tokens"),
+        ("vision_config.patch_size", 1, "an image becomes 112,896 visual tokens"),
         ("text_config.rms_norm_eps", float("nan"), "rms_norm_eps is nan"),
         ("text_config.rope_theta", float("inf"), "rope_theta of text_config is inf"),
         ("text_config.attention_bias", 3, "attention_bias"),

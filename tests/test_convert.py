@@ -285,7 +285,7 @@ def test_an_original_checkpoint_gets_tokenizer_template_and_padding_processor(tm
 
 
 def tokenizer(size: int) -> Any:
-    """A tokenizer of so many tokens, none of them for pictures."""
+    """A tokenizer of so many tokens, none of them for images."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

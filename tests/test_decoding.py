@@ -12,7 +12,7 @@ import pytest
 
 from sparsevlm_jax import Plan, Sparsity, decode_step, embed, init_params, make_plan, prefill, sparsity, tiny
 from sparsevlm_jax.generation.api import generate_ids, stream_ids
-from sparsevlm_jax.generation.loop import Sampler, sample
+from sparsevlm_jax.generation.loop import SamplingParams, sample
 from sparsevlm_jax.inputs.packing import pack
 from sparsevlm_jax.models.stages import Trace
 from tests import models, oracle
@@ -40,27 +40,27 @@ def plan_of(method: str) -> Plan:
     return make_plan(sparsity(method, **METHODS[method]), MODEL, VISUAL, TEXT)
 
 
-def picture(seed: int) -> np.ndarray:
+def image(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 1, (3, 56, 56)).astype(np.float32)
 
 
 def ids(seed: int, *parts: int | str) -> np.ndarray:
-    """A row of ids: runs of so many random words, and pictures."""
+    """A row of ids: runs of so many random words, and images."""
     random = np.random.default_rng(seed)
     image = np.full(SHORT.tokens_per_image, SHORT.image_token_id)
     found = [random.integers(0, 180, part) if isinstance(part, int) else image for part in parts]
     return np.concatenate(found).astype(np.int32)
 
 
-# Prefix, question and number of pictures differ from row to row; one row has none.
+# Prefix, question and number of images differ from row to row; one row has none.
 CONVERSATION = [
-    ids(1, 5, "picture", 11),
-    ids(2, 2, "picture", 3, "picture", 7),
+    ids(1, 5, "image", 11),
+    ids(2, 2, "image", 3, "image", 7),
     ids(3, 15),
-    ids(4, 9, "picture", 4),
+    ids(4, 9, "image", 4),
 ]
-PICTURES = [[picture(1)], [picture(2), picture(3)], [], [picture(4)]]
-PIXELS = np.stack([p for row in PICTURES for p in row])
+IMAGES = [[image(1)], [image(2), image(3)], [], [image(4)]]
+PIXELS = np.stack([p for row in IMAGES for p in row])
 FIVE = sparsity("v1.5", layers=(0,))
 
 
@@ -231,7 +231,7 @@ def prefilled(method: str) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_rows_of_a_batch_equal_the_rows_alone(method: str) -> None:
-    """Prefix, question and visual-token counts differ; the last row has no picture."""
+    """Prefix, question and visual-token counts differ; the last row has no image."""
     logits, held = prefilled(method)
     batch, plan = models.prompt(ROWS, text=TEXT, visual=VISUAL), plan_of(method)
     stage_of = [i for i, stage in enumerate(plan.stages) for _ in range(stage.start, stage.stop)]
@@ -248,7 +248,7 @@ def test_rows_of_a_batch_equal_the_rows_alone(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "dense"])
-def test_rows_with_pictures_shrink_and_text_only_rows_do_not(method: str) -> None:
+def test_rows_with_images_shrink_and_text_only_rows_do_not(method: str) -> None:
     _, held = prefilled(method)
     lengths = np.asarray(held.lengths)
     assert np.all(lengths[-1, :3] < [sum(row) for row in ROWS[:3]])
@@ -260,11 +260,11 @@ def alone(settings: Sparsity) -> list[list[int]]:
     """Eight greedy tokens of every row of the conversation, each by itself under its own plan, decoded by hand."""
     found, weights = [], models.params(SHORT)
     to_prompt = jax.jit(partial(embed, config=SHORT), compiler_options=models.QUICK)
-    for row, pictures in zip(CONVERSATION, PICTURES, strict=True):
+    for row, images in zip(CONVERSATION, IMAGES, strict=True):
         packed = pack([row], SHORT.image_token_id)
         plan = make_plan(settings, SHORT, packed.visual, packed.text)
         ids, lengths = jnp.asarray(packed.input_ids), jnp.asarray(packed.lengths)
-        prompt = to_prompt(weights, ids, lengths, jnp.asarray(np.stack(pictures)) if pictures else None)
+        prompt = to_prompt(weights, ids, lengths, jnp.asarray(np.stack(images)) if images else None)
         logits, held, _ = models.compiled_prefill(SHORT, plan, 8)(weights, prompt._replace(saliency=None))
         tokens = [int(jnp.argmax(logits[0]))]
         while len(tokens) < 8:
@@ -297,7 +297,7 @@ def test_without_an_end_token_every_row_fills_its_limit() -> None:
 
 def test_permuting_a_batch_permutes_the_answers() -> None:
     order = [2, 0, 3, 1]
-    pixels = np.stack([picture for i in order for picture in PICTURES[i]])
+    pixels = np.stack([image for i in order for image in IMAGES[i]])
     shuffled = answers([CONVERSATION[i] for i in order], pixels).tokens
     straight = answers().tokens
     assert shuffled == [straight[i] for i in order]
@@ -325,21 +325,21 @@ def test_a_longer_answer_begins_with_the_shorter_one() -> None:
 @pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
 def test_streaming_gives_the_same_tokens(options: dict[str, Any], every: int) -> None:
     settings: dict[str, Any] = {"sparsity": FIVE, "max_new_tokens": 8, "end_tokens": (), **options}
-    instalments = list(stream_ids(models.params(SHORT), SHORT, CONVERSATION, PIXELS, every=every, **settings))
+    chunks = list(stream_ids(models.params(SHORT), SHORT, CONVERSATION, PIXELS, every=every, **settings))
     whole = answers(**options).tokens
-    assert instalments[-1].tokens == whole
-    seen = [len(instalment.tokens[0]) for instalment in instalments]
+    assert chunks[-1].tokens == whole
+    seen = [len(chunk.tokens[0]) for chunk in chunks]
     assert seen == [min(1 + every * i, 8) for i in range(len(seen))]
-    for instalment, count in zip(instalments, seen, strict=True):
-        assert instalment.tokens == [row[:count] for row in whole]
+    for chunk, count in zip(chunks, seen, strict=True):
+        assert chunk.tokens == [row[:count] for row in whole]
 
 
 def test_streaming_stops_when_every_row_has_ended() -> None:
     settings: dict[str, Any] = {"sparsity": FIVE, "max_new_tokens": 8, "end_tokens": ends(FIVE)}
-    instalments = list(stream_ids(models.params(SHORT), SHORT, CONVERSATION, PIXELS, **settings))
+    chunks = list(stream_ids(models.params(SHORT), SHORT, CONVERSATION, PIXELS, **settings))
     expected = until_end(alone(FIVE), ends(FIVE))
-    assert instalments[-1].tokens == expected
-    assert len(instalments) == max(map(len, expected)) + 1
+    assert chunks[-1].tokens == expected
+    assert len(chunks) == max(map(len, expected)) + 1
 
 
 def test_a_tiny_top_p_is_greedy() -> None:
@@ -371,7 +371,7 @@ def draws(temperature: float, top_p: float, count: int = 2000) -> np.ndarray:
     """How often each of five tokens is drawn, as a share."""
     keys = jax.random.split(jax.random.key(0), count)
     batch = jnp.broadcast_to(LOGITS, (count, 5))
-    drawn = sample(batch, keys, Sampler(jnp.float32(temperature), jnp.float32(top_p)))
+    drawn = sample(batch, keys, SamplingParams(jnp.float32(temperature), jnp.float32(top_p)))
     return np.bincount(np.asarray(drawn), minlength=5) / count
 
 
@@ -401,13 +401,13 @@ def test_top_p_is_taken_after_the_temperature() -> None:
     assert np.count_nonzero(draws(100.0, 0.5)) == 3
 
 
-def test_padding_with_the_marker_of_pictures_is_not_a_picture() -> None:
+def test_padding_with_the_marker_of_images_is_not_a_image() -> None:
     config = tiny()
     params = init_params(config, jax.random.key(0), jnp.float32)
     marker, words = config.image_token_id, 5
-    picture = [marker] * config.tokens_per_image
+    image = [marker] * config.tokens_per_image
     # The first row is text alone, padded with the marker.
-    rows = np.array([[1] * words + picture, [1] * 2 + picture + [1] * (words - 2)], np.int32)
+    rows = np.array([[1] * words + image, [1] * 2 + image + [1] * (words - 2)], np.int32)
     lengths = jnp.array([words, rows.shape[1]])
     pixels = jax.random.normal(jax.random.key(1), (1, 3, config.vision.image_size, config.vision.image_size))
     prompt = embed(params, jnp.asarray(rows), lengths, pixels, config)

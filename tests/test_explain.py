@@ -16,17 +16,17 @@ from PIL import Image
 
 import sparsevlm_jax as sv
 from sparsevlm_jax.cli import main, options
-from sparsevlm_jax.explain import account, drawing, words
+from sparsevlm_jax.explain import drawing, summary, words
+from sparsevlm_jax.explain.figure import draw_sheet
 from sparsevlm_jax.explain.page import render
-from sparsevlm_jax.explain.provenance import DROPPED, KEPT, chosen, fates, origins, scores
-from sparsevlm_jax.explain.record import first_difference
-from sparsevlm_jax.explain.sheet import draw_sheet
+from sparsevlm_jax.explain.provenance import DROPPED, KEPT, chosen, origins, outcomes, scores
+from sparsevlm_jax.explain.trace_run import first_difference
 from sparsevlm_jax.explain.views import as_seen
 from sparsevlm_jax.pruning import sparsify
 from sparsevlm_jax.pruning.methods import Scores
-from sparsevlm_jax.pruning.prune import Event
+from sparsevlm_jax.pruning.prune import PruningStep
 from sparsevlm_jax.pruning.sparsify import Tokens
-from tests.explanations import GRID, QUESTION, SIDE, explained, image_size, model, picture, processor
+from tests.explanations import GRID, QUESTION, SIDE, explained, image, image_size, model, processor
 
 # Provenance: six patches between one word before and one behind them
 
@@ -43,7 +43,7 @@ def sequence() -> Tokens:
     )
 
 
-def pruned(before: Tokens, ratings: Sequence[float], keep: int, pool: int) -> Event:
+def pruned(before: Tokens, ratings: Sequence[float], keep: int, pool: int) -> PruningStep:
     """Keeps the best-rated visual tokens and merges the next best into one; ratings of visual tokens, in order."""
     places = np.flatnonzero(np.asarray(before.visual)[0])
     values = np.zeros(before.visual.shape, np.float32)
@@ -55,41 +55,41 @@ def pruned(before: Tokens, ratings: Sequence[float], keep: int, pool: int) -> Ev
         recycled = sparsify.recycle(sparsify.take(before.hidden, selection.pool), *counts[1:], clusters=1)
     length = 2 + keep + min(pool, 1)
     after, source = sparsify.rebuild(before, selection, recycled, length=length, renumber=True)
-    return Event(0, before, Scores(jnp.asarray(values)), selection, recycled, source, after)
+    return PruningStep(0, before, Scores(jnp.asarray(values)), selection, recycled, source, after)
 
 
 @pytest.fixture(scope="module")
-def first() -> Event:
+def first() -> PruningStep:
     """Keeps patches 0, 1 and 4, merges 2 and 3, drops 5. The merged token stands last."""
     return pruned(sequence(), [6, 5, 3, 2, 4, 1], keep=3, pool=2)
 
 
-def fates_of(*events: Event) -> list[np.ndarray]:
-    return fates(events, origins(events[0].before, events))
+def fates_of(*events: PruningStep) -> list[np.ndarray]:
+    return outcomes(events, origins(events[0].before, events))
 
 
-def test_patches_are_kept_merged_and_dropped(first: Event) -> None:
+def test_patches_are_kept_merged_and_dropped(first: PruningStep) -> None:
     before, after = fates_of(first)
     assert before.tolist() == [KEPT] * 6
     assert after.tolist() == [KEPT, KEPT, 1, 1, KEPT, DROPPED]
 
 
-def test_a_merged_token_that_is_kept_keeps_its_number(first: Event) -> None:
+def test_a_merged_token_that_is_kept_keeps_its_number(first: PruningStep) -> None:
     second = pruned(first.after, [1, 2, 3, 4], keep=2, pool=0)
     assert fates_of(first, second)[2].tolist() == [DROPPED, DROPPED, 1, 1, KEPT, DROPPED]
 
 
-def test_a_merged_token_that_is_merged_again_brings_all_its_patches(first: Event) -> None:
+def test_a_merged_token_that_is_merged_again_brings_all_its_patches(first: PruningStep) -> None:
     second = pruned(first.after, [4, 2, 1, 3], keep=1, pool=2)
     assert fates_of(first, second)[2].tolist() == [KEPT, 2, 2, 2, DROPPED, DROPPED]
 
 
-def test_a_merged_token_that_is_dropped_takes_its_patches_along(first: Event) -> None:
+def test_a_merged_token_that_is_dropped_takes_its_patches_along(first: PruningStep) -> None:
     second = pruned(first.after, [4, 3, 2, 1], keep=3, pool=0)
     assert fates_of(first, second)[2].tolist() == [KEPT, KEPT, DROPPED, DROPPED, KEPT, DROPPED]
 
 
-def test_a_token_merged_twice_holds_shares_of_shares(first: Event) -> None:
+def test_a_token_merged_twice_holds_shares_of_shares(first: PruningStep) -> None:
     second = pruned(first.after, [4, 2, 1, 3], keep=1, pool=2)
     *_, after = origins(sequence(), [first, second])
     inside, shares = after.of(2)
@@ -98,7 +98,7 @@ def test_a_token_merged_twice_holds_shares_of_shares(first: Event) -> None:
     assert [numbers.tolist() for numbers, _ in map(after.of, (0, 1, 3))] == [[], [0], []]
 
 
-def test_a_patch_has_the_score_of_the_token_it_is_in(first: Event) -> None:
+def test_a_patch_has_the_score_of_the_token_it_is_in(first: PruningStep) -> None:
     second = pruned(first.after, [4, 3, 2, 9], keep=2, pool=0)
     before = origins(first.before, [first])[1]
     np.testing.assert_array_equal(scores(second, before), [4, 3, 9, 9, 2, np.nan])
@@ -110,7 +110,7 @@ def test_a_patch_has_the_score_of_the_token_it_is_in(first: Event) -> None:
 
 @pytest.fixture(scope="module")
 def seen() -> np.ndarray:
-    return np.asarray(picture())
+    return np.asarray(image())
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def test_tokens_of_one_character_are_one_word() -> None:
     assert words.word_starts("é b", [(0, 1), (0, 1), (2, 3)]) == [0, 2]
 
 
-def test_the_words_behind_the_picture_are_those_of_the_prompt() -> None:
+def test_the_words_behind_the_image_are_those_of_the_prompt() -> None:
     found = explained().words
     assert [word.text for word in found.after] == ["⏎", "what", "is", "on", "the", "table", "?", "ASSISTANT", ":"]
     assert found.before == "USER:"
@@ -228,30 +228,30 @@ def test_a_question_that_the_prompt_spells_otherwise_is_all_of_it() -> None:
 # The record
 
 
-def test_pictures_are_recorded_as_the_model_saw_them() -> None:
+def test_images_are_recorded_as_the_model_saw_them() -> None:
     wide = Image.new("RGB", (2 * SIDE, SIDE), "red")
-    wide.paste(picture(), (SIDE // 2, 0))
+    wide.paste(image(), (SIDE // 2, 0))
     pixels = processor()([[wide]], [QUESTION]).pixel_values
     found = as_seen(pixels, processor().image_processor, explained().pruned.plan, model().config)[0]
-    assert np.abs(found.astype(int) - np.asarray(picture()).astype(int)).max() <= 1
+    assert np.abs(found.astype(int) - np.asarray(image()).astype(int)).max() <= 1
 
 
 def test_the_pruned_answer_is_that_of_generate() -> None:
     explanation = explained()
-    said = sv.generate(model(), [picture()], QUESTION, sparsity=sv.sparsity("v1.5"), max_new_tokens=2)
+    said = sv.generate(model(), [image()], QUESTION, sparsity=sv.sparsity("v1.5"), max_new_tokens=2)
     assert processor().decode(explanation.pruned.tokens[0]) == said
 
 
-@pytest.mark.parametrize("method, pictures", [("v1.5", 1), ("v1.5", 2), ("v1", 1), ("vision", 1)])
-def test_tokens_and_patches_add_up_at_every_stage(method: str, pictures: int) -> None:
-    explanation = explained(method, pictures)
+@pytest.mark.parametrize("method, images", [("v1.5", 1), ("v1.5", 2), ("v1", 1), ("vision", 1)])
+def test_tokens_and_patches_add_up_at_every_stage(method: str, images: int) -> None:
+    explanation = explained(method, images)
     assert len(explanation.stages) > 1
     for stage, later in zip(explanation.stages, [*explanation.stages[1:], None], strict=True):
-        assert stage.visual == np.sum(stage.fates == KEPT) + account.merged_tokens(stage)
+        assert stage.visual == np.sum(stage.outcomes == KEPT) + summary.merged_tokens(stage)
         if later is not None:
             assert stage.pruning.kept + stage.pruning.recycled + stage.pruning.dropped == stage.visual
             assert stage.pruning.kept + stage.pruning.merged == later.visual
-            assert np.array_equal(np.isnan(stage.pruning.scores), stage.fates == DROPPED)
+            assert np.array_equal(np.isnan(stage.pruning.scores), stage.outcomes == DROPPED)
 
 
 def test_the_class_token_is_no_patch() -> None:
@@ -259,7 +259,7 @@ def test_the_class_token_is_no_patch() -> None:
     assert explanation.stages[0].visual == GRID * GRID + 1
     (view,) = explanation.views
     assert view.tokens.tolist() == np.arange(1, 1 + GRID * GRID).reshape(GRID, GRID).tolist()
-    assert any("class token" in note for note in account.notes(explanation))
+    assert any("class token" in note for note in summary.notes(explanation))
 
 
 @pytest.mark.parametrize(
@@ -271,14 +271,14 @@ def test_answers_part_at_their_first_difference(a: list[int], b: list[int], expe
 
 def test_dense_is_the_same_as_dense() -> None:
     explanation = explained("dense")
-    assert account.verdict(explanation) == "Same answer, token for token."
-    savings = [*account.savings(explanation), account.program_saving(explanation)]
+    assert summary.verdict(explanation) == "Same answer, token for token."
+    savings = [*summary.savings(explanation), summary.program_saving(explanation)]
     assert {saving.change for saving in savings} == {"the same"}
 
 
 def test_counts_of_tokens_are_those_of_the_plan() -> None:
     explanation = explained()
-    saving = account.savings(explanation)[0]
+    saving = summary.savings(explanation)[0]
     assert float(saving.pruned) == pytest.approx(explanation.pruned.plan.entering_tokens(), abs=0.05)
     assert saving.dense == str(GRID * GRID)
 
@@ -298,7 +298,7 @@ def page(method: str) -> str:
         ("pool", "enters as 4 × 4 larger cells"),
         ("downsample", "enters as 4 × 4 larger cells"),
         ("vision", "vision does not ask the question"),
-        ("v1", "v1 decides from the picture"),
+        ("v1", "v1 decides from the image"),
     ],
 )
 def test_the_page_says_what_is_special_about_a_method(method: str, said: str) -> None:
@@ -335,7 +335,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     """Runs `sparsevlm explain` on the small model: exit code, stdout and stderr."""
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
     monkeypatch.setattr(options, "load", lambda *_, **__: model())
-    picture().save(tmp_path / "picture.png")
+    image().save(tmp_path / "image.png")
 
     def call(*arguments: object, question: str = QUESTION) -> tuple[int, str, str]:
         command = ["sparsevlm", "explain", "--model", "small", "--question", question, "--max-new-tokens", "2"]
@@ -351,23 +351,23 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 def test_the_command_replaces_the_page_and_leaves_nothing_else(run: Run, tmp_path: Path) -> None:
     html, png = tmp_path / "page.html", tmp_path / "page.png"
     html.write_text("old")
-    code, out, err = run("--image", tmp_path / "picture.png", "-o", html, "--png")
+    code, out, err = run("--image", tmp_path / "image.png", "-o", html, "--png")
     assert code == 0, err
     assert out.split() == [str(html), str(png)]
     assert QUESTION in html.read_text()
     assert image_size(png)[0] > 900
-    assert {file.name for file in tmp_path.iterdir()} == {"picture.png", "page.html", "page.png"}
+    assert {file.name for file in tmp_path.iterdir()} == {"image.png", "page.html", "page.png"}
 
 
 @pytest.mark.parametrize(
     "arguments, said",
     [
         (["-o", "page.html"], "give at least one --image"),
-        (["-o", "page.txt", "--image", "picture.png"], "-o page.txt: a page is written"),
-        (["-o", "gone/page.html", "--image", "picture.png"], "there is no folder gone"),
+        (["-o", "page.txt", "--image", "image.png"], "-o page.txt: a page is written"),
+        (["-o", "gone/page.html", "--image", "image.png"], "there is no folder gone"),
         (["-o", "page.html", "--image", "gone.png"], "gone.png: no such file"),
-        (["--image", "picture.png"], "--output"),
-        (["-o", "page.html", "--image", "picture.png", "--keep", "8", "--keep-at", "0:3"], "different budgets"),
+        (["--image", "image.png"], "--output"),
+        (["-o", "page.html", "--image", "image.png", "--keep", "8", "--keep-at", "0:3"], "different budgets"),
     ],
 )
 def test_bad_input_is_one_line_and_no_page(
@@ -377,11 +377,11 @@ def test_bad_input_is_one_line_and_no_page(
     code, out, err = run(*arguments)
     assert (code, out) == (2, "")
     assert said in err and len(err.splitlines()) == 1
-    assert [file.name for file in tmp_path.iterdir()] == ["picture.png"]
+    assert [file.name for file in tmp_path.iterdir()] == ["image.png"]
 
 
 def test_a_pipe_by_the_name_of_the_page_is_not_replaced(run: Run, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "page.html")
-    code, _, err = run("-o", tmp_path / "page.html", "--image", tmp_path / "picture.png")
+    code, _, err = run("-o", tmp_path / "page.html", "--image", tmp_path / "image.png")
     assert code == 2 and "page.html: a pipe, socket or device is there" in err
     assert (tmp_path / "page.html").is_fifo()

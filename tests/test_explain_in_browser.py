@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from sparsevlm_jax.explain import account
+from sparsevlm_jax.explain import summary
 from sparsevlm_jax.explain.page import render
-from sparsevlm_jax.explain.record import Explanation
+from sparsevlm_jax.explain.trace_run import Explanation
 from tests.explanations import QUESTION, explained
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -22,7 +22,7 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
 )
 LAPTOP, PHONE = (1280, 800), (390, 844)  # CSS pixels
-# Three pictures, and three ways to answer about them.
+# Three images, and three ways to answer about them.
 PAGES = {"recycling": ("v1.5", 0), "dropping": ("fastv", 1), "dense": ("dense", 2)}
 
 pytestmark = pytest.mark.skipif(
@@ -60,7 +60,7 @@ def open_page(browser: Any, file: Path, size: tuple[int, int] = LAPTOP) -> None:
     browser.get(file.as_uri())
 
 
-def test_every_picture_is_loaded_and_described(browser: Any, page: tuple[Explanation, Path]) -> None:
+def test_every_image_is_loaded_and_described(browser: Any, page: tuple[Explanation, Path]) -> None:
     explanation, file = page
     open_page(browser, file)
     script = "return [...document.images].map(i => [i.complete && i.naturalWidth, i.alt])"
@@ -81,16 +81,16 @@ def test_words_counts_and_answers_are_there(browser: Any, page: tuple[Explanatio
     marked = browser.execute_script("return document.querySelectorAll('.word.rates').length")
     assert marked == sum(word.rates for word in explanation.words.after) > 0
     for stage in explanation.stages:
-        assert account.stage_name(stage) in shown
-        assert account.entering(stage) in shown
-        assert stage.pruning is None or account.outcome(stage.pruning) in shown
-    for saving in [*account.savings(explanation), account.program_saving(explanation)]:
+        assert summary.stage_name(stage) in shown
+        assert summary.entering(stage) in shown
+        assert stage.pruning is None or summary.outcome(stage.pruning) in shown
+    for saving in [*summary.savings(explanation), summary.program_saving(explanation)]:
         assert saving.pruned in shown and saving.dense in shown
     boxes = browser.execute_script("return [...document.querySelectorAll('.answer')].map(e => e.textContent)")
     is_dense = explanation.pruned.plan.sparsity.method == "dense"
-    said = [answer.same + answer.differs + answer.rest for answer in account.answers(explanation)]
+    said = [answer.same + answer.differs + answer.rest for answer in summary.answers(explanation)]
     assert boxes == (said[:1] if is_dense else said)
-    assert (account.verdict(explanation) in shown) == (not is_dense)
+    assert (summary.verdict(explanation) in shown) == (not is_dense)
 
 
 @pytest.mark.parametrize("size", [LAPTOP, PHONE], ids=["laptop", "phone"])

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 import sparsevlm_jax as sv
-from sparsevlm_jax.explain import account, drawing
+from sparsevlm_jax.explain import drawing, summary
+from sparsevlm_jax.explain.figure import draw_sheet
 from sparsevlm_jax.explain.page import render
 from sparsevlm_jax.explain.provenance import ABSENT, DROPPED, KEPT
-from sparsevlm_jax.explain.record import Explanation, explain
-from sparsevlm_jax.explain.sheet import draw_sheet
+from sparsevlm_jax.explain.trace_run import Explanation, explain
 from sparsevlm_jax.explain.views import LINE_END
 from tests.hf import tiny_llava
 
@@ -62,9 +62,9 @@ def test_every_visual_token_is_drawn_exactly_once(sizes: tuple[tuple[int, int], 
     assert sorted(drawn.tolist()) == list(range(explanation.stages[0].visual))
     assert [view.image for view in explanation.views] == sorted([*range(len(sizes))] * 2)
     for stage in explanation.stages:
-        fates = np.concatenate([view.of(stage.fates).reshape(-1) for view in explanation.views])
-        assert stage.visual == np.sum(fates == KEPT) + len(set(fates[fates > 0].tolist()))
-        assert np.sum(fates == DROPPED) == np.sum(stage.fates == DROPPED)
+        outcomes = np.concatenate([view.of(stage.outcomes).reshape(-1) for view in explanation.views])
+        assert stage.visual == np.sum(outcomes == KEPT) + len(set(outcomes[outcomes > 0].tolist()))
+        assert np.sum(outcomes == DROPPED) == np.sum(stage.outcomes == DROPPED)
 
 
 def test_the_canvas_shows_the_tiles_put_together_without_their_padding() -> None:
@@ -118,8 +118,8 @@ def test_savings_count_the_images_own_tokens_not_their_padding() -> None:
     own = GRID**2 + rows * (columns + 1)
     padded = explanation.dense.plan.visual_tokens
     assert explanation.stages[0].visual == own < padded
-    assert account.savings(explanation)[0].dense == str(own)
-    assert any(f"padded from {own} to {padded}" in note for note in account.notes(explanation))
+    assert summary.savings(explanation)[0].dense == str(own)
+    assert any(f"padded from {own} to {padded}" in note for note in summary.notes(explanation))
 
 
 def test_a_patch_without_a_token_is_left_blank(tmp_path: Path) -> None:
@@ -133,5 +133,5 @@ def test_a_patch_without_a_token_is_left_blank(tmp_path: Path) -> None:
     cell = drawing.cell_size(view.tokens.shape)
     for image in drawing.draw_stage(explanation, explanation.stages[-1]):
         assert (np.asarray(image)[4 : cell - 4, 4 : cell - 4] == 255).mean() > 0.9
-    assert any("1 patch of the image, left blank here" in note for note in account.notes(explanation))
+    assert any("1 patch of the image, left blank here" in note for note in summary.notes(explanation))
     assert "35 patches kept" in render(explanation)

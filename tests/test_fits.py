@@ -25,7 +25,7 @@ from sparsevlm_jax import (
     prefill,
     sparsity,
 )
-from sparsevlm_jax.generation.ladder import prefill_by_rungs
+from sparsevlm_jax.generation.ladder import prefill_stage_by_stage
 from tests import models
 
 MODEL = models.config(layers=2)
@@ -104,7 +104,7 @@ def test_the_number_of_new_tokens_has_no_default() -> None:
         ((V15, MODEL, -1), "visual_tokens is -1"),
         ((V15, MODEL, 16.0), "visual_tokens is 16.0"),
         ((V15, MODEL, 16, -3), "text_tokens is -3"),
-        ((sparsity("pool", keep=4), MODEL, 17), "shrinks whole pictures of 16 visual tokens, which 17 are not"),
+        ((sparsity("pool", keep=4), MODEL, 17), "shrinks whole images of 16 visual tokens, which 17 are not"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
@@ -185,25 +185,25 @@ def test_a_step_takes_the_stops_of_its_plan_alone() -> None:
 def test_the_ladder_refuses_what_a_prefill_leaves_without_an_answer() -> None:
     law = plan(settings=sparsity("v1", scale=1.5, bias=1.0, layers=(0, 1)))
     with pytest.raises(ValueError, match="more visual tokens than the plan's 16"):
-        prefill_by_rungs(models.params(MODEL), batch([(3, 17, 5)]), MODEL, law, max_new_tokens=NEW)
+        prefill_stage_by_stage(models.params(MODEL), batch([(3, 17, 5)]), MODEL, law, max_new_tokens=NEW)
     with pytest.raises(ValueError, match="the plan has 3 layers, the model 2"):
-        prefill_by_rungs(models.params(MODEL), batch(), MODEL, plan(model=DEEPER), max_new_tokens=NEW)
+        prefill_stage_by_stage(models.params(MODEL), batch(), MODEL, plan(model=DEEPER), max_new_tokens=NEW)
 
 
-# Pictures
+# Images
 
 
 MARKER = MODEL.image_token_id
 EMBED = jax.jit(embed, static_argnames=("config", "plan"), compiler_options=models.QUICK)
 
 
-def embedded(rows: list[int], pictures: int | None) -> np.ndarray:
-    """Embeddings of rows of so many markers between words, with so many pictures."""
+def embedded(rows: list[int], images: int | None) -> np.ndarray:
+    """Embeddings of rows of so many markers between words, with so many images."""
     columns = max(rows) + 4
     ids = np.ones((len(rows), columns), np.int32)
     for row, count in zip(ids, rows, strict=True):
         row[2 : 2 + count] = MARKER
-    pixels = None if pictures is None else jnp.asarray(PIXELS[:pictures])
+    pixels = None if images is None else jnp.asarray(PIXELS[:images])
     lengths = jnp.full(len(rows), columns, jnp.int32)
     return np.asarray(EMBED(models.params(MODEL), jnp.asarray(ids), lengths, pixels, config=MODEL).embeddings)
 
@@ -212,11 +212,11 @@ PIXELS = np.random.default_rng(0).normal(0, 1, (3, 3, 56, 56)).astype(np.float32
 
 
 @pytest.mark.parametrize(
-    ("rows", "pictures", "fits"),
+    ("rows", "images", "fits"),
     [
         ([16, 16], 2, True),
         ([32, 0], 2, True),
-        ([16, 16], 1, True),  # one row's pictures go with every row
+        ([16, 16], 1, True),  # one row's images go with every row
         ([32, 32], 2, True),
         ([16, 16], 3, False),
         ([16, 15], 2, False),
@@ -226,21 +226,21 @@ PIXELS = np.random.default_rng(0).normal(0, 1, (3, 3, 56, 56)).astype(np.float32
         ([0, 0], None, True),
     ],
 )
-def test_pictures_that_are_not_as_many_as_their_markers_have_no_embedding(
-    rows: list[int], pictures: int | None, fits: bool
+def test_images_that_are_not_as_many_as_their_markers_have_no_embedding(
+    rows: list[int], images: int | None, fits: bool
 ) -> None:
-    found = embedded(rows, pictures)
+    found = embedded(rows, images)
     assert np.isfinite(found[rows.index(max(rows))]).all() == fits
     if fits and max(rows):
         assert len(np.unique(found[0, 2 : 2 + max(rows)].round(5), axis=0)) == max(rows)
 
 
-def test_one_rows_pictures_are_those_of_every_row() -> None:
+def test_one_rows_images_are_those_of_every_row() -> None:
     shared = embedded([16, 16], 1)
     np.testing.assert_array_equal(shared[0], shared[1])
 
 
-def test_pictures_that_a_plan_shrinks_must_be_shrunk() -> None:
+def test_images_that_a_plan_shrinks_must_be_shrunk() -> None:
     pool, weights = make_plan(sparsity("pool", keep=4), MODEL, 16), abstract_params(MODEL, "float32")
     ids, lengths = jnp.full((1, 8), MARKER, jnp.int32), jnp.full(1, 8, jnp.int32)
 

@@ -1,4 +1,4 @@
-"""`generate`, `stream` and their settings: the forms that pictures and questions come in, and what is refused."""
+"""`generate`, `stream` and their settings: the forms that images and questions come in, and what is refused."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from PIL import Image
 import sparsevlm_jax as sv
 from sparsevlm_jax import Chat, Model, Sparsity, UserError, sparsity
 from sparsevlm_jax.generation import api, request
-from sparsevlm_jax.generation.api import generate_ids, pictures_by_prompt
-from sparsevlm_jax.generation.loop import Decoding, Sampler, decode, start
+from sparsevlm_jax.generation.api import generate_ids, images_by_prompt
+from sparsevlm_jax.generation.loop import LoopConfig, SamplingParams, decode, start
 from sparsevlm_jax.inputs.messages import Conversation, read_prompts
 from sparsevlm_jax.inputs.packing import pack
 from sparsevlm_jax.pruning.methods import METHODS
@@ -42,7 +42,7 @@ def model(vicuna: Model) -> Model:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     random = np.random.default_rng(0)
     return [Image.fromarray(random.integers(0, 256, (56, 56, 3), np.uint8)) for _ in range(2)]
 
@@ -75,12 +75,12 @@ def answer(model: Model, images: Any, prompts: Any, **settings: Any) -> Any:
     return sv.generate(model, images, prompts, **({"sparsity": V15, "max_new_tokens": NEW} | settings))
 
 
-# Pictures
+# Images
 
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("nothing", [None, [], [[]], [None], ()])
-def test_none_and_empty_lists_mean_no_picture(model: Model, asked: list[Any], nothing: Any) -> None:
+def test_none_and_empty_lists_mean_no_image(model: Model, asked: list[Any], nothing: Any) -> None:
     rows, pixels = ids_of(asked, model, nothing, QUESTION)
     processor = model.processor
     assert processor is not None
@@ -103,17 +103,17 @@ def test_none_and_empty_lists_mean_no_picture(model: Model, asked: list[Any], no
         (None, 2, [[]]),
     ],
 )
-def test_pictures_go_with_their_prompts(images: Any, prompts: int, rows: Any) -> None:
-    assert pictures_by_prompt(images, prompts) == rows
+def test_images_go_with_their_prompts(images: Any, prompts: int, rows: Any) -> None:
+    assert images_by_prompt(images, prompts) == rows
 
 
-def test_pictures_for_another_number_of_prompts_are_refused() -> None:
+def test_images_for_another_number_of_prompts_are_refused() -> None:
     with pytest.raises(UserError, match="3 prompts but images for 2: give a list of images per prompt, or one"):
-        pictures_by_prompt(["a.png", "b.png"], 3)
+        images_by_prompt(["a.png", "b.png"], 3)
 
 
-def test_one_picture_goes_with_every_question_and_through_the_tower_once(
-    model: Model, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+def test_one_image_goes_with_every_question_and_through_the_tower_once(
+    model: Model, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     questions, seen = [QUESTION, "why"], []
     run = request.start
@@ -124,13 +124,13 @@ def test_one_picture_goes_with_every_question_and_through_the_tower_once(
             return run.lower(*args, **static)
 
     monkeypatch.setattr(request, "start", Start())
-    shared, own = (answer(model, shown, questions) for shown in (pictures[0], [pictures[0], pictures[0]]))
+    shared, own = (answer(model, shown, questions) for shown in (images[0], [images[0], images[0]]))
     assert shared == own
     assert seen == [1, 2]
 
 
 def test_streaming_lowers_and_compiles_each_program_once(
-    model: Model, pictures: list[Image.Image], monkeypatch: pytest.MonkeyPatch
+    model: Model, images: list[Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lowered: list[str] = []
 
@@ -144,7 +144,7 @@ def test_streaming_lowers_and_compiles_each_program_once(
 
     for name in ("start", "decode"):
         monkeypatch.setattr(request, name, Counted(getattr(request, name)))
-    pieces = list(sv.stream(model, pictures[0], QUESTION, sparsity=V15, max_new_tokens=6))
+    pieces = list(sv.stream(model, images[0], QUESTION, sparsity=V15, max_new_tokens=6))
     assert len(pieces) == 7  # one per token, and the end
     assert lowered == ["start", "decode"]
 
@@ -184,16 +184,16 @@ def said(text: str, *parts: Any, role: str = "user") -> dict[str, Any]:
     return {"role": role, "content": [*parts, {"type": "text", "text": text}]}
 
 
-def test_messages_are_asked_as_their_text(model: Model, asked: list[Any], pictures: list[Image.Image]) -> None:
-    plain = ids_of(asked, model, pictures[0], QUESTION)
+def test_messages_are_asked_as_their_text(model: Model, asked: list[Any], images: list[Image.Image]) -> None:
+    plain = ids_of(asked, model, images[0], QUESTION)
     file = io.BytesIO()
-    pictures[0].save(file, "PNG")
+    images[0].save(file, "PNG")
     url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
     for shown, messages in (
-        (pictures[0], [{"role": "user", "content": QUESTION}]),
-        (pictures[0], [said(QUESTION)]),
-        (pictures[0], [said(QUESTION, {"type": "image"})]),
-        (None, [said(QUESTION, {"type": "image", "image": pictures[0]})]),
+        (images[0], [{"role": "user", "content": QUESTION}]),
+        (images[0], [said(QUESTION)]),
+        (images[0], [said(QUESTION, {"type": "image"})]),
+        (None, [said(QUESTION, {"type": "image", "image": images[0]})]),
         (None, [said(QUESTION, {"type": "image_url", "image_url": {"url": url}})]),
     ):
         rows, pixels = ids_of(asked, model, shown, messages)
@@ -217,13 +217,13 @@ def test_a_batch_may_mix_texts_and_messages(model: Model) -> None:
     assert (first.conversation.question, second.conversation.question) == (QUESTION, "why")
 
 
-def test_pictures_in_two_places_or_in_a_later_message_are_refused(model: Model, pictures: list[Image.Image]) -> None:
+def test_images_in_two_places_or_in_a_later_message_are_refused(model: Model, images: list[Image.Image]) -> None:
     with pytest.raises(UserError, match="images in the messages and beside them"):
-        sv.generate(model, pictures[0], [said(QUESTION, {"type": "image", "image": pictures[1]})])
-    later = [said("what"), said("a cat", role="assistant"), said("and", {"type": "image", "image": pictures[0]})]
+        sv.generate(model, images[0], [said(QUESTION, {"type": "image", "image": images[1]})])
+    later = [said("what"), said("a cat", role="assistant"), said("and", {"type": "image", "image": images[0]})]
     with pytest.raises(UserError, match="an image or video in a later message"):
         sv.generate(model, None, later)
-    first = said("look at this", {"type": "image", "image": pictures[0]}, role="system")
+    first = said("look at this", {"type": "image", "image": images[0]}, role="system")
     with pytest.raises(UserError, match="an image or video in the system's message"):
         sv.generate(model, None, [first, said("what")])
 
@@ -332,8 +332,8 @@ def test_a_token_in_the_middle_of_an_answer_is_looked_at_too(model: Model) -> No
     table = params["language_model"]["embed_tokens"]
     table["embedding"] = table["embedding"].at[tokens[0]].set(jnp.nan)
     assert tokens[0] not in row[0]
-    instalments = list(sv.stream_ids(params, model.config, row, None, **settings))
-    assert [one.finite for one in instalments][:2] == [[True], [False]]
+    chunks = list(sv.stream_ids(params, model.config, row, None, **settings))
+    assert [one.finite for one in chunks][:2] == [[True], [False]]
     ended: Any = settings | {"end_tokens": (tokens[0],)}
     assert generate_ids(params, model.config, row, None, **ended).finite == [True], "what follows the end is not said"
 
@@ -353,10 +353,10 @@ def test_every_method_counts_in_32_bits_in_64_bit_mode(method: str) -> None:
     own: dict[str, Any] = {"dense": {}, "v1": {"scale": 1.5, "bias": 1.0}, "v2.0": {"keep": 9, "heads": 2}}
     plan = sv.make_plan(sparsity(method, **own.get(method, {"keep": 9})), config, 16, 16)
     length = 16 + plan.visual_tokens
-    common: Any = {"config": config, "decoding": Decoding(16, False, (2,))}
+    common: Any = {"config": config, "decoding": LoopConfig(16, False, (2,))}
 
     def run(params: Any, ids: Any, lengths: Any, pixels: Any, key: Any, limit: Any) -> Any:
-        sampler = Sampler(jnp.float32(1), jnp.float32(1))
+        sampler = SamplingParams(jnp.float32(1), jnp.float32(1))
         state = start(params, ids, lengths, pixels, key, sampler, plan=plan, **common)
         return state, decode(params, state, limit, sampler, stops=plan.stops, **common)
 
@@ -371,43 +371,43 @@ def test_every_method_counts_in_32_bits_in_64_bit_mode(method: str) -> None:
     assert kinds == {"int32", "bool", "float32"}
 
 
-def test_random_draws_the_same_numbers_in_64_bit_mode(model: Model, pictures: list[Image.Image]) -> None:
+def test_random_draws_the_same_numbers_in_64_bit_mode(model: Model, images: list[Image.Image]) -> None:
     settings = sparsity("random", keep_at=((0, 5),), seed=3)
-    narrow = answer(model, pictures[0], QUESTION, sparsity=settings)
+    narrow = answer(model, images[0], QUESTION, sparsity=settings)
     with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
-        assert answer(model, pictures[0], QUESTION, sparsity=settings) == narrow
+        assert answer(model, images[0], QUESTION, sparsity=settings) == narrow
 
 
 @pytest.mark.parametrize("settings", [V15, sparsity("random", keep_at=((0, 5),))], ids=lambda s: s.method)
 def test_nothing_is_moved_to_the_device_on_the_side(
-    model: Model, pictures: list[Image.Image], settings: Sparsity
+    model: Model, images: list[Image.Image], settings: Sparsity
 ) -> None:
-    free = answer(model, pictures[0], QUESTION, sparsity=settings, temperature=0.5, seed=3)
+    free = answer(model, images[0], QUESTION, sparsity=settings, temperature=0.5, seed=3)
     with jax.transfer_guard("disallow"):
-        assert answer(model, pictures[0], QUESTION, sparsity=settings, temperature=0.5, seed=3) == free
-        assert list(sv.stream(model, pictures[0], QUESTION, sparsity=settings, max_new_tokens=NEW))
+        assert answer(model, images[0], QUESTION, sparsity=settings, temperature=0.5, seed=3) == free
+        assert list(sv.stream(model, images[0], QUESTION, sparsity=settings, max_new_tokens=NEW))
 
 
-def test_a_chat_and_a_ladder_move_nothing_on_the_side(model: Model, pictures: list[Image.Image]) -> None:
+def test_a_chat_and_a_ladder_move_nothing_on_the_side(model: Model, images: list[Image.Image]) -> None:
     ladder = sparsity("v1", scale=1.5, bias=1.0, layers=(0,), ladder=True)
     with jax.transfer_guard("disallow"):
-        assert answer(model, pictures[0], QUESTION, sparsity=ladder) is not None
-        chat = Chat(model, pictures[0], sparsity=V15, selection="first", max_new_tokens=NEW, room=64)
+        assert answer(model, images[0], QUESTION, sparsity=ladder) is not None
+        chat = Chat(model, images[0], sparsity=V15, selection="first", max_new_tokens=NEW, room=64)
         for question in ("what", "why"):
             chat.ask(question)
     assert len(chat.turns) == 2
 
 
-def test_a_row_of_ids_may_be_shared_by_pictures_of_one_row_only(model: Model) -> None:
+def test_a_row_of_ids_may_be_shared_by_images_of_one_row_only(model: Model) -> None:
     config = model.config
     image = np.full(config.tokens_per_image, config.image_token_id)
     rows = [np.concatenate([[1], image, [5]]).astype(np.int32), np.array([1, 5, 6], np.int32)]
     assert pack(rows, config.image_token_id).visual == len(image)
     pixels = np.zeros((2, 3, 56, 56), np.float32)
-    with pytest.raises(UserError, match="the ids hold 16 image markers, but the pictures given become 32"):
+    with pytest.raises(UserError, match="the ids hold 16 image markers, but the images given become 32"):
         generate_ids(model.params, config, rows, pixels, sparsity=V15, max_new_tokens=1, end_tokens=())
 
 
-def test_a_chat_takes_a_single_picture_as_generate_does(model: Model, tmp_path: Path) -> None:
+def test_a_chat_takes_a_single_image_as_generate_does(model: Model, tmp_path: Path) -> None:
     assert Chat(model, str(tmp_path / "a.png")).images == [str(tmp_path / "a.png")]
     assert Chat(model, None).images == []

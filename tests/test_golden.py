@@ -17,7 +17,7 @@ from sparsevlm_jax.models.stages import decoder_of
 from sparsevlm_jax.pruning import sparsify
 from sparsevlm_jax.pruning.budgets import paper_flops
 from sparsevlm_jax.pruning.methods.sparsevlm import gravity, kept_by_rank, numerical_rank, select_heads
-from sparsevlm_jax.pruning.prune import Event
+from sparsevlm_jax.pruning.prune import PruningStep
 from sparsevlm_jax.rotary import plain_rope
 from tests import models, traces
 
@@ -294,7 +294,7 @@ def _kept_by_rank(attention: jnp.ndarray, case: dict, arrays: dict[str, np.ndarr
     return visual if case["rank"] == visual else min(kept_by_rank(settings, case["rank"]), visual - 1)
 
 
-def _event(path: Path, k: int) -> tuple[traces.Case, Event, slice]:
+def _event(path: Path, k: int) -> tuple[traces.Case, PruningStep, slice]:
     """The k-th pruning layer replayed, and where its visual tokens stand."""
     case, replay = traces.read(path), traces.replay(path)
     recorded = case.settings["events"][k]
@@ -302,7 +302,7 @@ def _event(path: Path, k: int) -> tuple[traces.Case, Event, slice]:
     return case, replay.trace.events[k], slice(start, start + recorded["v_num_in"])
 
 
-def _pool(event: Event) -> np.ndarray:
+def _pool(event: PruningStep) -> np.ndarray:
     return np.asarray(event.selection.pool[0, : event.selection.pool_count[0]])
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from sparsevlm_jax import Sparsity, StagePlan, UserError, llava_15_7b, make_plan, sparsity
 from sparsevlm_jax.pruning.methods import sparsevlm
-from sparsevlm_jax.pruning.methods.base import Layer
+from sparsevlm_jax.pruning.methods.base import PruningContext
 from sparsevlm_jax.pruning.methods.sparsevlm import gravity, score_by_selected_heads
 from sparsevlm_jax.pruning.sparsify import Tokens
 from sparsevlm_jax.rotary import plain_rope
@@ -22,7 +22,7 @@ THETA = 200.0  # gravity of a head dim of 16 changes sign within a few dozen tok
 RATERS = (13, 15)
 
 
-def layer(distance: int) -> Layer:
+def layer(distance: int) -> PruningContext:
     """`VISUAL` visual tokens, then words at `distance` more behind them."""
     random = np.random.default_rng(1)
     length = VISUAL + WORDS
@@ -37,17 +37,17 @@ def layer(distance: int) -> Layer:
         saliency=None,
     )
     stage = StagePlan(0, 1, VISUAL, keep=5, standing=5)
-    return Layer(
+    return PruningContext(
         jnp.asarray(draw(), jnp.float32), jnp.asarray(draw(), jnp.float32), tokens, stage, plain_rope(HEAD_DIM, THETA)
     )
 
 
-def attention(of: Layer) -> np.ndarray:
+def attention(of: PruningContext) -> np.ndarray:
     """Of the raters on the visual tokens, [n, r, v]."""
     return np.asarray(of.attention(jnp.asarray([RATERS])))[0, :, :, :VISUAL].astype(float)
 
 
-def weight(of: Layer) -> np.ndarray:
+def weight(of: PruningContext) -> np.ndarray:
     """Gravity [r, v] in NumPy."""
     positions = np.asarray(of.tokens.positions)[0, :, 0]
     distance = positions[list(RATERS), None] - positions[None, :VISUAL]
@@ -61,7 +61,7 @@ def expected(corrected: np.ndarray, heads: int) -> tuple[np.ndarray, np.ndarray]
     return corrected[chosen].mean((0, 1)), chosen
 
 
-def scores(of: Layer, **settings: Any) -> tuple[np.ndarray, np.ndarray]:
+def scores(of: PruningContext, **settings: Any) -> tuple[np.ndarray, np.ndarray]:
     found = score_by_selected_heads(of, Sparsity.v20(heads=2).changed(**settings))
     return np.asarray(found.values)[0, :VISUAL], np.flatnonzero(np.asarray(found.details["heads"])[0])
 

@@ -16,7 +16,7 @@ from tests.test_compilation import events
 
 MODEL = models.config(image_size=112, layers=2)
 VISUAL, NEW = 64, 4
-SHORT, LONG = 2, 20  # words after the picture: they bound the rank, which decides how many tokens stay
+SHORT, LONG = 2, 20  # words after the image: they bound the rank, which decides how many tokens stay
 BOTH_SHORT, BOTH_LONG, MIXED = (SHORT, SHORT), (LONG, LONG), (SHORT, LONG)  # one batch size: fewer programs
 
 
@@ -27,14 +27,14 @@ def row(words: int, seed: int = 0) -> np.ndarray:
 
 
 @cache
-def answer(rows: tuple[int, ...], by_rungs: bool, seed: int = 0) -> Generation:
+def answer(rows: tuple[int, ...], stage_by_stage: bool, seed: int = 0) -> Generation:
     pixels = np.random.default_rng(seed + 50).normal(size=(len(rows), 3, 112, 112)).astype(np.float32)
     return generate_ids(
         models.params(MODEL),
         MODEL,
         [row(words, seed) for words in rows],
         np.repeat(pixels[:1], len(rows), axis=0),
-        sparsity=sparsity("v1", scale=3.0, bias=0.0, layers=(0, 1), ladder=by_rungs),
+        sparsity=sparsity("v1", scale=3.0, bias=0.0, layers=(0, 1), ladder=stage_by_stage),
         max_new_tokens=NEW,
         end_tokens=(),
     )
@@ -84,4 +84,4 @@ def test_another_prompt_of_the_same_rungs_compiles_nothing() -> None:
 
 @pytest.mark.parametrize("needed, most, expected", [(0, 9, 0), (1, 99, 8), (8, 99, 8), (9, 99, 16), (9, 10, 10)])
 def test_rung_is_the_smallest_that_holds_what_is_needed(needed: int, most: int, expected: int) -> None:
-    assert ladder.rung(needed, most) == expected
+    assert ladder.length_bucket(needed, most) == expected

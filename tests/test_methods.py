@@ -16,7 +16,7 @@ from sparsevlm_jax import METHODS, Prompt, Sparsity, encode_images, load, make_p
 from sparsevlm_jax.generation.api import generate_ids
 from sparsevlm_jax.generation.request import Generation
 from sparsevlm_jax.models.towers.clip import _interpolate_positions
-from sparsevlm_jax.pruning.methods.baselines import pool_patches, shrink_pictures
+from sparsevlm_jax.pruning.methods.baselines import pool_patches, shrink_images
 from tests import hf, models
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "own_method.py"
@@ -45,7 +45,7 @@ def ids(words: int, seed: int) -> np.ndarray:
 
 
 def answers(method: str, rows: list[int]) -> Generation:
-    """To a batch of the given rows; each has its own question and picture."""
+    """To a batch of the given rows; each has its own question and image."""
     pixels = np.random.default_rng(9).normal(size=(3, 3, 56, 56)).astype(np.float32)
     return generate_ids(
         models.params(MODEL),
@@ -247,21 +247,21 @@ def test_pooling_is_adaptive_average_pooling(side: int, grid: int) -> None:
 
 
 @pytest.mark.parametrize("method, keep", [("pool", 9), ("pool", 5), ("downsample", 15)])
-def test_shrunk_pictures_have_as_many_tokens_as_the_plan_says(method: str, keep: int) -> None:
+def test_shrunk_images_have_as_many_tokens_as_the_plan_says(method: str, keep: int) -> None:
     plan = make_plan(sparsity(method, keep=keep), MODEL, VISUAL)
     pixels = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 56, 56)), jnp.float32)
     encode = jax.jit(encode_images, static_argnames=("config", "plan"), compiler_options=models.QUICK)
-    pictures = encode(models.params(MODEL), pixels, config=MODEL, plan=plan)
-    assert pictures.tokens.shape == (2 * plan.visual_tokens, models.WIDTH)
-    assert pictures.saliency.shape == (2 * plan.visual_tokens,)
-    assert np.isfinite(np.asarray(pictures.tokens)).all()
+    images = encode(models.params(MODEL), pixels, config=MODEL, plan=plan)
+    assert images.tokens.shape == (2 * plan.visual_tokens, models.WIDTH)
+    assert images.saliency.shape == (2 * plan.visual_tokens,)
+    assert np.isfinite(np.asarray(images.tokens)).all()
 
 
 def test_downsampling_to_the_full_grid_changes_nothing() -> None:
     random = np.random.default_rng(0)
     pixels = jnp.asarray(random.normal(size=(1, 3, 56, 56)), jnp.float32)
     table = jnp.asarray(random.normal(size=(17, 8)), jnp.float32)
-    np.testing.assert_allclose(shrink_pictures(pixels, 56), pixels, atol=1e-5)
+    np.testing.assert_allclose(shrink_images(pixels, 56), pixels, atol=1e-5)
     np.testing.assert_allclose(_interpolate_positions(table, 4, 4), table, atol=1e-5)
 
 

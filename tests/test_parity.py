@@ -21,11 +21,11 @@ from sparsevlm_jax.inputs.packing import pack
 from sparsevlm_jax.models.stages import decoder_of
 from tests.hf import tiny_llava
 
-SIZE, NEW_TOKENS = 364, 16  # 26 × 26 patches: 676 visual tokens a picture
-# What a row is made of: runs of so many random words, and pictures.
+SIZE, NEW_TOKENS = 364, 16  # 26 × 26 patches: 676 visual tokens an image
+# What a row is made of: runs of so many random words, and images.
 CASES: dict[str, tuple[int | str, ...]] = {
-    "one image": (35, "picture", 21),
-    "two images": (5, "picture", 14, "picture", 9),
+    "one image": (35, "image", 21),
+    "two images": (5, "image", 14, "image", 9),
     "text only": (650,),
 }
 
@@ -52,8 +52,8 @@ def row(name: str, config: ModelConfig) -> Row:
     random = np.random.default_rng(list(CASES).index(name))
     image = np.full(config.tokens_per_image, config.image_token_id)
     parts = [random.integers(0, 250, part) if isinstance(part, int) else image for part in CASES[name]]
-    pictures = CASES[name].count("picture")
-    pixels = random.normal(0, 1, (pictures, 3, SIZE, SIZE)).astype(np.float32) if pictures else None
+    images = CASES[name].count("image")
+    pixels = random.normal(0, 1, (images, 3, SIZE, SIZE)).astype(np.float32) if images else None
     return Row(np.concatenate(parts).astype(np.int32), pixels)
 
 
@@ -67,7 +67,7 @@ def our_logits(model: Model, rows: list[Row]) -> np.ndarray:
     """Logits at every place of packed rows."""
     config = model.config
     packed = pack([row.ids for row in rows], config.image_token_id)
-    pictures = [row.pixels for row in rows if row.pixels is not None]
+    images = [row.pixels for row in rows if row.pixels is not None]
     plan = make_plan(Sparsity.dense(), config, packed.visual, packed.text)
 
     @jax.jit
@@ -76,7 +76,7 @@ def our_logits(model: Model, rows: list[Row]) -> np.ndarray:
         last, _, trace = prefill(params, prompt, config, plan, trace=True, max_new_tokens=0)
         return last, decoder_of(params, config).logits(trace.hidden)
 
-    pixels = jnp.asarray(np.concatenate(pictures)) if pictures else None
+    pixels = jnp.asarray(np.concatenate(images)) if images else None
     last, logits = run(model.params, jnp.asarray(packed.input_ids), jnp.asarray(packed.lengths), pixels)
     ends = np.asarray(logits)[np.arange(len(rows)), packed.lengths - 1]
     np.testing.assert_allclose(last, ends, atol=1e-5, rtol=0)
@@ -84,12 +84,12 @@ def our_logits(model: Model, rows: list[Row]) -> np.ndarray:
 
 
 def our_answers(model: Model, rows: list[Row]) -> list[list[int]]:
-    pictures = [row.pixels for row in rows if row.pixels is not None]
+    images = [row.pixels for row in rows if row.pixels is not None]
     return generate_ids(
         model.params,
         model.config,
         [row.ids for row in rows],
-        np.concatenate(pictures) if pictures else None,
+        np.concatenate(images) if images else None,
         sparsity=Sparsity.dense(),
         max_new_tokens=NEW_TOKENS,
         end_tokens=(),

@@ -1,4 +1,4 @@
-"""Pictures and questions to arrays: equal to transformers' own LlavaProcessor, and clear about bad input."""
+"""Images and questions to arrays: equal to transformers' own LlavaProcessor, and clear about bad input."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MARKER = "<image>"
 
 @pytest.fixture(scope="module")
 def config() -> LlavaConfig:
-    """Of a model with 56-pixel pictures, 16 tokens each, and the tokenizer of tests/hf.py."""
+    """Of a model with 56-pixel images, 16 tokens each, and the tokenizer of tests/hf.py."""
     return dataclasses.replace(tiny(), image_token_id=llama_tokenizer().convert_tokens_to_ids(MARKER))
 
 
@@ -75,7 +75,7 @@ def edit(file, **changes) -> None:
 
 @pytest.mark.parametrize("legacy", [True, False], ids=["space-after-special", "space-first"])
 @pytest.mark.parametrize(
-    "question, pictures",
+    "question, images",
     [
         ("what is this?", [WIDE]),
         ("compare these.", [WIDE, SQUARE]),
@@ -84,16 +84,16 @@ def edit(file, **changes) -> None:
         ("", [SQUARE]),
     ],
 )
-def test_inputs_equal_those_of_transformers(folder, config, legacy, question, pictures):
+def test_inputs_equal_those_of_transformers(folder, config, legacy, question, images):
     edit(folder / "tokenizer_config.json", legacy=legacy)
     processor = load(folder, config)
-    prompt = processor.prompt(question, len(pictures))
-    expected = reference(folder)(images=pictures, text=prompt, return_tensors="np")
-    found = processor([pictures], [question])
+    prompt = processor.prompt(question, len(images))
+    expected = reference(folder)(images=images, text=prompt, return_tensors="np")
+    found = processor([images], [question])
     np.testing.assert_array_equal(found.ids[0], expected["input_ids"][0])
     np.testing.assert_array_equal(found.pixel_values, expected["pixel_values"])
     assert found.ids[0].dtype == np.int32 and found.pixel_values.dtype == np.float32
-    assert (found.ids[0] == config.image_token_id).sum() == 16 * len(pictures)
+    assert (found.ids[0] == config.image_token_id).sum() == 16 * len(images)
 
 
 def test_chat_template_equals_that_of_transformers(folder, config):
@@ -158,7 +158,7 @@ def test_default_prompt_is_vicunas(processor):
     assert PROMPT_START.endswith("polite answers to the user's questions. USER: ") and PROMPT_END == " ASSISTANT:"
 
 
-def test_one_marker_per_picture_goes_in_front(processor):
+def test_one_marker_per_image_goes_in_front(processor):
     assert processor.prompt("why?", 2) == f"{PROMPT_START}<image>\n<image>\nwhy?{PROMPT_END}"
 
 
@@ -183,7 +183,7 @@ def test_markers_of_the_question_stay_where_they_are(processor, config, template
         ("<image>?", 0, "1 <image> marker, but 0 images came"),
     ],
 )
-def test_marker_count_other_than_pictures_is_an_error(processor, question, count, words):
+def test_marker_count_other_than_images_is_an_error(processor, question, count, words):
     with pytest.raises(UserError, match=words):
         processor([[SQUARE] * count], [question])
 
@@ -279,10 +279,10 @@ def test_pad_fills_up_with_the_mean_colour(processor):
 
 
 def test_crop_keeps_the_middle(processor):
-    picture = np.zeros((56, 168, 3), np.uint8)
-    picture[:, 56:112] = WIDE[:1, :1]
-    middle = processor([[picture[:, 56:112]]], ["?"]).pixel_values
-    np.testing.assert_array_equal(processor([[picture]], ["?"], aspect="crop").pixel_values, middle)
+    image = np.zeros((56, 168, 3), np.uint8)
+    image[:, 56:112] = WIDE[:1, :1]
+    middle = processor([[image[:, 56:112]]], ["?"]).pixel_values
+    np.testing.assert_array_equal(processor([[image]], ["?"], aspect="crop").pixel_values, middle)
 
 
 @pytest.mark.parametrize("aspect", ["crop", "pad"])
@@ -313,12 +313,12 @@ def test_processor_of_another_size_is_an_error(folder, config):
 
 
 @pytest.mark.parametrize("aspect, shape", [(None, (1, 60_000, 3)), ("crop", (60_000, 1, 3)), ("pad", (1, 60_000, 3))])
-def test_picture_that_would_grow_without_bound_is_an_error(processor, aspect, shape):
+def test_image_that_would_grow_without_bound_is_an_error(processor, aspect, shape):
     with pytest.raises(UserError, match="too large or too narrow"):
         processor([[np.zeros(shape, np.uint8)]], ["?"], aspect=aspect)
 
 
-def test_padding_checkpoint_does_not_grow_a_picture_without_bound(folder, config):
+def test_padding_checkpoint_does_not_grow_a_image_without_bound(folder, config):
     edit(folder / "preprocessor_config.json", image_processor_type="LlavaImageProcessor", do_pad=True)
     with pytest.raises(UserError, match="too large or too narrow"):
         load(folder, config)([[np.zeros((20, 20_000, 3), np.uint8)]], ["?"])
@@ -326,13 +326,13 @@ def test_padding_checkpoint_does_not_grow_a_picture_without_bound(folder, config
 
 @pytest.mark.parametrize("shape", [(1, 1, 3), (3, 5, 3), (2, 300, 3)])
 @pytest.mark.parametrize("aspect", [None, "crop", "pad"])
-def test_tiny_pictures_work(processor, shape, aspect):
+def test_tiny_images_work(processor, shape, aspect):
     assert processor([[np.zeros(shape, np.uint8)]], ["?"], aspect=aspect).pixel_values.shape == (1, 3, SIDE, SIDE)
 
 
-def test_rows_share_one_array_of_pictures_in_order(processor):
+def test_rows_share_one_array_of_images_in_order(processor):
     found = processor([[WIDE], [], [SQUARE, WIDE]], ["a", "b", "c"]).pixel_values
-    alone = [processor([[picture]], ["?"]).pixel_values for picture in (WIDE, SQUARE, WIDE)]
+    alone = [processor([[image]], ["?"]).pixel_values for image in (WIDE, SQUARE, WIDE)]
     np.testing.assert_array_equal(found, np.concatenate(alone))
 
 
@@ -341,7 +341,7 @@ def test_other_number_of_questions_is_an_error(processor):
         processor([[], []], ["?"])
 
 
-# Pictures
+# Images
 
 
 def test_exif_rotation_is_applied(tmp_path):
@@ -353,13 +353,13 @@ def test_exif_rotation_is_applied(tmp_path):
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
 def test_transparency_is_composited_on_white(tmp_path, mode):
-    picture = Image.new("RGBA", (4, 4), (1, 1, 1, 0))
-    picture.paste((0, 0, 0, 255), (0, 0, 2, 4))
+    image = Image.new("RGBA", (4, 4), (1, 1, 1, 0))
+    image.paste((0, 0, 0, 255), (0, 0, 2, 4))
     if mode == "L":  # one shade of grey stands for transparent
-        picture.convert("L").save(tmp_path / "picture.png", transparency=1)
+        image.convert("L").save(tmp_path / "image.png", transparency=1)
     else:
-        (picture.quantize() if mode == "P" else picture.convert(mode)).save(tmp_path / "picture.png")
-    opened = open_image(tmp_path / "picture.png")
+        (image.quantize() if mode == "P" else image.convert(mode)).save(tmp_path / "image.png")
+    opened = open_image(tmp_path / "image.png")
     assert opened.mode == "RGB"
     assert opened.getpixel((0, 0)) == (0, 0, 0) and opened.getpixel((3, 0)) == (255, 255, 255)
 
@@ -370,12 +370,12 @@ def test_half_transparency_is_blended_with_white():
 
 @pytest.mark.parametrize("mode, colour", [("L", 200), ("1", 1), ("CMYK", (0, 55, 55, 55)), ("P", 3), ("YCbCr", 128)])
 def test_other_modes_become_rgb(tmp_path, mode, colour):
-    picture = Image.new(mode, (5, 4), colour)
-    file = tmp_path / ("picture.tiff" if mode in ("CMYK", "YCbCr") else "picture.png")
-    picture.save(file)
+    image = Image.new(mode, (5, 4), colour)
+    file = tmp_path / ("image.tiff" if mode in ("CMYK", "YCbCr") else "image.png")
+    image.save(file)
     opened = open_image(file)
     assert opened.mode == "RGB" and opened.size == (5, 4)
-    assert opened.getpixel((0, 0)) == picture.convert("RGB").getpixel((0, 0))
+    assert opened.getpixel((0, 0)) == image.convert("RGB").getpixel((0, 0))
 
 
 def test_16_bit_grey_keeps_its_range(tmp_path):
@@ -399,23 +399,23 @@ def test_other_arrays_are_an_error(shape, dtype):
         open_image(np.zeros(shape, dtype))
 
 
-def test_grey_array_is_a_picture():
+def test_grey_array_is_a_image():
     assert open_image(np.full((2, 3), 7, np.uint8)).getpixel((0, 0)) == (7, 7, 7)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "gif", "webp", "tiff"])
-def test_truncated_picture_is_an_error(tmp_path, suffix):
+def test_truncated_image_is_an_error(tmp_path, suffix):
     file = tmp_path / f"cut.{suffix}"
     Image.fromarray(SQUARE).save(file)
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(UserError, match=f"cut.{suffix}: (damaged|not a picture)"):
+    with pytest.raises(UserError, match=f"cut.{suffix}: (damaged|not an image)"):
         open_image(file)
 
 
-@pytest.mark.parametrize("content", [b"", b"hello, I am no picture", b"\x89PNG\r\n\x1a\n"])
-def test_file_that_is_no_picture_is_an_error(tmp_path, content):
+@pytest.mark.parametrize("content", [b"", b"hello, I am no image", b"\x89PNG\r\n\x1a\n"])
+def test_file_that_is_no_image_is_an_error(tmp_path, content):
     (tmp_path / "text.png").write_bytes(content)
-    with pytest.raises(UserError, match="text.png: (not a picture|damaged)"):
+    with pytest.raises(UserError, match="text.png: (not an image|damaged)"):
         open_image(tmp_path / "text.png")
 
 

@@ -26,7 +26,7 @@ SETTINGS: dict[str, Any] = {
 METHODS = pytest.mark.parametrize("method", SETTINGS)
 choose_raters = jax.jit(sparsify.choose_raters, static_argnames="visual_tokens")
 
-# A row is words and pictures by turns, words first and last: word counts at even places, visual counts at odd ones.
+# A row is words and images by turns, words first and last: word counts at even places, visual counts at odd ones.
 Segments = tuple[int, ...]
 
 
@@ -197,7 +197,7 @@ def test_recycled_tokens_are_means_over_the_pool(method: str, batch: list[Segmen
 @example(batch=EDGES, seed=0)
 @example(batch=[(3, 9, 2, 9, 2, 9, 3), (0, 20, 5, 20, 0), (2, 12, 4, 1, 1)], seed=0)
 def test_merged_tokens_stand_directly_behind_the_last_kept_one(method: str, batch: list[Segments], seed: int) -> None:
-    """Words between pictures stay where they are, in order."""
+    """Words between images stay where they are, in order."""
     for row in pruned_rows(method, batch, seed):
         survivors = np.sort(np.r_[row.words, row.kept])
         first = row.visual[0] if len(row.visual) else len(row.before)
@@ -266,7 +266,7 @@ def raters_of(batch: Prompt) -> np.ndarray:
 @some
 @any_batch
 @example(batch=EDGES, seed=0)
-def test_raters_are_words_behind_the_last_picture(batch: list[Segments], seed: int) -> None:
+def test_raters_are_words_behind_the_last_image(batch: list[Segments], seed: int) -> None:
     inputs = prompt(batch, seed)
     for visual, length, chosen in zip(*inputs[1:3], raters_of(inputs), strict=True):
         last = np.max(np.flatnonzero(visual), initial=-1)
@@ -278,7 +278,7 @@ def test_raters_are_words_behind_the_last_picture(batch: list[Segments], seed: i
 
 @some
 @any_batch
-def test_equal_words_behind_the_picture_all_rate(batch: list[Segments], seed: int) -> None:
+def test_equal_words_behind_the_image_all_rate(batch: list[Segments], seed: int) -> None:
     batch = [(3, 11, count % 8 + 1) for count, *_ in batch]
     inputs = prompt(batch, seed)
     alike = jnp.where(inputs.visual[:, :, None], inputs.embeddings, inputs.embeddings[:1, :1])
@@ -289,7 +289,7 @@ def test_equal_words_behind_the_picture_all_rate(batch: list[Segments], seed: in
 
 @some
 @any_batch
-def test_without_words_behind_the_picture_all_other_words_rate(batch: list[Segments], seed: int) -> None:
+def test_without_words_behind_the_image_all_other_words_rate(batch: list[Segments], seed: int) -> None:
     batch = [(count % 8 + 1, 11, 0) for count, *_ in batch]
     raters = raters_of(prompt(batch, seed))
     for row, chosen in zip(batch, raters, strict=True):

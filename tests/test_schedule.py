@@ -223,7 +223,7 @@ def test_without_a_budget_a_third_is_kept() -> None:
         (lambda: sparsity("v2.0", recycle_ratio=0.5), "`recycle_ratio`: v2.0 recycles nothing here; set `recycle`"),
         (lambda: Sparsity.v15().changed(heads=2), "v1.5 has no setting `heads`: it has keep, keep_at, "),
         (lambda: sparsity("v1", keep=192, keep_at=((2, 5),)), "v1 takes no `keep_at`"),
-        (lambda: sparsity("pool", keep_at=((2, 90),)), "pool takes no `keep_at`: it shrinks pictures"),
+        (lambda: sparsity("pool", keep_at=((2, 90),)), "pool takes no `keep_at`: it shrinks images"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(make, message: str) -> None:  # noqa: ANN001
@@ -240,7 +240,7 @@ def test_settings_that_make_no_sense_are_refused(make, message: str) -> None:  #
         (Sparsity.v15(keep_at=[(6, 50), (2, 90)]), "pruning layers [6, 2]: expected them in ascending order"),
         (Sparsity.v15(keep_at=[(2, 90), (2, 50)]), "pruning layers [2, 2]: expected them in ascending order"),
         (Sparsity.v20(192, heads=33), "v2.0 selects 33 heads, the decoder has 32"),
-        (sparsity("pool").changed(keep_at=((2, 90),)), "pool takes no `keep_at`: it shrinks pictures"),
+        (sparsity("pool").changed(keep_at=((2, 90),)), "pool takes no `keep_at`: it shrinks images"),
     ],
 )
 def test_settings_that_do_not_fit_the_model_are_refused(settings: Sparsity, message: str) -> None:
@@ -322,19 +322,19 @@ def test_fastv_and_pyramiddrop_have_the_ratios_of_their_papers() -> None:
 
 
 @pytest.mark.parametrize("method", ["pool", "downsample"])
-@pytest.mark.parametrize("pictures", [1, 2, 5])
+@pytest.mark.parametrize("images", [1, 2, 5])
 @pytest.mark.parametrize("keep", [1, 8, 192, 500, 575])
-def test_shrinking_takes_the_largest_grid_that_fits(method: str, pictures: int, keep: int) -> None:
+def test_shrinking_takes_the_largest_grid_that_fits(method: str, images: int, keep: int) -> None:
     settings = sparsity(method, keep=keep)
-    if keep < pictures:
-        with pytest.raises(UserError, match=f"shrunk pictures of this prompt have {pictures} to {pictures * 576}"):
-            make_plan(settings, SEVEN_B, pictures * 576)
+    if keep < images:
+        with pytest.raises(UserError, match=f"shrunk images of this prompt have {images} to {images * 576}"):
+            make_plan(settings, SEVEN_B, images * 576)
         return
-    plan = make_plan(settings, SEVEN_B, pictures * 576)
-    grid = isqrt(keep // pictures)
+    plan = make_plan(settings, SEVEN_B, images * 576)
+    grid = isqrt(keep // images)
     assert plan.grid == grid
-    assert pictures * grid**2 <= keep < pictures * (grid + 1) ** 2
-    assert [(s.visual, s.keep) for s in plan.stages] == [(pictures * grid**2, None)]
+    assert images * grid**2 <= keep < images * (grid + 1) ** 2
+    assert [(s.visual, s.keep) for s in plan.stages] == [(images * grid**2, None)]
 
 
 def test_shrinking_needs_a_square_of_patches() -> None:

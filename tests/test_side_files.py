@@ -243,7 +243,7 @@ def test_rules_that_multiply_a_text_are_refused(folder, config):
     assert "its normalizer makes a text more than 1000 times as long" in refused(folder, config)
 
 
-# Pictures.
+# Images.
 
 
 @pytest.mark.parametrize(
@@ -257,11 +257,11 @@ def test_rules_that_multiply_a_text_are_refused(folder, config):
     ],
     ids=["float32", "float64", "jax", "jax float32", "strided"],
 )
-def test_an_array_of_any_library_is_a_picture(source):
+def test_an_array_of_any_library_is_a_image(source):
     np.testing.assert_array_equal(np.asarray(open_image(source)), COLOURS)
 
 
-def test_a_torch_tensor_is_a_picture():
+def test_a_torch_tensor_is_a_image():
     torch = pytest.importorskip("torch")
     np.testing.assert_array_equal(np.asarray(open_image(torch.from_numpy(COLOURS.copy()))), COLOURS)
 
@@ -281,8 +281,8 @@ def test_floats_beyond_one_are_an_error_that_says_to_scale(values):
 
 
 @pytest.mark.parametrize("source", [None, b"\x89PNG", (x for x in []), 3, object(), {}])
-def test_what_is_no_picture_is_named(source):
-    with pytest.raises(UserError, match=f"picture: {type(source).__name__} is none"):
+def test_what_is_no_image_is_named(source):
+    with pytest.raises(UserError, match=f"image: {type(source).__name__} is none"):
         open_image(source)
 
 
@@ -316,23 +316,23 @@ class Unwilling:
 
 @pytest.mark.parametrize("source", [Unwilling(), torch.zeros(4, 4, 3, requires_grad=True)], ids=["device", "gradient"])
 def test_an_array_that_cannot_be_taken_is_not_called_damaged(source):
-    with pytest.raises(UserError, match=rf"picture: {type(source).__name__} cannot be taken as an array: \w+"):
+    with pytest.raises(UserError, match=rf"image: {type(source).__name__} cannot be taken as an array: \w+"):
         open_image(source)
 
 
 @pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
-def test_a_picture_without_pixels_is_an_error(size):
-    with pytest.raises(UserError, match="picture: has no pixels"):
+def test_a_image_without_pixels_is_an_error(size):
+    with pytest.raises(UserError, match="image: has no pixels"):
         open_image(Image.new("RGB", size))
 
 
-def test_a_pipe_is_no_picture(tmp_path):
-    os.mkfifo(tmp_path / "picture.png")
-    with pytest.raises(UserError, match="picture.png: cannot be read: a pipe"):
-        open_image(tmp_path / "picture.png")
+def test_a_pipe_is_no_image(tmp_path):
+    os.mkfifo(tmp_path / "image.png")
+    with pytest.raises(UserError, match="image.png: cannot be read: a pipe"):
+        open_image(tmp_path / "image.png")
 
 
-def test_the_orientation_tag_alone_turns_a_picture(tmp_path):
+def test_the_orientation_tag_alone_turns_a_image(tmp_path):
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "wide"
     plain = exif.tobytes()
@@ -346,30 +346,30 @@ def test_the_orientation_tag_alone_turns_a_picture(tmp_path):
 def test_all_orientations_are_those_of_pillow(orientation):
     from PIL import ImageOps
 
-    picture = Image.fromarray(COLOURS)
-    picture.getexif()[0x0112] = orientation
-    np.testing.assert_array_equal(np.asarray(open_image(picture)), np.asarray(ImageOps.exif_transpose(picture)))
+    image = Image.fromarray(COLOURS)
+    image.getexif()[0x0112] = orientation
+    np.testing.assert_array_equal(np.asarray(open_image(image)), np.asarray(ImageOps.exif_transpose(image)))
 
 
-def test_opening_pictures_leaves_the_warning_filters_alone(tmp_path):
-    Image.fromarray(COLOURS).save(tmp_path / "picture.png")
+def test_opening_images_leaves_the_warning_filters_alone(tmp_path):
+    Image.fromarray(COLOURS).save(tmp_path / "image.png")
     before, barrier = list(warnings.filters), threading.Barrier(8)
 
     def many(_: int) -> None:
         barrier.wait()
         for _ in range(50):
-            open_image(tmp_path / "picture.png")
+            open_image(tmp_path / "image.png")
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(many, range(8)))
     assert list(warnings.filters) == before
 
 
-def test_a_picture_of_more_pixels_than_the_bound_is_never_decoded(monkeypatch):
+def test_a_image_of_more_pixels_than_the_bound_is_never_decoded(monkeypatch):
     monkeypatch.setattr(bounds, "PIXELS", 34)
-    picture = Image.fromarray(COLOURS)
-    monkeypatch.setattr(picture, "convert", lambda *_: pytest.fail("is decoded"))
-    for source in (picture, COLOURS):
+    image = Image.fromarray(COLOURS)
+    monkeypatch.setattr(image, "convert", lambda *_: pytest.fail("is decoded"))
+    for source in (image, COLOURS):
         with pytest.raises(UserError, match="has more pixels than are taken"):
             open_image(source)
 

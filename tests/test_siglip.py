@@ -24,7 +24,7 @@ from sparsevlm_jax.checkpoints.export import to_hf
 from sparsevlm_jax.checkpoints.safetensors import Tensor
 from sparsevlm_jax.config import SiglipConfig
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.explain.record import explain
+from sparsevlm_jax.explain.trace_run import explain
 from sparsevlm_jax.models.llava import NAMES
 from sparsevlm_jax.models.towers import tower_of
 from sparsevlm_jax.models.towers.clip import _interpolate_positions
@@ -224,7 +224,7 @@ def test_an_explanation_draws_siglips_patches_and_refuses_where_one_is_lost(tmp_
     found = explain(
         load(siglip_llava(tmp_path / "full", processor=True, layers=1)), [image], "what", how, max_new_tokens=1
     )
-    assert found.class_tokens == 0 and found.stages[0].fates.shape == (1, 4, 4)
+    assert found.class_tokens == 0 and found.stages[0].outcomes.shape == (1, 4, 4)
     top = {"vision_feature_select_strategy": "default"}
     with pytest.warns(UserWarning, match=LOST):
         lossy = load(siglip_llava(tmp_path / "default", processor=True, top=top))

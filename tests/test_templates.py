@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sparsevlm_jax.checkpoints.llava_original import _CHAT_TEMPLATE as VICUNA
+from sparsevlm_jax.checkpoints.llava_original import _VICUNA, _template
 from sparsevlm_jax.inputs import templates
 from tests.hf import CHAT_TEMPLATE
 
@@ -22,7 +22,7 @@ STRINGS = [{"role": "user", "content": "why? <image>"}, {"role": "assistant", "c
 
 SOUND = {
     "llava": CHAT_TEMPLATE,
-    "vicuna": VICUNA,
+    "vicuna": _template(_VICUNA),
     "generation": "{% for m in messages %}{% generation %}{% set q = 1 %}{{ m.content }}{% endgeneration %}{% endfor %}"
     "{{ q }}",
     "json": "{{ messages | tojson }}{{ messages | tojson(indent=2) }}",

@@ -71,14 +71,14 @@ def test_transformers_gives_the_same_answers(model):
     reference: Any = LlavaForConditionalGeneration.from_pretrained(demo_model.path(), dtype=torch.float32)
     for sample in demo_model.samples():
         for question, _ in sample.questions:
-            inputs = model.processor([[sample.picture]], [question])
+            inputs = model.processor([[sample.image]], [question])
             ids = torch.from_numpy(inputs.ids[0][None]).long()
             with torch.no_grad():
                 out = reference.generate(
                     input_ids=ids, pixel_values=torch.from_numpy(inputs.pixel_values), max_new_tokens=4, do_sample=False
                 )
             theirs = model.processor.decode(out[0, ids.shape[1] :].tolist())
-            ours = sv.generate(model, sample.picture, question, sparsity=Sparsity.dense(), max_new_tokens=4)
+            ours = sv.generate(model, sample.image, question, sparsity=Sparsity.dense(), max_new_tokens=4)
             assert ours == theirs
 
 
@@ -86,11 +86,11 @@ def test_transformers_gives_the_same_answers(model):
 def test_it_answers_the_shipped_questions_rightly_and_stops(model, sparsity):
     for sample in demo_model.samples():
         texts, truth = zip(*sample.questions, strict=True)
-        pictures = [[sample.picture]] * len(texts)
-        assert sv.generate(model, pictures, texts, sparsity=sparsity, max_new_tokens=4) == list(truth)
+        images = [[sample.image]] * len(texts)
+        assert sv.generate(model, images, texts, sparsity=sparsity, max_new_tokens=4) == list(truth)
 
 
-def test_shipped_pictures_ask_every_kind_of_question():
+def test_shipped_images_ask_every_kind_of_question():
     assert len(demo_model.samples()) >= 3
     assert sum(len(sample.questions) for sample in demo_model.samples()) >= len(KINDS)
 

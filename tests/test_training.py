@@ -20,7 +20,16 @@ from training.batches import make_batch, patch_words
 from training.export import export
 from training.heldout import held_out, prompts
 from training.log import draw_curves
-from training.model import FIRST_READER, NORM, PATCH_WORDS, WHISPER, balance, config, start, wire
+from training.model import (
+    EARLY_OUTPUT_SCALE,
+    FIRST_READER,
+    NORM,
+    PATCH_WORDS,
+    config,
+    init_lookup_heads,
+    normalise_embeddings,
+    start,
+)
 from training.objective import answer_logits, losses, renumbered
 from training.questions import ANSWERS, KINDS, MOST_COUNTED, Question, ask, ask_some
 from training.scenes import COLOURS, GRID, PATCH, PIXELS, PLACES, SPLITS, draw_scene, handwriting, patch_mask
@@ -64,7 +73,7 @@ def test_splits_share_no_handwriting_and_no_region_of_a_photograph():
         assert sum(region.shape[1] for region in regions) * 2 <= whole.shape[1]
 
 
-def test_digits_stand_in_their_places_inside_the_picture(scenes):
+def test_digits_stand_in_their_places_inside_the_image(scenes):
     for digit in (digit for scene in scenes for digit in scene.digits):
         left, top, right, bottom = digit.box
         assert 0 <= left < right <= PIXELS and 0 <= top < bottom <= PIXELS
@@ -208,11 +217,11 @@ def test_a_thinned_scene_gets_the_logits_of_the_package_for_what_is_left(params,
     model, left = config(), int(kept.sum())
     plan = sv.make_plan(sv.Sparsity.dense(), model, left)
     for scene in range(2):
-        pictures = encode_images(params, jnp.asarray(batch.pixels[scene : scene + 1]), model)
-        pictures = pictures._replace(tokens=pictures.tokens[kept], saliency=pictures.saliency[kept])
+        images = encode_images(params, jnp.asarray(batch.pixels[scene : scene + 1]), model)
+        images = images._replace(tokens=images.tokens[kept], saliency=images.saliency[kept])
         words = batch.questions[scene, 0, : batch.ends[scene, 0] + 1].tolist()
         ids = np.asarray([[ID["<s>"], ID["user:"], *[ID["<image>"]] * left, *words]], np.int32)
-        prompt = sv.embed(params, jnp.asarray(ids), jnp.asarray([ids.shape[1]]), pictures, model)
+        prompt = sv.embed(params, jnp.asarray(ids), jnp.asarray([ids.shape[1]]), images, model)
         alone = sv.prefill(params, prompt, model, plan, max_new_tokens=0)[0]
         np.testing.assert_allclose(logits[scene, 0, 0], alone[0], atol=2e-4)
 
@@ -290,7 +299,7 @@ def test_losses_of_right_answers_are_small(params, batch, monkeypatch):
 
 @pytest.fixture(scope="module")
 def balanced(params, batch):
-    return balance(params, config(), batch.pixels)
+    return normalise_embeddings(params, config(), batch.pixels)
 
 
 def test_balanced_words_and_visual_tokens_are_of_one_length_and_have_nothing_in_common(balanced, batch):
@@ -303,7 +312,7 @@ def test_balanced_words_and_visual_tokens_are_of_one_length_and_have_nothing_in_
 
 def test_words_look_for_tokens_that_resemble_them_and_in_every_other_layer_for_words(balanced):
     """The attention logits of a word over patches that are just words, and over itself."""
-    decoder = wire(balanced, config(), seed=0)["language_model"]
+    decoder = init_lookup_heads(balanced, config(), seed=0)["language_model"]
     ids = [ID[word] for word in PATCH_WORDS]
     patches = balanced["language_model"]["embed_tokens"]["embedding"][jnp.asarray(ids)]
     words = decoder["embed_tokens"]["embedding"][jnp.asarray(ids)]
@@ -321,7 +330,7 @@ def test_words_look_for_tokens_that_resemble_them_and_in_every_other_layer_for_w
         else:
             assert (logits.argmax(axis=2) == np.arange(len(ids))).all()
         outputs = np.linalg.norm(attention["o_proj"]["kernel"], 2)
-        np.testing.assert_allclose(outputs, WHISPER if number < FIRST_READER else 1.0, rtol=1e-4)
+        np.testing.assert_allclose(outputs, EARLY_OUTPUT_SCALE if number < FIRST_READER else 1.0, rtol=1e-4)
 
 
 def test_what_sees_and_what_comes_before_the_first_reader_follow_slowly(params):

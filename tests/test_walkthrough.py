@@ -1,4 +1,4 @@
-"""`sparsevlm demo`: three pictures, dense against pruned."""
+"""`sparsevlm demo`: three images, dense against pruned."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import sparsevlm_jax as sv
 from sparsevlm_jax.cli import main, options
 from sparsevlm_jax.cli.demo import in_characters, reply
 from sparsevlm_jax.data import demo_model
-from tests.explanations import GRID, QUESTION, image_size, model, picture
+from tests.explanations import GRID, QUESTION, image, image_size, model
 
 
 class Sample(NamedTuple):
     """As `demo_model.samples` gives them."""
 
-    picture: Path
+    image: Path
     questions: tuple[tuple[str, str], ...]
 
 
@@ -30,7 +30,7 @@ class Sample(NamedTuple):
 def samples(tmp_path: Path) -> list[Sample]:
     found = [Sample(tmp_path / f"scene{n}.png", ((QUESTION, f"truth{n}"),)) for n in range(4)]
     for number, sample in enumerate(found):
-        picture(number).save(sample.picture)
+        image(number).save(sample.image)
     return found
 
 
@@ -49,7 +49,7 @@ def run(monkeypatch: pytest.MonkeyPatch, samples: list[Sample]):
     return call
 
 
-def test_three_pictures_are_walked_through(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_three_images_are_walked_through(run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "new" / "kept"
     assert run("-o", folder) == 0
     out = capsys.readouterr().out
@@ -71,15 +71,15 @@ def test_a_folder_that_cannot_be_made_is_one_line(run, tmp_path: Path, capsys: p
 
 
 def test_the_reply_is_that_of_generate_with_the_tokens_of_the_plan(samples: list[Sample]) -> None:
-    found = reply(model(), samples[0].picture, QUESTION, sv.sparsity("v1.5"))
-    said = sv.generate(model(), [samples[0].picture], QUESTION, sparsity=sv.sparsity("v1.5"), max_new_tokens=8)
+    found = reply(model(), samples[0].image, QUESTION, sv.sparsity("v1.5"))
+    said = sv.generate(model(), [samples[0].image], QUESTION, sparsity=sv.sparsity("v1.5"), max_new_tokens=8)
     assert found.answer == said
     assert found.visual_tokens[0] == GRID * GRID
     assert found.mean_tokens < GRID * GRID / 2
     assert found.prefill_seconds > 0
 
 
-def test_a_picture_in_characters_has_its_colours() -> None:
+def test_a_image_in_characters_has_its_colours() -> None:
     pixels = np.zeros((16, 16, 3), np.uint8)
     pixels[:8], pixels[8:] = (250, 0, 0), (0, 0, 250)
     console = Console(record=True, width=80, file=io.StringIO(), force_terminal=True, color_system="truecolor")

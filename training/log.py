@@ -60,7 +60,7 @@ class Log:
         self._progress.update(self._task, completed=step, description=shown)
 
 
-def draw_curves(log: Path, picture: Path) -> None:
+def draw_curves(log: Path, image: Path) -> None:
     """Draws losses and accuracies against the step."""
     import matplotlib.pyplot as plt
 
@@ -76,5 +76,5 @@ def draw_curves(log: Path, picture: Path) -> None:
         axes.set_xlabel("step")
         axes.legend()
     left.set_yscale("log")
-    figure.savefig(picture, dpi=120)
+    figure.savefig(image, dpi=120)
     plt.close(figure)

@@ -88,17 +88,17 @@ def start(config: LlavaConfig, seed: int) -> Params:
     return params
 
 
-NORM = 8.0  # of the words and, on average, of the picture's tokens: what a layer adds is neither more nor much less
+NORM = 8.0  # of the words and, on average, of the image's tokens: what a layer adds is neither more nor much less
 
 
-def balance(params: Params, config: LlavaConfig, pixels: np.ndarray) -> Params:
-    """The same tower, with words of equal length and the picture's tokens centred and as long as words.
+def normalise_embeddings(params: Params, config: LlavaConfig, pixels: np.ndarray) -> Params:
+    """The same tower, with words of equal length and the image's tokens centred and as long as words.
 
     Alignment leaves tokens with a large vector in common and embeddings of very different lengths: what the first
     decoder layer adds would drown the short ones.
 
     Args:
-      pixels: pictures to measure on, float32 [m, 3, h, w].
+      pixels: images to measure on, float32 [m, 3, h, w].
     """
     found = jax.jit(encode_images, static_argnums=2)(params, jnp.asarray(pixels), config).tokens
     mean = jnp.mean(found, axis=0)
@@ -114,17 +114,17 @@ def balance(params: Params, config: LlavaConfig, pixels: np.ndarray) -> Params:
     }
 
 
-MARK = 4.0  # length of the direction that words have in common and the picture's tokens have not
-SHUN = 4.0  # how strongly that direction repels, or attracts
-ALIKE = 0.3  # weight of resemblance where words read words
+WORD_MARK_NORM = 4.0  # length of the direction that words have in common and the image's tokens have not
+SELF_REPULSION = 4.0  # how strongly that direction repels, or attracts
+WORD_SIMILARITY = 0.3  # weight of resemblance where words read words
 ROTATION = 0.3  # radians over 200 tokens: what a rotary pair may turn by to count as slow
 NOISE = 0.3
-QUIET = 0.2  # MLPs start that much smaller
+MLP_INIT_SCALE = 0.2  # MLPs start that much smaller
 FIRST_READER = 3  # the first layer whose attention brings something home
-WHISPER = 0.05  # size of the outputs of the layers before it
+EARLY_OUTPUT_SCALE = 0.05  # size of the outputs of the layers before it
 
 
-def wire(params: Params, config: LlavaConfig, seed: int) -> Params:
+def init_lookup_heads(params: Params, config: LlavaConfig, seed: int) -> Params:
     """The same tower, projector and words, with a decoder that looks things up from its first step.
 
     Layers take turns. In some a token attends to what resembles it in the span of the words that are said of patches,
@@ -150,11 +150,11 @@ def wire(params: Params, config: LlavaConfig, seed: int) -> Params:
         reads_words = number > FIRST_READER and (number - FIRST_READER) % 2 == 1
         query, key = _resemblance(config, said, mark, reads_words=reads_words, random=random)
         value, _ = np.linalg.qr(random.standard_normal((text.hidden_size, text.hidden_size)))
-        output = value.T if number >= FIRST_READER else WHISPER * value.T
+        output = value.T if number >= FIRST_READER else EARLY_OUTPUT_SCALE * value.T
         for name, kernel in (("q_proj", query), ("k_proj", key), ("v_proj", value), ("o_proj", output)):
             layer["self_attn"][name]["kernel"] = jnp.asarray(kernel, jnp.float32)
-        layer["mlp"]["down_proj"]["kernel"] *= QUIET
-    decoder["embed_tokens"]["embedding"] = jnp.asarray(table + MARK * mark, jnp.float32)
+        layer["mlp"]["down_proj"]["kernel"] *= MLP_INIT_SCALE
+    decoder["embed_tokens"]["embedding"] = jnp.asarray(table + WORD_MARK_NORM * mark, jnp.float32)
     decoder["lm_head"]["kernel"] = jnp.asarray(table.T / NORM)
     return params | {"language_model": decoder}
 
@@ -177,9 +177,9 @@ def _resemblance(
         common = NOISE * random.standard_normal((text.hidden_size, text.head_dim)) / text.hidden_size**0.5
         turn, _ = np.linalg.qr(random.standard_normal((len(coordinates), said.shape[1])))
         query, key = common.copy(), common.copy()
-        query[:, coordinates] += (ALIKE if reads_words else 1.0) * said @ turn.T
+        query[:, coordinates] += (WORD_SIMILARITY if reads_words else 1.0) * said @ turn.T
         key[:, coordinates] += said @ turn.T
-        query[:, slowest] += (SHUN if reads_words else -SHUN) * mark
+        query[:, slowest] += (SELF_REPULSION if reads_words else -SELF_REPULSION) * mark
         key[:, slowest] += mark
         queries.append(query)
         keys.append(key)

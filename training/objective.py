@@ -18,7 +18,7 @@ from sparsevlm_jax.models.stages import Params
 from training.batches import Batch
 from training.words import BEGIN, END, ID
 
-PREFIX_WORDS = (BEGIN, ID["user:"])  # in front of the picture
+PREFIX_WORDS = (BEGIN, ID["user:"])  # in front of the image
 RARE = 4.0  # weight of a word that holds for a patch against one that does not: few do
 MASKED = -1e30  # a finite stand-in for -inf, whose gradients are numbers
 # A word is said of a patch where sigmoid(SHARPNESS · (cosine - threshold)) says so.
@@ -85,8 +85,8 @@ def answer_logits(
 ) -> Float[Array, "m q 2 w"]:
     """Logits behind "assistant:" and behind the answer, for all questions of a scene in one pass.
 
-    Each question stands at the positions it would have alone behind the picture and sees the prefix and itself, so the
-    picture's tokens are computed once for all of them. What is not `kept` is not there in that layer, and what follows
+    Each question stands at the positions it would have alone behind the image and sees the prefix and itself, so the
+    image's tokens are computed once for all of them. What is not `kept` is not there in that layer, and what follows
     moves up, as where pruning renumbers.
     """
     decoder, (scenes, count, length) = model.language_model, questions.shape

@@ -1,7 +1,7 @@
 """Scenes: handwritten digits in colour over photographs, with everything that is in them known.
 
 Digits are real (scikit-learn's `load_digits`: UCI's optical recognition set, 1797 samples of 8 × 8, 17 grey levels),
-photographs too (scikit-learn's two sample pictures). The held-out split shares neither a handwriting sample nor a
+photographs too (scikit-learn's two sample images). The held-out split shares neither a handwriting sample nor a
 region of a photograph with the one that is trained on.
 """
 
@@ -47,7 +47,7 @@ class Digit(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """A picture and what is in it."""
+    """An image and what is in it."""
 
     pixels: np.ndarray  # uint8 [PIXELS, PIXELS, 3]
     digits: tuple[Digit, ...]
@@ -76,7 +76,7 @@ def photographs(split: str) -> tuple[np.ndarray, ...]:
 
 
 def whole_photographs() -> list[np.ndarray]:
-    """scikit-learn's sample pictures, uint8 [height, width, 3]."""
+    """scikit-learn's sample images, uint8 [height, width, 3]."""
     from sklearn.datasets import load_sample_images
 
     return load_sample_images().images
@@ -149,6 +149,6 @@ def _warp(sample: np.ndarray, size: int, random: np.random.Generator) -> np.ndar
     back = np.array([[np.cos(turn), np.sin(turn) + shear], [-np.sin(turn), np.cos(turn)]]) * stretch[:, None] * 8 / size
     shift = 4 - back @ [size / 2, size / 2]
     coefficients = (*back[0], shift[0], *back[1], shift[1])
-    picture = Image.fromarray(sample * 255)  # mode F
-    warped = picture.transform((size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC)
+    image = Image.fromarray(sample * 255)  # mode F
+    warped = image.transform((size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BICUBIC)
     return np.clip(np.asarray(warped) / 255 * 1.3, 0, 1)

@@ -14,7 +14,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 from sparsevlm_jax.models.llava import LlavaConfig
 from sparsevlm_jax.models.stages import Params
 from training.batches import Batch, make_batch
-from training.model import FIRST_READER, balance, wire
+from training.model import FIRST_READER, init_lookup_heads, normalise_embeddings
 from training.objective import Losses, losses
 
 DIGITS = 9  # the most in a scene
@@ -30,7 +30,7 @@ class Stage(NamedTuple):
       alignment, presence: weights of these losses beside the answers'.
       fewest: digits in a scene at least.
       easy, harder: scenes have at most two digits in the first `easy` steps, one more every `harder` steps from there.
-      wired: the decoder starts from what has been learned of words and pictures: see `model.wire`.
+      wired: the decoder starts from what has been learned of words and images: see `model.wire`.
       thin: in half of the scenes layers get ever fewer of the patches without digits, renumbered, as if pruned.
     """
 
@@ -89,7 +89,7 @@ STAGES = (
         thin=True,
     ),
 )
-MEASURED = 24  # scenes that a wired stage measures the picture's tokens on before it starts
+MEASURED = 24  # scenes that a wired stage measures the image's tokens on before it starts
 SEEING = ("vision_tower", "multi_modal_projector", "embed_tokens")
 EARLY = tuple(f"layers_{number}" for number in range(FIRST_READER))
 B2, DECAY = 0.99, 0.05  # of squared gradients' mean, and of weights
@@ -181,9 +181,9 @@ def make_step(config: LlavaConfig, stage: Stage) -> Step:
 def begin(stage: Stage, config: LlavaConfig, params: Params, seed: int) -> State:
     """The state at the start of a stage.
 
-    In a wired stage words and picture are brought to one scale, and the decoder starts from them.
+    In a wired stage words and image are brought to one scale, and the decoder starts from them.
     """
     if stage.wired:
         pixels = make_batch(seed, 0, MEASURED, 0, (1, DIGITS)).pixels
-        params = wire(balance(params, config, pixels), config, seed)
+        params = init_lookup_heads(normalise_embeddings(params, config, pixels), config, seed)
     return State(params, optimizer(stage).init(params))

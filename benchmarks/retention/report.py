@@ -51,7 +51,7 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def draw(results: Sequence[dict[str, Any]], picture: Path) -> None:
+def draw(results: Sequence[dict[str, Any]], image: Path) -> None:
     """Four plots: who chooses, what becomes of the rest, where the cut is, methods as published."""
     import matplotlib.pyplot as plt
 
@@ -69,7 +69,7 @@ def draw(results: Sequence[dict[str, Any]], picture: Path) -> None:
         dense = next(row for row in results if row["family"] == "dense")
         ax.axhline(dense["accuracy"], color="0.5", linewidth=1, linestyle=":", label="dense")
         legend(ax)
-    figure.savefig(picture, dpi=110)
+    figure.savefig(image, dpi=110)
     plt.close(figure)
 
 

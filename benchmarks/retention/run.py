@@ -56,7 +56,7 @@ class Study:
         self.ids, self.lengths = prompts(data.questions, model.config)
         self.answers = np.asarray([ID[question.answer] for question in data.questions])
         self.masks = np.stack([question.mask for question in data.questions])
-        self.dense_pictures = self._encode(sv.make_plan(sv.Sparsity.dense(), self.config, self.config.tokens_per_image))
+        self.dense_images = self._encode(sv.make_plan(sv.Sparsity.dense(), self.config, self.config.tokens_per_image))
 
     def run(self, variant: Variant) -> Outcome:
         """Answers all questions."""
@@ -79,16 +79,16 @@ class Study:
     def _answer(self, sparsity: Sparsity, ids: np.ndarray, lengths: np.ndarray, saliency: np.ndarray | None) -> Outcome:
         visual = self.config.tokens_per_image
         plan = sv.make_plan(sparsity, self.config, visual, ids.shape[1] - visual)
-        pictures = self.dense_pictures
+        images = self.dense_images
         if plan.grid is not None:
             markers = self.config.image_token_id, self.config.tokens_per_image
-            pictures = self._encode(plan)
+            images = self._encode(plan)
             ids = np.stack([shrink_markers(row, *markers, plan.grid**2) for row in ids])
             lengths = lengths - self.config.tokens_per_image + plan.grid**2
         right, kept, entering = [], [], []
         for start in range(0, len(lengths), BATCH):
             rows = np.minimum(np.arange(start, start + BATCH), len(lengths) - 1)  # the last batch is filled up
-            tokens, looked_at = (leaf[self.data.scene_of[rows]] for leaf in pictures)
+            tokens, looked_at = (leaf[self.data.scene_of[rows]] for leaf in images)
             if saliency is not None:
                 looked_at = saliency[rows].astype(np.float32)
             seen = ImageFeatures(jnp.asarray(tokens.reshape(-1, tokens.shape[-1])), jnp.asarray(looked_at.reshape(-1)))
@@ -113,12 +113,12 @@ def _answer_batch(
     params: Params,
     ids: Int[Array, "n l"],
     lengths: Int[Array, "n"],
-    pictures: ImageFeatures,
+    images: ImageFeatures,
     config: LlavaConfig,
     plan: Plan,
 ) -> tuple[Int[Array, "n"], Bool[Array, "n v"] | None, Int[Array, "stages n"]]:
     """The first token of each answer, what the first cut kept, and visual tokens that entered each stage."""
-    prompt = sv.embed(params, ids, lengths, pictures, config)
+    prompt = sv.embed(params, ids, lengths, images, config)
     logits, cache, trace = sv.prefill(params, prompt, config, plan, trace=True, max_new_tokens=0)
     assert trace is not None
     text = lengths - jnp.sum(prompt.visual, axis=1)

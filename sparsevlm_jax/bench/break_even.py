@@ -9,7 +9,7 @@ from sparsevlm_jax.bench.metrics import ratio
 from sparsevlm_jax.bench.shapes import Cell, Side
 from sparsevlm_jax.bench.tables import Table
 
-VISUAL_TOKENS = (64, 144, 256, 576, 1152, 2304)  # squares, then pictures of 576
+VISUAL_TOKENS = (64, 144, 256, 576, 1152, 2304)  # squares, then images of 576
 BUDGET = "33%"
 DENSE = Side("jax", "dense")
 

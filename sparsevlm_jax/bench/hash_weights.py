@@ -68,10 +68,10 @@ def values(integers: Any, scale: Any, norm: bool, to_float: Callable[[Any], Any]
 
 
 def pixels(cell: Cell) -> np.ndarray:
-    """Pictures of all rows, in order: float32 [batch * pictures, 3, S, S], about as wide as normalised photographs; of
+    """Images of all rows, in order: float32 [batch * images, 3, S, S], about as wide as normalised photographs; of
     a family with tiles, all tiles of each."""
     vision, tiles = cell.config.vision, cell.config.most_tiles or 1
-    shape = (cell.batch * cell.pictures * tiles, vision.num_channels, vision.image_size, vision.image_size)
+    shape = (cell.batch * cell.images * tiles, vision.num_channels, vision.image_size, vision.image_size)
     return values(_host_numbers("pixels", shape), 1.75, False, lambda x: x.astype(np.float32))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from sparsevlm_jax.bench import hash_weights, jax_programs
 from sparsevlm_jax.bench.shapes import SHAPES, Cell, Side
 from sparsevlm_jax.bench.timing import timed
-from sparsevlm_jax.generation.loop import Decoding, Sampler, decode, start
+from sparsevlm_jax.generation.loop import LoopConfig, SamplingParams, decode, start
 from sparsevlm_jax.inputs.packing import TiledImages, shrink_markers
 from sparsevlm_jax.models import stages
 from sparsevlm_jax.models.cost import tower_xla_flops, xla_flops
@@ -57,7 +57,7 @@ class JaxRunner:
             rows = [shrink_markers(row, *markers, self.plan.grid**2) for row in rows]
         self.ids, self.lengths = jnp.asarray(np.stack(rows)), jnp.full(cell.batch, len(rows[0]))
         self.prefix = int(np.argmax(rows[0] == self.config.image_token_id))
-        self.sampler = Sampler(jnp.float32(1.0), jnp.float32(1.0))
+        self.sampler = SamplingParams(jnp.float32(1.0), jnp.float32(1.0))
         self.compiled: dict[str, Any] = {}
 
     def prepare(self, phases: Sequence[str]) -> None:
@@ -138,7 +138,7 @@ class JaxRunner:
             "decoder_bytes": _bytes(decoder),
             "cache_bytes": _bytes((cache.keys, cache.values)),
             "xla_flops": self.cell.batch * xla_flops(self.config, self.plan, self.cell.text_tokens),
-            "tower_xla_flops": self.cell.batch * self.cell.pictures * tower_xla_flops(self.config, self.plan),
+            "tower_xla_flops": self.cell.batch * self.cell.images * tower_xla_flops(self.config, self.plan),
             "device": jax.devices()[0].device_kind,
         }
 
@@ -194,7 +194,7 @@ class JaxRunner:
         prefill = jax.jit(stages.prefill, static_argnames=("config", "plan", "max_new_tokens"))
         keys = jax.random.split(jax.random.key(0), self.cell.batch)
         question = (self.params, self.ids, self.lengths, self.images, keys, self.sampler)
-        decoding = Decoding(room, True, ())
+        decoding = LoopConfig(room, True, ())
         starting = static | {"decoding": decoding}
         going_on = {"config": config, "stops": plan.stops, "decoding": decoding}
         state = jax.eval_shape(partial(start, **starting), *question)

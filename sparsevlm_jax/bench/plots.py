@@ -1,4 +1,4 @@
-"""Pictures of a cell's figures, as SVG text."""
+"""Images of a cell's figures, as SVG text."""
 
 from __future__ import annotations
 

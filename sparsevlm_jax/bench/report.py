@@ -1,4 +1,4 @@
-"""Results to a report: one self-contained HTML page, and Markdown with its pictures beside it."""
+"""Results to a report: one self-contained HTML page, and Markdown with its images beside it."""
 
 from __future__ import annotations
 

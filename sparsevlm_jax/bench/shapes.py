@@ -18,7 +18,7 @@ from sparsevlm_jax.pruning.methods import METHODS, sparsity
 from sparsevlm_jax.pruning.settings import PRUNING_LAYERS, PUBLISHED_VISUAL_TOKENS, Sparsity
 from sparsevlm_jax.rotary import plain_rope
 
-PREFIX = 35  # tokens in front of the picture in LLaVA-1.5's prompt
+PREFIX = 35  # tokens in front of the image in LLaVA-1.5's prompt
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Cell:
-    """A point of the matrix. `visual_tokens` are those of one prompt, all its pictures together."""
+    """A point of the matrix. `visual_tokens` are those of one prompt, all its images together."""
 
     shape: str
     batch: int
@@ -54,10 +54,10 @@ class Cell:
 
     @property
     def config(self) -> LlavaConfig:
-        """The shape's model; its pictures have another size where that is what the visual tokens ask for.
+        """The shape's model; its images have another size where that is what the visual tokens ask for.
 
         Raises:
-          UserError: no pictures give that many visual tokens.
+          UserError: no images give that many visual tokens.
         """
         config = SHAPES[self.shape].config
         if self.visual_tokens % config.tokens_per_image == 0:
@@ -75,7 +75,7 @@ class Cell:
         return replace(config, vision=replace(config.vision, image_size=side * config.vision.patch_size))
 
     @property
-    def pictures(self) -> int:
+    def images(self) -> int:
         """Of one prompt."""
         return self.visual_tokens // self.config.tokens_per_image
 
@@ -88,7 +88,7 @@ class Cell:
     @property
     def layouts(self) -> list[ImageLayout]:
         """What the visual tokens of all rows are, image by image."""
-        return [self.config.image_layout(self.image_size)] * (self.batch * self.pictures)
+        return [self.config.image_layout(self.image_size)] * (self.batch * self.images)
 
     @property
     def length(self) -> int:

@@ -128,7 +128,7 @@ class Sitting:
             worker.post("facts")
         for worker in list(self._workers):
             self.reports[worker.side.name]["facts"] = self._received(worker) or {}
-        if self._workers:  # every side takes the same pictures by the same processor
+        if self._workers:  # every side takes the same images by the same processor
             seconds = self._ask(self._workers[-1], "preprocess")
             for worker in self._workers:
                 self.reports[worker.side.name]["preprocess_s"] = seconds

@@ -63,7 +63,7 @@ class TorchRunner:
         return {"cold_s": 0.0, "warm_s": 0.0, "program_bytes": {}}
 
     def encode(self) -> Tensor:
-        """Vision tower and projector: [pictures, v, d]."""
+        """Vision tower and projector: [images, v, d]."""
         config = self.model.config
         found = self.model.model.get_image_features(
             self.pixels,

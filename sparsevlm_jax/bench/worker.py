@@ -202,8 +202,8 @@ class Service:
         processor = _image_processor(self.cell.config)
 
         def run() -> Any:
-            with Image.open(photo()) as picture:
-                return processor([picture.convert("RGB")] * self.cell.pictures, return_tensors="np")
+            with Image.open(photo()) as image:
+                return processor([image.convert("RGB")] * self.cell.images, return_tensors="np")
 
         return min(timed(run)[1] for _ in range(3))
 

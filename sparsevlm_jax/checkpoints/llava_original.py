@@ -102,7 +102,7 @@ def hf_config(config: Mapping[str, Any], tower: Mapping[str, Any] | None, source
     if not isinstance(select, str) or select not in _SELECT:
         raise UserError(f'{source}: mm_vision_select_feature is "{select}", expected one of {", ".join(_SELECT)}')
     if config.get("mm_use_im_start_end"):
-        raise UserError(f"{source}: mm_use_im_start_end is set: pictures between special tokens are not supported")
+        raise UserError(f"{source}: mm_use_im_start_end is set: images between special tokens are not supported")
     tiles = _tiles(config, source) if family == "llava_next" else _require_whole(config, source)
     name = str(config.get("mm_vision_tower"))
     vision = config.get("vision_config") or config.get("tiny_vision_config") or _TOWERS.get(name)
@@ -193,7 +193,7 @@ def write_processor(source: Path, target: Path, config: Mapping[str, Any], aspec
 
     Args:
       config: in the Hugging Face form.
-      aspect: `image_aspect_ratio` of the original one. With "pad" pictures are padded to a square, else cropped.
+      aspect: `image_aspect_ratio` of the original one. With "pad" images are padded to a square, else cropped.
 
     Raises:
       UserError: the tokenizer cannot be used.

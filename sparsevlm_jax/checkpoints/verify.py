@@ -1,11 +1,11 @@
-"""`--verify`: the same picture and question through the source in PyTorch and the result in JAX.
+"""`--verify`: the same image and question through the source in PyTorch and the result in JAX.
 
 The two run one after the other, so that one model at a time is in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from sparsevlm_jax.models.towers import tower_of
 from sparsevlm_jax.pruning.budgets import make_plan
 from sparsevlm_jax.pruning.settings import Sparsity
 
-QUESTION = "What do you see in this picture?"
+QUESTION = "What do you see in this image?"
 # Largest difference of a part, as a share of its largest value. The two sides round at other places.
 TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
 _TOP = 10
@@ -147,7 +147,7 @@ def run_jax(model: Model, question: Question) -> Parts:
     dtype = params["language_model"]["embed_tokens"]["embedding"].dtype
     pixels, ids = jnp.asarray(question.pixel_values), jnp.asarray(question.ids)[None]
     tower = tower_of(config.vision, config.feature_layers)
-    features, _ = tower.apply({"params": params["vision_tower"]}, pixels)
+    features, _ = tower.apply({"params": params[image_tower(params)]}, pixels)
     images = encode_images(params, jax.device_put(question.images), config)
     visual = int(np.sum(question.ids == config.image_token_id))
     plan = make_plan(Sparsity.dense(), config, visual)
@@ -178,7 +178,7 @@ def run_torch(source: Source, question: Question) -> tuple[Parts, str]:
         model = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
     with torch.no_grad():
         pixels = torch.from_numpy(question.pixel_values).to(model.dtype)
-        states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+        states = getattr(model.model, image_tower(vars(model.model)["_modules"]))(pixels, output_hidden_states=True).hidden_states
         tower = torch.cat([states[layer] for layer in source.model.feature_layers], -1)
         visual = _image_features(model, pixels, question.size, tiled=bool(source.model.canvases))
         # The marker may lie outside the table, so the embeddings are put together here.
@@ -191,6 +191,11 @@ def run_torch(source: Source, question: Question) -> tuple[Parts, str]:
     parts |= {_layer(i): output.hidden_states[i + 1][0, -1] for i in some_layers(source.model)}
     parts |= {"logits": output.logits[0, -1]}
     return {name: part.float().numpy() for name, part in parts.items()}, str(model.dtype).removeprefix("torch.")
+
+
+def image_tower(parts: Container[str]) -> str:
+    """The part of a model that looks at images, in either library; a family with videos has two towers."""
+    return "image_tower" if "image_tower" in parts else "vision_tower"
 
 
 def _image_features(model: Any, pixels: Any, size: Size, *, tiled: bool) -> Any:

@@ -35,7 +35,7 @@ from sparsevlm_jax.inputs.video import RULES, SAMPLING, Sampling, frame_indices
 def ask(
     *,
     question: Annotated[
-        list[str], typer.Option(metavar="TEXT", help="Repeat it for a batch of questions about the same pictures.")
+        list[str], typer.Option(metavar="TEXT", help="Repeat it for a batch of questions about the same images.")
     ],
     image: Images = None,
     video: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="A video; repeat it for several.")] = None,
@@ -77,7 +77,7 @@ def ask(
     loaded = source.load()
     processor = require_processor(loaded)
     inputs = processor([image or []], question, aspect, [video or []], Sampling(frames, sampling))
-    instalments = stream_ids(
+    chunks = stream_ids(
         loaded.params,
         loaded.config,
         inputs.ids,
@@ -86,8 +86,8 @@ def ask(
         **settings_for(loaded, sparsity, max_new_tokens, temperature, top_p, seed),
     )
     result = None
-    for piece, instalment in pieces(instalments, processor, loaded.params):
-        result = instalment
+    for piece, chunk in pieces(chunks, processor, loaded.params):
+        result = chunk
         if stream:
             print(piece, end="", flush=True)
     assert result is not None

@@ -124,7 +124,7 @@ def _cells(names: Sequence[str], batch: str, text: str | None, visual: str | Non
         axes = product(dtypes, _numbers("--batch", batch), visuals, texts)
         cells += [Cell(name, b, t, v, d) for d, b, v, t in axes]
     for cell in cells:
-        assert cell.config  # says now, not after an hour, that no pictures give so many tokens
+        assert cell.config  # says now, not after an hour, that no images give so many tokens
     return cells
 
 

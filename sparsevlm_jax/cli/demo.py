@@ -1,4 +1,4 @@
-"""The command `sparsevlm demo`: held-out pictures that the embedded model has never seen, dense against pruned."""
+"""The command `sparsevlm demo`: held-out images that the embedded model has never seen, dense against pruned."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from sparsevlm_jax.cli.options import ModelOptions, PruningOptions, spread_optio
 from sparsevlm_jax.data import demo_model
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.generation.api import require_finite, require_processor, settings_for
-from sparsevlm_jax.generation.request import Run
+from sparsevlm_jax.generation.request import GenerationRequest
 from sparsevlm_jax.pruning.settings import Sparsity
 
 if TYPE_CHECKING:  # rich is imported when something is printed
     from rich.table import Table
     from rich.text import Text
 
-PICTURES, PREFILLS, MAX_NEW_TOKENS = 3, 5, 8
+IMAGES, PREFILLS, MAX_NEW_TOKENS = 3, 5, 8
 PIXELS_PER_PATCH = 4  # in a terminal, where a character is two pixels high
 
 
@@ -47,27 +47,27 @@ def walk_through(
     *,
     pruning: PruningOptions,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Where the pictures of what was kept go.")
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Where the images of what was kept go.")
     ] = Path("out/demo"),
 ) -> None:
-    """Asks the embedded model about three pictures, dense and pruned, and shows what was kept."""
+    """Asks the embedded model about three images, dense and pruned, and shows what was kept."""
     from rich.console import Console
 
     from sparsevlm_jax.explain.drawing import draw_stage, png
-    from sparsevlm_jax.explain.record import explain
-    from sparsevlm_jax.explain.sheet import draw_sheet
+    from sparsevlm_jax.explain.figure import draw_sheet
+    from sparsevlm_jax.explain.trace_run import explain
 
     sparsity, console = pruning.sparsity(), Console(highlight=False)
     _make_folder(output)
     model = ModelOptions().load()
-    for number, sample in enumerate(demo_model.samples()[:PICTURES], start=1):
+    for number, sample in enumerate(demo_model.samples()[:IMAGES], start=1):
         question, truth = sample.questions[0]
-        replies = {s.method: reply(model, sample.picture, question, s) for s in (Sparsity.dense(), sparsity)}
-        explanation = explain(model, [sample.picture], question, sparsity, max_new_tokens=MAX_NEW_TOKENS)
-        file = output / f"{number}-{sample.picture.stem}.png"
+        replies = {s.method: reply(model, sample.image, question, s) for s in (Sparsity.dense(), sparsity)}
+        explanation = explain(model, [sample.image], question, sparsity, max_new_tokens=MAX_NEW_TOKENS)
+        file = output / f"{number}-{sample.image.stem}.png"
         files.write(file, png(draw_sheet(explanation)))
         console.print(
-            f"\n{number}. {sample.picture.name}: {question}  (true answer: {truth})", style="bold", markup=False
+            f"\n{number}. {sample.image.name}: {question}  (true answer: {truth})", style="bold", markup=False
         )
         console.print(_table(replies))
         if console.is_terminal:
@@ -75,12 +75,12 @@ def walk_through(
         console.print(f"what was kept: {file}", markup=False, soft_wrap=True)
 
 
-def reply(model: Model, picture: Path, question: str, sparsity: Sparsity) -> Reply:
+def reply(model: Model, image: Path, question: str, sparsity: Sparsity) -> Reply:
     """Answers, and times the prefill: compiling apart, then once to warm up, then the median of a few."""
     processor = require_processor(model)
-    inputs = processor([[picture]], [question])
+    inputs = processor([[image]], [question])
     settings = settings_for(model, sparsity, MAX_NEW_TOKENS)
-    run = Run(model.params, model.config, inputs.ids, inputs.images, **settings)
+    run = GenerationRequest(model.params, model.config, inputs.ids, inputs.images, **settings)
     state, seconds = run.prefill(), []
     compile_seconds = run.compile_seconds
     for _ in range(PREFILLS):
@@ -93,7 +93,7 @@ def reply(model: Model, picture: Path, question: str, sparsity: Sparsity) -> Rep
 
 
 def in_characters(image: Image.Image, grid: int) -> Text:
-    """A picture as half blocks, two pixels to a character."""
+    """An image as half blocks, two pixels to a character."""
     from rich.text import Text
 
     side = grid * PIXELS_PER_PATCH

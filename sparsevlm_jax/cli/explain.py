@@ -23,31 +23,31 @@ from sparsevlm_jax.errors import UserError
 @spread_options
 def explain(
     *,
-    question: Annotated[str, typer.Option(metavar="TEXT", help="The question about the picture or pictures.")],
+    question: Annotated[str, typer.Option(metavar="TEXT", help="The question about the image or images.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.html", help="The page to write.")],
     image: Annotated[
-        list[Path] | None, typer.Option(metavar="FILE", help="A picture; repeat it for several in one prompt.")
+        list[Path] | None, typer.Option(metavar="FILE", help="An image; repeat it for several in one prompt.")
     ] = None,
-    png: Annotated[bool, typer.Option("--png", help="Also write the same as one picture, OUT.png.")] = False,
+    png: Annotated[bool, typer.Option("--png", help="Also write the same as one image, OUT.png.")] = False,
     source: ModelOptions,
     pruning: PruningOptions,
     max_new_tokens: MaxNewTokens = 128,
     seed: Seed = 0,
     aspect: Aspect = None,
 ) -> None:
-    """Shows on one page what was kept, merged and dropped of a picture, and why."""
+    """Shows on one page what was kept, merged and dropped of an image, and why."""
     from sparsevlm_jax.explain.drawing import png as encode_png
+    from sparsevlm_jax.explain.figure import draw_sheet
     from sparsevlm_jax.explain.page import render
-    from sparsevlm_jax.explain.record import explain as record
-    from sparsevlm_jax.explain.record import require_picture
-    from sparsevlm_jax.explain.sheet import draw_sheet
+    from sparsevlm_jax.explain.trace_run import explain as record
+    from sparsevlm_jax.explain.trace_run import require_image
 
     sparsity = pruning.sparsity(seed=seed)
     if output.suffix not in (".html", ".htm"):
         raise UserError(f"-o {output}: a page is written, give a name that ends in .html")
     files.require_writable(output)
     require_readable(image or [], [question])
-    require_picture(image or [])
+    require_image(image or [])
     explanation = record(source.load(), image or [], question, sparsity, max_new_tokens=max_new_tokens, aspect=aspect)
     written = [output]
     files.write(output, render(explanation).encode())

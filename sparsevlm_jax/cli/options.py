@@ -25,12 +25,12 @@ from sparsevlm_jax.pruning.settings import BUDGETS, Sparsity
 from sparsevlm_jax.text import printable
 
 Images = Annotated[
-    list[Path] | None, typer.Option(metavar="FILE", help="A picture; repeat it for several, leave it out for none.")
+    list[Path] | None, typer.Option(metavar="FILE", help="An image; repeat it for several, leave it out for none.")
 ]
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", min=1, help="The longest answer.")]
 Seed = Annotated[int, typer.Option(metavar="S", min=0, max=2**32 - 1, help="Of sampling, and of --method random.")]
 Aspect = Annotated[
-    str | None, typer.Option(metavar="pad|crop", help="How pictures become square; default: as the checkpoint says.")
+    str | None, typer.Option(metavar="pad|crop", help="How images become square; default: as the checkpoint says.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")]
 
@@ -143,15 +143,15 @@ def note(message: str) -> None:
 
 
 def require_readable(images: Sequence[Path], questions: Sequence[str]) -> None:
-    """Looks at pictures and questions first: a wrong name should not cost the time to load a model.
+    """Looks at images and questions first: a wrong name should not cost the time to load a model.
 
     Raises:
-      UserError: a picture that cannot be read, or bytes that are no text.
+      UserError: an image that cannot be read, or bytes that are no text.
     """
     if not all(_is_text(question) for question in questions):
         raise UserError("--question: not text in this terminal's encoding, which should be UTF-8")
-    for picture in images:
-        open_image(picture)
+    for image in images:
+        open_image(image)
 
 
 def _options_of(group: type) -> list[inspect.Parameter]:

@@ -140,7 +140,7 @@ def _print_plan(plan: Plan, cost: Cost, dense: Plan, dense_cost: Cost, tower: fl
         stages.add_row(layers, str(stage.visual), kept, merged, str(stage.standing))
     console.print(stages)
     if METHODS[plan.sparsity.method].counts_are_bounds:
-        console.print("All counts are upper bounds: the prompt and the picture decide how many tokens stay.")
+        console.print("All counts are upper bounds: the prompt and the image decide how many tokens stay.")
     facts = Table.grid(padding=(0, 2))
     for name, value in (
         ("equivalent tokens (standing after a layer)", f"{plan.equivalent_tokens():.2f} of {dense.visual_tokens}"),

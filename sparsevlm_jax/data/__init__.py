@@ -1,1 +1,1 @@
-"""The model inside the package, and its pictures."""
+"""The model inside the package, and its images."""

@@ -1,4 +1,4 @@
-"""The model inside the package: a small LLaVA that reads digits in photographs, and pictures to ask it about.
+"""The model inside the package: a small LLaVA that reads digits in photographs, and images to ask it about.
 
 `training/` in the repository is how it was made; data/README.md credits its data.
 """
@@ -21,9 +21,9 @@ class QuestionAnswer(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A held-out picture with questions about it."""
+    """A held-out image with questions about it."""
 
-    picture: Path
+    image: Path
     questions: tuple[QuestionAnswer, ...]
 
 
@@ -33,12 +33,12 @@ def path() -> Path:
 
 
 def samples() -> list[Sample]:
-    """Pictures that the model has never seen, with questions."""
-    folder = _data("pictures")
+    """Images that the model has never seen, with questions."""
+    folder = _data("images")
     listed = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
     return [
-        Sample(folder / picture, tuple(QuestionAnswer(**pair) for pair in questions))
-        for picture, questions in listed.items()
+        Sample(folder / image, tuple(QuestionAnswer(**pair) for pair in questions))
+        for image, questions in listed.items()
     ]
 
 

@@ -1,1 +1,1 @@
-"""`sparsevlm explain`: what pruning kept, merged and dropped of a picture, and why, as a page and a picture."""
+"""`sparsevlm explain`: what pruning kept, merged and dropped of an image, and why, as a page and an image."""

@@ -1,4 +1,4 @@
-"""Pictures of what was kept, merged and dropped, and of scores. NumPy and Pillow only.
+"""Images of what was kept, merged and dropped, and of scores. NumPy and Pillow only.
 
 Kept patches are clear, merged ones tinted and numbered, dropped ones faded and struck through: no statement is made by
 colour alone.
@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from sparsevlm_jax.explain.provenance import ABSENT, DROPPED
-from sparsevlm_jax.explain.record import Explanation, Pruning, Stage
+from sparsevlm_jax.explain.trace_run import Explanation, Pruning, Stage
 from sparsevlm_jax.explain.views import View
 
 SIDE = 480  # pixels of a drawing's longer side, about: patches are all of the same size
@@ -60,7 +60,7 @@ def draw_stage(explanation: Explanation, stage: Stage) -> list[Image.Image]:
     """What a stage's layers see of every view; where the method shrinks images, the cells that it makes."""
     if explanation.pruned.plan.grid is not None:
         return [draw_cells(view.pixels, len(view.tokens)) for view in explanation.views]
-    return [_set_apart(draw_fates(view.pixels, view.of(stage.fates, ABSENT)), view) for view in explanation.views]
+    return [_set_apart(draw_fates(view.pixels, view.of(stage.outcomes, ABSENT)), view) for view in explanation.views]
 
 
 def draw_pruning(explanation: Explanation, pruning: Pruning) -> tuple[list[Image.Image], float, float]:
@@ -71,34 +71,34 @@ def draw_pruning(explanation: Explanation, pruning: Pruning) -> tuple[list[Image
     return [_set_apart(drawn, view) for drawn, view in zip(maps, views, strict=True)], low, high
 
 
-def draw_cells(picture: UInt8[np.ndarray, "S S 3"], grid: int) -> Image.Image:
-    """The picture under lines between the cells that enter the decoder."""
-    image, cell = enlarge(picture, (grid, grid)), cell_size((grid, grid))
-    draw = ImageDraw.Draw(image)
-    for at in range(cell, image.width, cell):
-        for line in ((at, 0, at, image.height), (0, at, image.width, at)):
+def draw_cells(image: UInt8[np.ndarray, "S S 3"], grid: int) -> Image.Image:
+    """The image under lines between the cells that enter the decoder."""
+    drawn, cell = enlarge(image, (grid, grid)), cell_size((grid, grid))
+    draw = ImageDraw.Draw(drawn)
+    for at in range(cell, drawn.width, cell):
+        for line in ((at, 0, at, drawn.height), (0, at, drawn.width, at)):
             draw.line(line, (255, 255, 255), 4)
             draw.line(line, INK, 2)
-    return image
+    return drawn
 
 
-def draw_fates(picture: UInt8[np.ndarray, "height width 3"], fates: Int[np.ndarray, "h w"]) -> Image.Image:
-    """The picture with its patches as they stand: see `provenance` for the fates, and `ABSENT`."""
-    cell = cell_size(fates.shape)
-    clear = np.asarray(enlarge(picture, fates.shape))
+def draw_fates(image: UInt8[np.ndarray, "height width 3"], outcomes: Int[np.ndarray, "h w"]) -> Image.Image:
+    """The image with its patches as they stand: see `provenance` for the outcomes, and `ABSENT`."""
+    cell = cell_size(outcomes.shape)
+    clear = np.asarray(enlarge(image, outcomes.shape))
     grey = np.asarray(Image.fromarray(clear).convert("L"), np.float32)[..., None]
-    fate = _by_pixel(fates, cell)[..., None]
-    colours = np.array([tint(n) for n in range(1, max(int(fates.max()), 1) + 1)], np.float32)
-    drawn = np.where(fate == DROPPED, 0.2 * grey + 0.8 * np.array(PAPER), clear)
-    drawn = np.where(fate > 0, 0.45 * clear + 0.55 * colours[np.maximum(fate[..., 0], 1) - 1], drawn)
-    image = Image.fromarray(np.round(drawn).astype(np.uint8))
-    draw = ImageDraw.Draw(image)
-    _strike(draw, fates == DROPPED, cell)
-    _outline(draw, fates, cell)
-    for (row, column), number in np.ndenumerate(fates):
+    outcome = _by_pixel(outcomes, cell)[..., None]
+    colours = np.array([tint(n) for n in range(1, max(int(outcomes.max()), 1) + 1)], np.float32)
+    pixels = np.where(outcome == DROPPED, 0.2 * grey + 0.8 * np.array(PAPER), clear)
+    pixels = np.where(outcome > 0, 0.45 * clear + 0.55 * colours[np.maximum(outcome[..., 0], 1) - 1], pixels)
+    drawn = Image.fromarray(np.round(pixels).astype(np.uint8))
+    draw = ImageDraw.Draw(drawn)
+    _strike(draw, outcomes == DROPPED, cell)
+    _outline(draw, outcomes, cell)
+    for (row, column), number in np.ndenumerate(outcomes):
         if number > 0:
             _label(draw, str(number), (column + 0.5) * cell, (row + 0.5) * cell, cell)
-    return image
+    return drawn
 
 
 def draw_scores(
@@ -131,10 +131,10 @@ def colour_map(share: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape 
     return np.stack([np.interp(share, steps, channel) for channel in np.array(CIVIDIS).T], axis=-1)
 
 
-def enlarge(picture: UInt8[np.ndarray, "height width 3"], shape: tuple[int, int]) -> Image.Image:
+def enlarge(image: UInt8[np.ndarray, "height width 3"], shape: tuple[int, int]) -> Image.Image:
     """A view of so many rows and columns at the size of drawings, a whole number of pixels per patch."""
     cell, (rows, columns) = cell_size(shape), shape
-    return Image.fromarray(picture).resize((columns * cell, rows * cell), Image.Resampling.BICUBIC)
+    return Image.fromarray(image).resize((columns * cell, rows * cell), Image.Resampling.BICUBIC)
 
 
 def cell_size(shape: tuple[int, ...]) -> int:
@@ -148,7 +148,7 @@ def font(size: float | int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def png(image: Image.Image) -> bytes:
-    """A picture as the bytes of a file."""
+    """An image as the bytes of a file."""
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
@@ -179,13 +179,13 @@ def _strike(draw: ImageDraw.ImageDraw, where: Bool[np.ndarray, "h w"], cell: int
         draw.line((left + inset, top + cell - inset, left + cell - inset, top + inset), STROKE, max(cell // 20, 1))
 
 
-def _outline(draw: ImageDraw.ImageDraw, fates: Int[np.ndarray, "h w"], cell: int) -> None:
-    """A line wherever neighbouring patches have different fates."""
+def _outline(draw: ImageDraw.ImageDraw, outcomes: Int[np.ndarray, "h w"], cell: int) -> None:
+    """A line wherever neighbouring patches have different outcomes."""
     width = max(cell // 14, 1)
-    for row, column in np.argwhere(fates[:, 1:] != fates[:, :-1]).tolist():
+    for row, column in np.argwhere(outcomes[:, 1:] != outcomes[:, :-1]).tolist():
         x = (column + 1) * cell
         draw.line((x, row * cell, x, (row + 1) * cell), INK, width)
-    for row, column in np.argwhere(fates[1:] != fates[:-1]).tolist():
+    for row, column in np.argwhere(outcomes[1:] != outcomes[:-1]).tolist():
         y = (row + 1) * cell
         draw.line((column * cell, y, (column + 1) * cell, y), INK, width)
 

@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from sparsevlm_jax import __version__
-from sparsevlm_jax.explain import account
+from sparsevlm_jax.explain import summary
 from sparsevlm_jax.explain.drawing import CIVIDIS, TINTS, draw_pruning, draw_stage, draw_view, png
-from sparsevlm_jax.explain.record import Explanation, Pruning, Stage
+from sparsevlm_jax.explain.trace_run import Explanation, Pruning, Stage
 from sparsevlm_jax.explain.views import View
 from sparsevlm_jax.pruning.methods import METHODS
 
@@ -29,7 +29,7 @@ _TEMPLATES = jinja2.Environment(
 def render(explanation: Explanation) -> str:
     """The page, as text."""
     sparsity = explanation.pruned.plan.sparsity
-    dense, pruned = account.answers(explanation)
+    dense, pruned = summary.answers(explanation)
     return _TEMPLATES.get_template("page.html.jinja").render(
         question=explanation.question,
         model=explanation.model.name,
@@ -38,15 +38,15 @@ def render(explanation: Explanation) -> str:
         newlines=explanation.newlines,
         answers={"All patches (dense)": dense}
         | ({f"Pruned by {sparsity.method}": pruned} if METHODS[sparsity.method].reduces else {}),
-        verdict=account.verdict(explanation),
-        savings=[*account.savings(explanation), account.program_saving(explanation)],
-        notes=account.notes(explanation),
+        verdict=summary.verdict(explanation),
+        savings=[*summary.savings(explanation), summary.program_saving(explanation)],
+        notes=summary.notes(explanation),
         words=explanation.words,
         strongest=max((word.relevance for word in explanation.words.after), default=1.0),
-        scored_by=account.scored_by(explanation),
+        scored_by=summary.scored_by(explanation),
         stages=[_stage(explanation, stage) for stage in explanation.stages],
         merges=any(stage.pruning and stage.pruning.merged for stage in explanation.stages),
-        costs=account.stage_costs(explanation),
+        costs=summary.stage_costs(explanation),
         tints=[_css(colour) for colour in TINTS[:3]],
         color_map=", ".join(map(_css, CIVIDIS)),
         version=__version__,
@@ -61,24 +61,24 @@ def _view(explanation: Explanation, view: View) -> dict[str, str]:
     also = f", {view.name}" if view.name else ""
     return {
         "image": _inline(draw_view(view)),
-        "alt": f"Picture {view.image + 1} of {images}{also}, as the model saw it",
-        "name": ("The picture" if images == 1 else f"Picture {view.image + 1}") + also,
+        "alt": f"Image {view.image + 1} of {images}{also}, as the model saw it",
+        "name": ("The image" if images == 1 else f"Image {view.image + 1}") + also,
         "size": f"{rows} × {columns} {cells}" + (", a newline behind each row" if view.newlines else ""),
     }
 
 
 def _stage(explanation: Explanation, stage: Stage) -> dict[str, Any]:
     """What the template shows of a stage, a figure per view."""
-    name = account.stage_name(stage)
+    name = summary.stage_name(stage)
     figures = []
     for drawing, view in zip(draw_stage(explanation, stage), explanation.views, strict=True):
-        counts = account.fates_of(view, stage)
-        caption = account.view_name(view, explanation.images)
+        counts = summary.fates_of(view, stage)
+        caption = summary.view_name(view, explanation.images)
         alt = f"{name}: {caption}{', ' if caption else ''}{counts}"
         figures.append({"image": _inline(drawing), "alt": alt, "caption": caption and f"{caption}: {counts}"})
     return {
         "name": name,
-        "entering": account.entering(stage),
+        "entering": summary.entering(stage),
         "visual": stage.visual,
         "share": stage.visual / explanation.stages[0].visual,
         "figures": figures,
@@ -90,11 +90,11 @@ def _pruning(explanation: Explanation, pruning: Pruning, name: str) -> dict[str,
     drawings, low, high = draw_pruning(explanation, pruning)
     maps = []
     for drawing, view in zip(drawings, explanation.views, strict=True):
-        caption = account.view_name(view, explanation.images)
+        caption = summary.view_name(view, explanation.images)
         of = f" in {caption[0].lower()}{caption[1:]}" if caption else ""
         alt = f"Scores at the end of {name.lower()}{of}: {_highest(view, pruning)}; outlined patches stay"
         maps.append({"image": _inline(drawing), "alt": alt, "caption": caption})
-    return {"maps": maps, "low": f"{low:.2g}", "high": f"{high:.2g}", "outcome": account.outcome(pruning)}
+    return {"maps": maps, "low": f"{low:.2g}", "high": f"{high:.2g}", "outcome": summary.outcome(pruning)}
 
 
 def _highest(view: View, pruning: Pruning) -> str:
@@ -109,7 +109,7 @@ def _highest(view: View, pruning: Pruning) -> str:
 
 
 def _inline(image: Image.Image) -> str:
-    """A picture as a data URI."""
+    """An image as a data URI."""
     return f"data:image/png;base64,{base64.b64encode(png(image)).decode()}"
 
 

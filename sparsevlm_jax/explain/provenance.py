@@ -11,11 +11,11 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int
 
-from sparsevlm_jax.pruning.prune import Event
+from sparsevlm_jax.pruning.prune import PruningStep
 from sparsevlm_jax.pruning.sparsify import Tokens
 
-KEPT, DROPPED = 0, -1  # a positive fate is the number of the merged token that it went into
-ABSENT = -2  # where fates are laid out: a patch without a token
+KEPT, DROPPED = 0, -1  # a positive outcome is the number of the merged token that it went into
+ABSENT = -2  # where outcomes are laid out: a patch without a token
 GONE = -1
 
 
@@ -31,7 +31,7 @@ class Origins(NamedTuple):
         return inside, self.share[inside]
 
 
-def origins(first: Tokens, events: Sequence[Event], row: int = 0) -> list[Origins]:
+def origins(first: Tokens, events: Sequence[PruningStep], row: int = 0) -> list[Origins]:
     """Of the sequence that enters each stage, from the `first` one on: of a row's own visual tokens, in order."""
     places = np.flatnonzero(np.asarray(first.visual)[row])
     found = [Origins(places, np.ones(len(places), np.float32))]
@@ -40,8 +40,8 @@ def origins(first: Tokens, events: Sequence[Event], row: int = 0) -> list[Origin
     return found
 
 
-def fates(events: Sequence[Event], found: Sequence[Origins], row: int = 0) -> list[Int[np.ndarray, "o"]]:
-    """The fate of every original visual token on entering each stage: KEPT, DROPPED, or the number of a merged token.
+def outcomes(events: Sequence[PruningStep], found: Sequence[Origins], row: int = 0) -> list[Int[np.ndarray, "o"]]:
+    """What every original visual token is on entering each stage: KEPT, DROPPED, or the number of a merged token.
 
     Merged tokens are numbered from 1 through all prunings, and keep their number until they are dropped, or merged
     again under a new one.
@@ -54,23 +54,23 @@ def fates(events: Sequence[Event], found: Sequence[Origins], row: int = 0) -> li
     for event, after in zip(events, found[1:], strict=True):
         source = np.asarray(event.source)[row][after.place]
         cluster = source - event.before.visual.shape[1]
-        fate = np.where(cluster >= 0, numbered + 1 + cluster, told[-1])
-        told.append(np.where(after.place == GONE, DROPPED, fate))
+        outcome = np.where(cluster >= 0, numbered + 1 + cluster, told[-1])
+        told.append(np.where(after.place == GONE, DROPPED, outcome))
         numbered += int(event.selection.cluster_count[row])
     return told
 
 
-def scores(event: Event, before: Origins, row: int = 0) -> Float[np.ndarray, "o"]:
+def scores(event: PruningStep, before: Origins, row: int = 0) -> Float[np.ndarray, "o"]:
     """Score of the visual token that each original one is part of before an event; nan where it no longer stands."""
     return np.where(before.place == GONE, np.nan, np.asarray(event.scores.values)[row][before.place])
 
 
-def chosen(event: Event, before: Origins, row: int = 0) -> Bool[np.ndarray, "o"]:
+def chosen(event: PruningStep, before: Origins, row: int = 0) -> Bool[np.ndarray, "o"]:
     """Original visual tokens in the visual tokens that an event kept as they were."""
     return (before.place != GONE) & np.asarray(event.selection.kept)[row][before.place]
 
 
-def _after(event: Event, before: Origins, row: int) -> Origins:
+def _after(event: PruningStep, before: Origins, row: int) -> Origins:
     """The same, one pruning later."""
     into, weight = _joins(event, row)
     merged = 0 if event.recycled is None else event.recycled.centers.shape[1]
@@ -81,8 +81,8 @@ def _after(event: Event, before: Origins, row: int) -> Origins:
     return Origins(place, np.where(place == GONE, np.float32(0), before.share * weight[before.place]))
 
 
-def _joins(event: Event, row: int) -> tuple[Int[np.ndarray, "l"], Float32[np.ndarray, "l"]]:
-    """What each token of the old sequence goes on as, in the numbers of `Event.source`, and with what weight."""
+def _joins(event: PruningStep, row: int) -> tuple[Int[np.ndarray, "l"], Float32[np.ndarray, "l"]]:
+    """What each token of the old sequence goes on as, in the numbers of `PruningStep.source`, and with what weight."""
     length = event.before.visual.shape[1]
     into, weight = np.arange(length), np.ones(length, np.float32)
     if event.recycled is not None:

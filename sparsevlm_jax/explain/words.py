@@ -1,6 +1,6 @@
-"""Words of the prompt, each with how strongly it concerns the picture and whether it rates the patches.
+"""Words of the prompt, each with how strongly it concerns the image and whether it rates the patches.
 
-Axis letters: l sequence length, t text tokens behind the last picture.
+Axis letters: l sequence length, t text tokens behind the last image.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Word(NamedTuple):
 
     Attributes:
       text: as it was written.
-      relevance: to the picture, of its strongest token; those of all tokens add up to 1.
+      relevance: to the image, of its strongest token; those of all tokens add up to 1.
       rates: one of its tokens is a rater.
       asked: it is the question's, not the chat template's.
     """
@@ -40,7 +40,7 @@ class Word(NamedTuple):
 
 
 class Words(NamedTuple):
-    """The prompt's text: what stands in front of the last picture cannot rate, every word behind it may."""
+    """The prompt's text: what stands in front of the last image cannot rate, every word behind it may."""
 
     before: str
     after: list[Word]
@@ -51,7 +51,7 @@ def read_words(ids: Int[np.ndarray, "l"], start: Tokens, question: str, num_imag
     """Rates the words of a prompt of one row.
 
     Args:
-      ids: the prompt, pictures as markers, unpadded.
+      ids: the prompt, images as markers, unpadded.
       start: the sequence that enters the decoder.
       question: as it was asked; what else stands in the prompt is the template's.
     """
@@ -69,7 +69,7 @@ def read_words(ids: Int[np.ndarray, "l"], start: Tokens, question: str, num_imag
 
 
 def rate(start: Tokens, behind: Bool[np.ndarray, "l"]) -> tuple[Bool[np.ndarray, "t"], Float[np.ndarray, "t"]]:
-    """`sparsify.rate_text` of the text behind the picture in a sequence of one row: raters and relevance."""
+    """`sparsify.rate_text` of the text behind the image in a sequence of one row: raters and relevance."""
     if not behind.any():
         return np.zeros(0, bool), np.zeros(0, np.float32)
     text = np.zeros(start.visual.shape, bool)
@@ -121,6 +121,6 @@ def spot(question: str, text: str) -> Span:
 
 
 def _in_front(text: str, spans: Sequence[Span]) -> str:
-    """The text in front of the words that may rate, without the picture's marker."""
+    """The text in front of the words that may rate, without the image's marker."""
     first = spans[0][0] if spans else len(text)
     return text[:first].replace(MARKER, " ").strip()

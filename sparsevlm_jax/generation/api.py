@@ -1,4 +1,4 @@
-"""What users call: from questions about pictures, or token ids and pixels, to answers, whole or piece by piece."""
+"""What users call: from questions about images, or token ids and pixels, to answers, whole or piece by piece."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from sparsevlm_jax.checkpoints.load import Model
 from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.generation.request import Generation, Run, Settings, key_of, require_limit
+from sparsevlm_jax.generation.request import Generation, GenerationRequest, Settings, key_of, require_limit
 from sparsevlm_jax.inputs.images import ImageLike
 from sparsevlm_jax.inputs.messages import Asked, read_prompts
 from sparsevlm_jax.inputs.packing import TiledImages
@@ -46,9 +46,9 @@ def generate_ids(
       The answers. Logits that are not finite do not raise here: see `Generation.finite`.
 
     Raises:
-      UserError: prompts longer than the model's context, pictures that do not match the markers, or bad settings.
+      UserError: prompts longer than the model's context, images that do not match the markers, or bad settings.
     """
-    run = Run(params, config, rows, images, **settings)
+    run = GenerationRequest(params, config, rows, images, **settings)
     return run.result(run.decode(run.prefill(), settings["max_new_tokens"]))
 
 
@@ -61,9 +61,9 @@ def stream_ids(
     every: int = 1,
     **settings: Unpack[Settings],
 ) -> Iterator[Generation]:
-    """`generate_ids` in instalments of `every` tokens: the same compiled loop, the same tokens."""
+    """`generate_ids` in chunks of `every` tokens: the same compiled loop, the same tokens."""
     require_limit("every", every)
-    yield from Run(params, config, rows, images, **settings).instalments(every)
+    yield from GenerationRequest(params, config, rows, images, **settings).chunks(every)
 
 
 def generate(
@@ -85,10 +85,10 @@ def generate(
 
     Args:
       model: from `load`, with its processor.
-      images: for one prompt its picture or pictures; for a list of prompts a list of pictures for each, or one picture,
-        or pictures that go with all of them. None or an empty list for text alone.
-      prompts: a question, or a batch of them. They may contain `<image>` markers; by default pictures come first. A
-        question may also be a list of messages, as chat interfaces take them; those may hold the pictures themselves.
+      images: for one prompt its image or images; for a list of prompts a list of images for each, or one image,
+        or images that go with all of them. None or an empty list for text alone.
+      prompts: a question, or a batch of them. They may contain `<image>` markers; by default images come first. A
+        question may also be a list of messages, as chat interfaces take them; those may hold the images themselves.
       sparsity: what to prune, or a method's name; by default v1.5 with a third of the visual tokens.
       max_new_tokens, temperature, top_p: see `generate_ids`; `seed` makes the PRNG key.
       aspect: "pad", "crop", or None for what the checkpoint's processor says.
@@ -133,13 +133,13 @@ def stream(
         raise UserError("stream answers one question: give a text or one list of messages")
     batch = _in_ids(model, images, videos, asked, aspect, Sampling(frames, sampling))
     settings = settings_for(model, sparsity, max_new_tokens, temperature, top_p, seed)
-    instalments = stream_ids(*batch, every=every, **settings)
-    for piece, _ in pieces(instalments, require_processor(model), model.params):
+    chunks = stream_ids(*batch, every=every, **settings)
+    for piece, _ in pieces(chunks, require_processor(model), model.params):
         yield piece
 
 
-def pieces(instalments: Iterator[Generation], processor: Processor, params: Params) -> Iterator[tuple[str, Generation]]:
-    """The text that each instalment adds to the first row's answer, with the instalment.
+def pieces(chunks: Iterator[Generation], processor: Processor, params: Params) -> Iterator[tuple[str, Generation]]:
+    """The text that each chunk adds to the first row's answer, with the chunk.
 
     Text whose end may still change (a character made of several tokens) waits for the next piece.
 
@@ -147,7 +147,7 @@ def pieces(instalments: Iterator[Generation], processor: Processor, params: Para
       UserError: logits that are not finite.
     """
     said, generation = "", None
-    for generation in instalments:
+    for generation in chunks:
         require_finite(generation, params)
         text = processor.decode(generation.tokens[0])
         complete = text.startswith(said) and not text.endswith("\ufffd")
@@ -177,7 +177,7 @@ def _in_ids(
     model: Model, images: Images, videos: Videos, asked: Sequence[Asked], aspect: str | None, sampling: Sampling
 ) -> tuple[Params, ModelConfig, list[np.ndarray], np.ndarray | TiledImages]:
     """What `generate_ids` takes, from images, videos and questions."""
-    shown = _in_one_place([one.pictures for one in asked], images, "images")
+    shown = _in_one_place([one.images for one in asked], images, "images")
     filmed = _in_one_place([one.videos for one in asked], videos, "videos")
     questions = [one.conversation for one in asked]
     inputs = require_processor(model)(shown, questions, aspect, filmed, sampling)
@@ -187,8 +187,8 @@ def _in_ids(
 def _in_one_place(held: list[list[Any]], beside: Any, kind: str) -> list[list[Any]]:
     """Images or videos of each question: those that its messages hold, or those that were given beside them."""
     if not any(held):
-        return pictures_by_prompt(beside, len(held), kind)
-    if any(pictures_by_prompt(beside, 1)[0]):
+        return images_by_prompt(beside, len(held), kind)
+    if any(images_by_prompt(beside, 1)[0]):
         raise UserError(f"{kind} in the messages and beside them: give them in one place")
     return held
 
@@ -218,7 +218,7 @@ def settings_for(
     }
 
 
-def pictures_by_prompt(images: Images | Videos, prompts: int, kind: str = "images") -> list[list[Any]]:
+def images_by_prompt(images: Images | Videos, prompts: int, kind: str = "images") -> list[list[Any]]:
     """A list of images, or videos, for every prompt, or one that goes with each of them, from what `generate` takes.
 
     Raises:
@@ -228,7 +228,7 @@ def pictures_by_prompt(images: Images | Videos, prompts: int, kind: str = "image
     several: Sequence[Any] = images if isinstance(images, (list, tuple)) else [images]
     rows = [_row(row) for row in several]
     if prompts == 1:
-        return [[picture for row in rows for picture in row]]
+        return [[image for row in rows for image in row]]
     if len(rows) in (0, 1):
         return rows or [[]]
     if len(rows) != prompts:
@@ -238,10 +238,10 @@ def pictures_by_prompt(images: Images | Videos, prompts: int, kind: str = "image
     return rows
 
 
-def _row(pictures: Any) -> list[Any]:
-    if pictures is None:
+def _row(images: Any) -> list[Any]:
+    if images is None:
         return []
-    return list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
+    return list(images) if isinstance(images, (list, tuple)) else [images]
 
 
 def require_processor(model: Model) -> Processor:

@@ -1,4 +1,4 @@
-"""Several questions about the same pictures: prune anew for each, or go on with the first question's selection.
+"""Several questions about the same images: prune anew for each, or go on with the first question's selection.
 
 Both are exact: "again" answers as a fresh run of the whole conversation does, "first" as if the first question's prompt
 had been decoded on, token by token. The vision tower runs once in either case.
@@ -22,8 +22,8 @@ from jaxtyping import Array, Float, Int
 from sparsevlm_jax.checkpoints.load import Model
 from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.generation.api import pictures_by_prompt, require_finite, require_processor
-from sparsevlm_jax.generation.request import Generation, Run, require_limit
+from sparsevlm_jax.generation.api import images_by_prompt, require_finite, require_processor
+from sparsevlm_jax.generation.request import Generation, GenerationRequest, require_limit
 from sparsevlm_jax.inputs.images import ImageLike
 from sparsevlm_jax.inputs.messages import Conversation
 from sparsevlm_jax.inputs.packing import TEXT_BUCKETS, TiledImages, bucket
@@ -38,7 +38,7 @@ SELECTIONS = ("again", "first")
 
 
 class Chat:
-    """A conversation about some pictures.
+    """A conversation about some images.
 
     Attributes:
       ids: the conversation so far, int32, answers included.
@@ -60,9 +60,9 @@ class Chat:
 
         Args:
           model: from `load`, with its processor.
-          images: all pictures of the conversation; None or an empty list for none.
+          images: all images of the conversation; None or an empty list for none.
           sparsity: what to prune, or a method's name; by default v1.5 with a third of the visual tokens.
-          selection: "again" prunes for every question anew, guided by all text after the pictures; what an earlier
+          selection: "again" prunes for every question anew, guided by all text after the images; what an earlier
             question dropped can come back, and every question costs a prefill. "first" keeps what the first question
             selected and only decodes on: cheaper, and blind to what that question did not ask about.
           max_new_tokens: the longest answer.
@@ -78,7 +78,7 @@ class Chat:
         require_limit("room", room)
         self.model = model
         self.processor = require_processor(model)
-        (self.images,) = pictures_by_prompt(images, 1)
+        (self.images,) = images_by_prompt(images, 1)
         self.sparsity = as_sparsity(sparsity)
         self.selection = selection
         self.max_new_tokens = max_new_tokens
@@ -88,7 +88,7 @@ class Chat:
         self.turns: list[tuple[str, str]] = []
         self._features: ImageFeatures | None = None
         self._layouts: tuple[ImageLayout, ...] = ()
-        self._run: Run | None = None
+        self._run: GenerationRequest | None = None
         self._cache: Cache | None = None
         self._prompt_length = 0  # ids of the first prompt
         self._in_cache = 0  # how many of `ids` the cache has seen
@@ -97,7 +97,7 @@ class Chat:
         """Answers the next question.
 
         Raises:
-          UserError: a picture that cannot be read, more conversation than the model or the cache has room for, or
+          UserError: an image that cannot be read, more conversation than the model or the cache has room for, or
             logits that are not finite. The conversation is then as it was before the question; after logits that were
             not finite, "first" selects anew.
         """
@@ -126,7 +126,7 @@ class Chat:
 
     def _prefill(self, ids: np.ndarray) -> Generation:
         """The whole conversation, pruned for its last question."""
-        run = Run(
+        run = GenerationRequest(
             self.model.params,
             self.model.config,
             [ids],
@@ -158,7 +158,7 @@ class Chat:
             )
         new = np.zeros(bucket(first, TEXT_BUCKETS, "the question"), np.int32)
         new[:first] = ids[self._in_cache :]
-        logits, cache = feed(
+        logits, cache = append_tokens(
             self.model.params,
             jax.device_put(new),
             jax.device_put(np.int32(first)),
@@ -179,7 +179,7 @@ class Chat:
 
 
 @partial(jax.jit, static_argnames=("config", "stops"), donate_argnames=("cache",))
-def feed(
+def append_tokens(
     params: Params,
     ids: Int[Array, "t"],
     count: Int[Array, ""],

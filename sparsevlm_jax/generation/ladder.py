@@ -1,7 +1,7 @@
 """v1 stage by stage: how many tokens stay is known only when a stage has run, so the next one is cut to that.
 
-Each stage is a program of its own, compiled for a few lengths ("rungs"). Rows are packed, so going down a rung means
-leaving off the end of the arrays. The tokens are those of the one program with masks (`stages.prefill`).
+Each stage is a program of its own, compiled for a few lengths. Rows are packed, so a shorter one means leaving off the
+end of the arrays. The tokens are those of the one program with masks (`stages.prefill`).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from sparsevlm_jax.pruning.plan import Plan, StagePlan
 from sparsevlm_jax.pruning.settings import Sparsity
 from sparsevlm_jax.pruning.sparsify import Tokens
 
-RUNGS = (0, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
+LENGTH_BUCKETS = (0, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 
 
-def prefill_by_rungs(
+def prefill_stage_by_stage(
     params: Params,
     prompt: Prompt,
     config: ModelConfig,
@@ -69,15 +69,15 @@ def prefill_by_rungs(
         )
         keys += [key for key, _ in cached]
         values += [value for _, value in cached]
-        visual = rung(int(np.max(np.sum(jax.device_get(tokens.visual), axis=1))), stage.standing)
+        visual = length_bucket(int(np.max(np.sum(jax.device_get(tokens.visual), axis=1))), stage.standing)
         tokens = _cut(tokens, text + visual)
     cache = Cache(tuple(keys), tuple(values), jnp.stack(lengths), jnp.stack(positions))
     return call(_finish, params, tokens, config=config), cache, replace(plan, stages=tuple(stages))
 
 
-def rung(needed: int, most: int) -> int:
+def length_bucket(needed: int, most: int) -> int:
     """The smallest stage length for `needed` visual tokens; never more than `most`."""
-    return min(next((size for size in RUNGS if size >= needed), most), most)
+    return min(next((size for size in LENGTH_BUCKETS if size >= needed), most), most)
 
 
 def _cut(tokens: Tokens, length: int) -> Tokens:

@@ -23,7 +23,7 @@ from sparsevlm_jax.pruning.plan import Plan
 
 
 @dataclass(frozen=True)
-class Decoding:
+class LoopConfig:
     """Static settings of the loop: room for new tokens, whether it samples, and the ids that end an answer."""
 
     room: int
@@ -31,14 +31,14 @@ class Decoding:
     end_tokens: tuple[int, ...]
 
 
-class Sampler(NamedTuple):
+class SamplingParams(NamedTuple):
     """Traced settings of sampling: temperature, and the probability mass that top-p keeps."""
 
     temperature: Float[Array, ""]
     top_p: Float[Array, ""]
 
 
-class State(NamedTuple):
+class DecodeState(NamedTuple):
     """Where decoding stands. `tokens` holds what was chosen so far; the last one has not been decoded yet."""
 
     cache: Cache
@@ -57,13 +57,13 @@ def start(
     lengths: Int[Array, "b"],
     images: Float[Array, "m 3 height width"] | TiledImages | ImageFeatures | None,
     keys: Array,
-    sampler: Sampler,
+    sampler: SamplingParams,
     seed: Array | None = None,
     *,
     config: ModelConfig,
     plan: Plan,
-    decoding: Decoding,
-) -> State:
+    decoding: LoopConfig,
+) -> DecodeState:
     """Prefill and the first token. `seed` is of methods that draw random numbers."""
     prompt = embed(params, input_ids, lengths, images, config, plan)
     logits, cache, _ = prefill(params, prompt, config, plan, max_new_tokens=decoding.room, seed=seed)
@@ -73,23 +73,23 @@ def start(
 @partial(jax.jit, static_argnames=("config", "stops", "decoding"), donate_argnames=("state",))
 def decode(
     params: Params,
-    state: State,
+    state: DecodeState,
     limit: Int[Array, ""],
-    sampler: Sampler,
+    sampler: SamplingParams,
     *,
     config: ModelConfig,
     stops: tuple[int, ...],
-    decoding: Decoding,
-) -> State:
+    decoding: LoopConfig,
+) -> DecodeState:
     """Decodes until every row has ended or `limit` tokens are chosen; `limit` is traced, at most `decoding.room`.
 
     Of the plan it takes the `stops` alone: another budget with equal cache lengths is the same program.
     """
 
-    def go_on(state: State) -> Array:
+    def go_on(state: DecodeState) -> Array:
         return (state.steps < limit) & ~jnp.all(state.done)
 
-    def step(state: State) -> State:
+    def step(state: DecodeState) -> DecodeState:
         token = jax.lax.dynamic_index_in_dim(state.tokens, state.steps - 1, axis=1, keepdims=False)
         logits, cache = decode_step(params, token, state.cache, config, stops)
         return _choose(state._replace(cache=cache), logits, sampler, decoding)
@@ -97,7 +97,7 @@ def decode(
     return jax.lax.while_loop(go_on, step, state)
 
 
-def sample(logits: Float[Array, "b vocab"], keys: Array, sampler: Sampler) -> Int[Array, "b"]:
+def sample(logits: Float[Array, "b vocab"], keys: Array, sampler: SamplingParams) -> Int[Array, "b"]:
     """Draws a token per row from the tempered distribution, cut to the smallest set of mass `top_p` or more."""
     # The largest logit becomes 0 first: no temperature overflows it.
     logits = (logits - jnp.max(logits, axis=-1, keepdims=True)) / sampler.temperature
@@ -109,9 +109,11 @@ def sample(logits: Float[Array, "b vocab"], keys: Array, sampler: Sampler) -> In
 
 
 @partial(jax.jit, static_argnames=("decoding",), donate_argnames=("cache",))
-def first_token(logits: Array, cache: Cache, keys: Array, sampler: Sampler, *, decoding: Decoding) -> State:
+def first_token(
+    logits: Array, cache: Cache, keys: Array, sampler: SamplingParams, *, decoding: LoopConfig
+) -> DecodeState:
     batch = logits.shape[0]
-    empty = State(
+    empty = DecodeState(
         cache=cache,
         tokens=jnp.zeros((batch, decoding.room), jnp.int32),
         counts=jnp.zeros(batch, jnp.int32),
@@ -123,7 +125,9 @@ def first_token(logits: Array, cache: Cache, keys: Array, sampler: Sampler, *, d
     return _choose(empty, logits, sampler, decoding)
 
 
-def _choose(state: State, logits: Float[Array, "b vocab"], sampler: Sampler, decoding: Decoding) -> State:
+def _choose(
+    state: DecodeState, logits: Float[Array, "b vocab"], sampler: SamplingParams, decoding: LoopConfig
+) -> DecodeState:
     """Chooses the next token of every row; rows that are done repeat an end token that is not counted."""
     if decoding.greedy:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)

@@ -18,8 +18,8 @@ from jaxtyping import Array, Float
 
 from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.generation.ladder import prefill_by_rungs
-from sparsevlm_jax.generation.loop import Decoding, Sampler, State, decode, first_token, start
+from sparsevlm_jax.generation.ladder import prefill_stage_by_stage
+from sparsevlm_jax.generation.loop import DecodeState, LoopConfig, SamplingParams, decode, first_token, start
 from sparsevlm_jax.inputs.packing import NEW_TOKEN_BUCKETS, Packed, TiledImages, bucket, pack, shrink_markers
 from sparsevlm_jax.models.embedding import embed
 from sparsevlm_jax.models.stages import Cache, ImageFeatures, Params
@@ -64,7 +64,7 @@ class Generation:
     steps: int  # calls of decode_step
 
 
-class Run:
+class GenerationRequest:
     """One batch on its way through prefill and decoding, with a clock.
 
     `Settings` and `generate_ids` say what the arguments are. `room` is what the cache holds behind the prompt; by
@@ -105,16 +105,16 @@ class Run:
         if encoded:
             _check_markers(config, rows, images)
         self.room = bucket(room or max_new_tokens, NEW_TOKEN_BUCKETS, "max_new_tokens")
-        self.decoding = Decoding(self.room, temperature == 0, tuple(end_tokens))
+        self.decoding = LoopConfig(self.room, temperature == 0, tuple(end_tokens))
         # Everything from the host is put on the device by name: servers forbid what happens on the side.
-        self.sampler = Sampler(*jax.device_put((np.float32(temperature or 1.0), np.float32(top_p))))
+        self.sampler = SamplingParams(*jax.device_put((np.float32(temperature or 1.0), np.float32(top_p))))
         self.keys = _split(key_of(0) if key is None else key, len(rows))
         self.images = jax.device_put(images) if self.packed.visual else None
         self.visual_tokens: list[list[int]] = []  # known after the prefill
         self.compile_seconds = self.prefill_seconds = self.decode_seconds = 0.0
         self._compiled: dict[Any, Any] = {}
 
-    def instalments(self, every: int) -> Iterator[Generation]:
+    def chunks(self, every: int) -> Iterator[Generation]:
         """The answers so far: after the prefill, and after every so many tokens."""
         state = self.prefill()
         yield self.result(state)
@@ -124,10 +124,10 @@ class Run:
             state = self.decode(state, min(limit, self.max_new_tokens))
             yield self.result(state)
 
-    def prefill(self) -> State:
+    def prefill(self) -> DecodeState:
         ids, lengths = jax.device_put((self.packed.input_ids, self.packed.lengths))
-        if METHODS[self.plan.sparsity.method].by_rungs(self.plan.sparsity):
-            state = self._prefill_by_rungs(ids, lengths)
+        if METHODS[self.plan.sparsity.method].stage_by_stage(self.plan.sparsity):
+            state = self._prefill_stage_by_stage(ids, lengths)
         else:
             args = (self.params, ids, lengths, self.images, self.keys, self.sampler, self.seed)
             static = {"config": self.config, "plan": self.plan, "decoding": self.decoding}
@@ -136,25 +136,25 @@ class Run:
         self.visual_tokens = (jax.device_get(state.cache.lengths) - text[None, :]).T.tolist()
         return state
 
-    def resume(self, logits: Float[Array, "b vocab"], cache: Cache) -> State:
+    def resume(self, logits: Float[Array, "b vocab"], cache: Cache) -> DecodeState:
         """A fresh answer on a cache that is already there."""
         return first_token(logits, cache, self.keys, self.sampler, decoding=self.decoding)
 
-    def decode(self, state: State, limit: int) -> State:
+    def decode(self, state: DecodeState, limit: int) -> DecodeState:
         args = (self.params, state, jax.device_put(np.int32(limit)), self.sampler)
         static = {"config": self.config, "stops": self.plan.stops, "decoding": self.decoding}
         state, seconds = self._timed(decode, *args, **static)
         self.decode_seconds += seconds
         return state
 
-    def _prefill_by_rungs(self, ids: Array, lengths: Array) -> State:
+    def _prefill_stage_by_stage(self, ids: Array, lengths: Array) -> DecodeState:
         def call(program: Callable, *args: Any, **static: Any) -> Any:
             out, seconds = self._timed(program, *args, **static)
             self.prefill_seconds += seconds
             return out
 
         prompt = call(_embed, self.params, ids, lengths, self.images, config=self.config, plan=self.plan)
-        logits, cache, self.plan = prefill_by_rungs(
+        logits, cache, self.plan = prefill_stage_by_stage(
             self.params, prompt, self.config, self.plan, max_new_tokens=self.room, call=call
         )
         return call(first_token, logits, cache, self.keys, self.sampler, decoding=self.decoding)
@@ -176,7 +176,7 @@ class Run:
         out = jax.block_until_ready(self._compiled[key](*args))
         return out, time.perf_counter() - compiled
 
-    def result(self, state: State) -> Generation:
+    def result(self, state: DecodeState) -> Generation:
         said, counts, finite, steps = jax.device_get((state.tokens, state.counts, state.finite, state.steps))
         ends = self.decoding.end_tokens
         tokens = []
@@ -214,7 +214,9 @@ def _plan_of_rows(sparsity: Sparsity, config: ModelConfig, packed: Packed) -> Pl
       UserError: a budget that a row cannot meet.
     """
     counts = set(np.sum(packed.input_ids == config.image_token_id, axis=1, where=packed.valid).tolist())
-    row_counts = None
+    most, keep, row_counts = max(counts), sparsity.budget.keep, None
+    if keep is not None and 0 < most < keep:  # a bucket may have room for more
+        raise UserError(f"keep={keep}: the prompt has only {most} visual tokens")
     if config.canvases:
         row_counts = range(packed.visual + 1)
     elif len(counts) > 1:
@@ -265,7 +267,7 @@ def _check_settings(
     if longest + max_new_tokens > config.text.max_position_embeddings:
         raise UserError(
             f"the prompt has {longest} tokens and the answer may take {max_new_tokens}: "
-            f"more than the model's {config.text.limit}; shorten the question or use fewer pictures"
+            f"more than the model's {config.text.limit}; shorten the question or use fewer images"
         )
 
 
@@ -276,8 +278,8 @@ def _check_markers(
     visual = _visual_tokens(images, config)
     if sum(markers) != visual and any(count != visual for count in markers):
         raise UserError(
-            f"the ids hold {sum(markers)} image markers, but the pictures given become {visual} visual tokens: "
-            "write one marker for each visual token of a picture"
+            f"the ids hold {sum(markers)} image markers, but the images given become {visual} visual tokens: "
+            "write one marker for each visual token of an image"
         )
 
 

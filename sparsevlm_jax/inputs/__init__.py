@@ -1,1 +1,1 @@
-"""Questions and pictures into ids and pixels, on the host: NumPy and Pillow, no jax."""
+"""Questions and images into ids and pixels, on the host: NumPy and Pillow, no jax."""

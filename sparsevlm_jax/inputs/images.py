@@ -1,4 +1,4 @@
-"""Picture files and arrays to 8-bit RGB, on Pillow."""
+"""Image files and arrays to 8-bit RGB, on Pillow."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class OtherArray(Protocol):
 
 ImageLike = str | Path | Image.Image | np.ndarray | OtherArray
 
-# Formats that hold one picture and decode it in this process: none that starts another program (EPS), none that
+# Formats that hold one image and decode it in this process: none that starts another program (EPS), none that
 # decodes before its size can be looked at (ICO).
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "AVIF", "JPEG2000", "PPM", "TGA", "PCX", "QOI")
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -48,21 +48,21 @@ _PREFIX = 64  # bytes that tell what a file is
 
 
 def open_image(source: Any) -> Image.Image:
-    """Reads a picture, an `ImageLike`, as 8-bit RGB.
+    """Reads an image, an `ImageLike`, as 8-bit RGB.
 
     A rotation noted in its EXIF data is applied. Transparent parts are composited on white. Grey (8 and 16 bit),
-    palette and CMYK pictures are converted; of an animation the first frame is taken.
+    palette and CMYK images are converted; of an animation the first frame is taken.
 
     Args:
-      source: a file, a Pillow picture, or an array of any library that NumPy can take (jax, torch on the CPU): [height,
+      source: a file, a Pillow image, or an array of any library that NumPy can take (jax, torch on the CPU): [height,
         width] or [height, width, 1] (grey), [height, width, 3] (RGB) or [height, width, 4] (RGBA), of uint8 or of
         floats from 0 to 1; grey ones may be uint16.
 
     Raises:
-      UserError: no such file, not a picture, damaged, more than `bounds.PIXELS`, or colours without a defined
+      UserError: no such file, not an image, damaged, more than `bounds.PIXELS`, or colours without a defined
         meaning.
     """
-    name = picture_name(source)
+    name = image_name(source)
     try:
         with _opened(source, name) as image:
             check_pixels(*image.size)
@@ -75,7 +75,7 @@ def open_image(source: Any) -> Image.Image:
 
 
 def check_pixels(width: int, height: int) -> None:
-    """Before memory is taken for a picture of that size.
+    """Before memory is taken for an image of that size.
 
     Raises:
       UserError: it has none, or more than `bounds.PIXELS`.
@@ -87,7 +87,7 @@ def check_pixels(width: int, height: int) -> None:
 
 
 def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
-    """The picture in the middle of a square of the processor's mean colour."""
+    """The image in the middle of a square of the processor's mean colour."""
     side = max(image.size)
     red, green, blue = (int(255 * channel) for channel in mean)
     square = Image.new("RGB", (side, side), (red, green, blue))
@@ -96,7 +96,7 @@ def pad_to_square(image: Image.Image, mean: Sequence[float]) -> Image.Image:
 
 
 def clip_settings(kind: str, side: int, **more: Any) -> dict[str, Any]:
-    """preprocessor_config.json of an image processor of this kind that makes pictures of `side` pixels for CLIP."""
+    """preprocessor_config.json of an image processor of this kind that makes images of `side` pixels for CLIP."""
     return {
         "image_processor_type": kind,
         **more,
@@ -114,11 +114,11 @@ def clip_settings(kind: str, side: int, **more: Any) -> dict[str, Any]:
     }
 
 
-def picture_name(source: Any) -> str:
+def image_name(source: Any) -> str:
     """What errors call it: its file, where it has one."""
     if isinstance(source, str | Path):
         return str(source)
-    return getattr(source, "filename", "") or "picture"
+    return getattr(source, "filename", "") or "image"
 
 
 def silence_pillow() -> None:
@@ -133,7 +133,7 @@ def silence_pillow() -> None:
 
 @contextmanager
 def _opened(source: Any, name: str) -> Iterator[Image.Image]:
-    """The picture, of a file not decoded yet."""
+    """The image, of a file not decoded yet."""
     if isinstance(source, Image.Image):
         yield source
     elif isinstance(source, str | Path):
@@ -144,11 +144,11 @@ def _opened(source: Any, name: str) -> Iterator[Image.Image]:
     elif isinstance(source, OtherArray):
         yield _from_array(as_array(source))
     else:
-        raise UserError(f"{type(source).__name__} is none: give the name of a file, a Pillow picture or an array")
+        raise UserError(f"{type(source).__name__} is none: give the name of a file, a Pillow image or an array")
 
 
 def identify(stream: BinaryIO | io.BytesIO, file: Path) -> Image.Image:
-    """A picture file of one of FORMATS, whose size is known and nothing else. As Pillow's own `open`, but for its check
+    """An image file of one of FORMATS, whose size is known and nothing else. As Pillow's own `open`, but for its check
     of the size: that one warns, and a warning can only be caught by changing the filters of the whole process."""
     Image.init()
     prefix = stream.read(_PREFIX)
@@ -160,7 +160,7 @@ def identify(stream: BinaryIO | io.BytesIO, file: Path) -> Image.Image:
         with suppress(SyntaxError, IndexError, TypeError, struct.error):  # not of this format after all
             stream.seek(0)
             return factory(stream, str(file))
-    raise UserError("not a picture, or of a kind that is not read")
+    raise UserError("not an image, or of a kind that is not read")
 
 
 def as_array(source: Any) -> np.ndarray:

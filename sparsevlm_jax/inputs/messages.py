@@ -32,7 +32,7 @@ class Asked(NamedTuple):
     """A conversation, and the images and videos that its messages hold themselves."""
 
     conversation: Conversation
-    pictures: list[ImageLike]
+    images: list[ImageLike]
     videos: list[VideoLike]
 
 
@@ -95,7 +95,7 @@ def _content(message: Mapping[str, Any]) -> tuple[str, list[ImageLike], list[Vid
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
         elif kind in ("image", "image_url"):
-            images += _pictures(part)
+            images += _images(part)
         elif kind == "video":
             videos += [part[key] for key in ("video", "path", "url") if part.get(key) is not None][:1]
         else:
@@ -103,8 +103,8 @@ def _content(message: Mapping[str, Any]) -> tuple[str, list[ImageLike], list[Vid
     return "\n".join(texts), images, videos
 
 
-def _pictures(part: Mapping[str, Any]) -> list[ImageLike]:
-    """The picture of a part; none where the part only says that one is given elsewhere."""
+def _images(part: Mapping[str, Any]) -> list[ImageLike]:
+    """The image of a part; none where the part only says that one is given elsewhere."""
     found = next((part[key] for key in ("image", "path", "url", "image_url") if part.get(key) is not None), None)
     if isinstance(found, Mapping):
         found = found.get("url")
@@ -114,13 +114,13 @@ def _pictures(part: Mapping[str, Any]) -> list[ImageLike]:
 
 
 def _of_data_url(url: str) -> Image.Image:
-    name = "a picture in a data: URL"
+    name = "an image in a data: URL"
     try:
         content = base64.b64decode(url.partition(";base64,")[2], validate=True)
         return identify(io.BytesIO(content), Path(name))
     except UserError as error:
         raise UserError(f"{name}: {error}") from None
-    except Exception as error:  # a damaged picture surfaces as any of many unrelated types
+    except Exception as error:  # a damaged image surfaces as any of many unrelated types
         raise UserError(f"{name}: damaged or cut short: {first_line(error)}") from error
 
 

@@ -131,7 +131,7 @@ def bucket(size: int, buckets: Sequence[int], what: str) -> int:
 
 
 def shrink_markers(row: np.ndarray, image_token_id: int, tokens_per_image: int, left: int) -> np.ndarray:
-    """Leaves the first `left` of the `tokens_per_image` markers of each picture."""
+    """Leaves the first `left` of the `tokens_per_image` markers of each image."""
     visual = row == image_token_id
     number = (np.cumsum(visual) - 1) % tokens_per_image
     return row[~visual | (number < left)]

@@ -14,7 +14,7 @@ from PIL import Image
 from sparsevlm_jax import bounds
 from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError, first_line
-from sparsevlm_jax.inputs.images import ImageLike, open_image, pad_to_square, picture_name
+from sparsevlm_jax.inputs.images import ImageLike, image_name, open_image, pad_to_square
 from sparsevlm_jax.inputs.packing import ImagePacking, pack_patches
 from sparsevlm_jax.inputs.video import Sampling, VideoLike, read_video, video_name
 from sparsevlm_jax.layout import ImageLayout
@@ -46,7 +46,7 @@ class Preparation:
         Raises:
           UserError: it cannot be read, does not become [3, S, S], or the family knows no aspect.
         """
-        image, name = open_image(source), picture_name(source)
+        image, name = open_image(source), image_name(source)
         layout, tiles = self.config.image_layout((image.height, image.width)), self.config.most_tiles
         if tiles is None or not self.config.canvases:
             return Visual(self._square(image, name, aspect)[None], layout, is_video=False)
@@ -68,26 +68,26 @@ class Preparation:
         pixels = [self._square(Image.fromarray(frame), name, aspect) for frame in frames]
         return Visual(np.stack(pixels), layout, is_video=True)
 
-    def _square(self, picture: Image.Image, name: str, aspect: str | None) -> np.ndarray:
+    def _square(self, image: Image.Image, name: str, aspect: str | None) -> np.ndarray:
         """An image of one tile, float32 [3, S, S]."""
         side = self.config.vision.image_size
         square = {"height": side, "width": side}
-        long, short = max(picture.size), min(picture.size)
+        long, short = max(image.size), min(image.size)
         pads = aspect == "pad" or (aspect is None and getattr(self.image_processor, "do_pad", False))
         edge = side if aspect else max(side, _edge(self.image_processor))
         if (long**2 if pads else edge**2 * long / short) > bounds.PIXELS:
-            size = f"{picture.width} x {picture.height}"
+            size = f"{image.width} x {image.height}"
             raise UserError(f"{name}: {size} is too large or too narrow to prepare, scale or cut it first")
 
         options: dict[str, Any] = {}
         if aspect == "crop":
             options = {"size": {"shortest_edge": side}, "do_center_crop": True, "crop_size": square}
         elif aspect == "pad":
-            picture = pad_to_square(picture, self.image_processor.image_mean)
+            image = pad_to_square(image, self.image_processor.image_mean)
             options = {"size": square, "do_center_crop": False}
         if options:
             options |= {"do_resize": True, "do_pad": False}
-        return self._processed(picture, name, options, None)
+        return self._processed(image, name, options, None)
 
     def _processed(self, image: Image.Image, name: str, options: dict[str, Any], tiles: int | None) -> np.ndarray:
         """What the checkpoint's image processor makes of an image, float32 [3, S, S], or of `tiles` such."""
@@ -127,5 +127,5 @@ def pack_visuals(by_row: Sequence[Sequence[Visual]], config: ModelConfig) -> Ima
 
 
 def _edge(image_processor: Any) -> int:
-    """The longest side that an image processor scales a picture's shorter one to, 0 where it states none."""
+    """The longest side that an image processor scales an image's shorter one to, 0 where it states none."""
     return max(dict(getattr(image_processor, "size", None) or {}).values(), default=0)

@@ -1,10 +1,10 @@
-"""Host side: questions and pictures to arrays, token ids to text. No jax, no torch.
+"""Host side: questions and images to arrays, token ids to text. No jax, no torch.
 
 The tokenizer, the image processor and the chat template are the checkpoint's own, read through transformers. The
 image marker is expanded from the model's configuration, never by the checkpoint's multimodal processor: that one
 needs a patch size which many checkpoints do not state.
 
-Axis letters: m pictures, l tokens, S pixels per side.
+Axis letters: m images, l tokens, S pixels per side.
 """
 
 from __future__ import annotations
@@ -198,8 +198,8 @@ class Processor:
         """Tokenizes the questions and prepares their images and videos.
 
         Args:
-          images: the pictures of each question, in the order of its markers; an empty list for text alone. One list
-            for several questions goes with each of them: its pictures are prepared, and stand in the result, once.
+          images: the images of each question, in the order of its markers; an empty list for text alone. One list
+            for several questions goes with each of them: its images are prepared, and stand in the result, once.
           questions: as many, each by itself or with what was said before it.
           aspect: "crop" scales the shorter side to S and cuts out the middle, "pad" fills up to a square with the
             processor's mean colour and scales that (as the authors of LLaVA do), None is the checkpoint's own choice.
@@ -291,7 +291,7 @@ class Processor:
         return np.repeat(np.where(marker, np.int32(self.config.image_token_id), row), copies)
 
     def _takes_parts(self) -> bool:
-        """Whether the chat template wants a list of pictures and texts (LLaVA's) or one string (a language model's)."""
+        """Whether the chat template wants a list of images and texts (LLaVA's) or one string (a language model's)."""
         try:
             text = self._render([{"type": "image"}, {"type": "text", "text": "probe"}])
         except UserError as error:

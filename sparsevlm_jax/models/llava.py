@@ -152,7 +152,7 @@ class LlavaConfig:
         )
         if made.tile_tokens > bounds.VISUAL_TOKENS:
             raise UserError(
-                f"{source}: a picture becomes {made.tile_tokens:,} visual tokens (image_size and patch_size of "
+                f"{source}: an image becomes {made.tile_tokens:,} visual tokens (image_size and patch_size of "
                 f"vision_config), expected at most {bounds.VISUAL_TOKENS:,}"
             )
         if isinstance(made.vision, SiglipConfig) and made.vision_feature_select_strategy == "default":

@@ -19,9 +19,9 @@ from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.models import fits
 from sparsevlm_jax.models.decoder import Llama
 from sparsevlm_jax.ops.attention import attend
-from sparsevlm_jax.pruning.methods import METHODS, Layer
+from sparsevlm_jax.pruning.methods import METHODS, PruningContext
 from sparsevlm_jax.pruning.plan import Plan, StagePlan
-from sparsevlm_jax.pruning.prune import Event, kept_by_row, prune
+from sparsevlm_jax.pruning.prune import PruningStep, kept_by_row, prune
 from sparsevlm_jax.pruning.settings import Sparsity
 from sparsevlm_jax.pruning.sparsify import Tokens, choose_raters
 
@@ -65,7 +65,7 @@ class Trace(NamedTuple):
     """A recorded prefill. `hidden` is the decoder's output sequence before the final norm."""
 
     tokens: Tokens
-    events: tuple[Event, ...]
+    events: tuple[PruningStep, ...]
     last_hidden: Float[Array, "layers b d"]  # last valid token after every layer, after pruning
     hidden: Float[Array, "b l d"]
 
@@ -203,7 +203,7 @@ def run_stage(
     jitter: Array | None = None,
     trace: bool = False,
     seed: Array | int | None = None,
-) -> tuple[Tokens, list[tuple[Array, Array]], Event | None, list[Array]]:
+) -> tuple[Tokens, list[tuple[Array, Array]], PruningStep | None, list[Array]]:
     """Runs a stage's layers and prunes after the last.
 
     Args:
@@ -230,7 +230,7 @@ def run_stage(
     if stage.keep is not None:
         if METHODS[sparsity.method].looks_ahead and stage.stop < config.text.num_hidden_layers:
             query, key = decoder.queries_and_keys(stage.stop, hidden, tokens.positions)
-        view = Layer(query, key, tokens, stage, config.text.rope, seed)
+        view = PruningContext(query, key, tokens, stage, config.text.rope, seed)
         tokens, event = prune(view, sparsity, jitter)
         if last_hidden:
             last_hidden[-1] = _last(tokens.hidden, tokens.lengths)

@@ -53,7 +53,7 @@ def make_plan(
     Args:
       sparsity: the settings.
       config: the model; its depth and sizes are used.
-      visual_tokens: in the prompt, all pictures together; with `row_counts`, columns that a batch has for them.
+      visual_tokens: in the prompt, all images together; with `row_counts`, columns that a batch has for them.
       text_tokens: columns of the prompt for the others, the same for all rows: a bound for v1's rank. The plan then
         fits no other length. None bounds v1's rank by the visual tokens alone.
       row_counts: numbers of visual tokens that rows may have. Under a budget (`keep`, `flops_share`, `cache_bytes`,
@@ -123,7 +123,7 @@ def _plan(
     method.require(sparsity, text)
     if method.shrinks:
         if isinstance(config, TextConfig):
-            raise TypeError("shrinking pictures needs the LlavaConfig: a decoder alone does not know their grid")
+            raise TypeError("shrinking images needs the LlavaConfig: a decoder alone does not know their grid")
         return _shrink(sparsity, config, visual_tokens)
     if method.kept_by_rank is not None:
         return _cut_by_rank(sparsity, text.num_hidden_layers, visual_tokens, text_tokens)
@@ -294,7 +294,7 @@ def _checked(layers: Sequence[int], depth: int) -> tuple[int, ...]:
 
 
 def _shrink(sparsity: Sparsity, config: ModelConfig, visual_tokens: int) -> Plan:
-    """One stage on pictures of the largest grid that fits the budget."""
+    """One stage on images of the largest grid that fits the budget."""
     if config.canvases:
         raise UserError(
             f"{sparsity.method}: shrinks images that are one square of patches, and those of {config.model_type} are "
@@ -305,16 +305,16 @@ def _shrink(sparsity: Sparsity, config: ModelConfig, visual_tokens: int) -> Plan
     for name in BUDGETS:
         if getattr(sparsity.budget, name):
             METHODS[sparsity.method].refuse_budget(name)
-    pictures, rest = divmod(visual_tokens, config.tokens_per_image)
+    images, rest = divmod(visual_tokens, config.tokens_per_image)
     if rest:
         raise UserError(
-            f"{sparsity.method}: shrinks whole pictures of {config.tokens_per_image} visual tokens, which "
+            f"{sparsity.method}: shrinks whole images of {config.tokens_per_image} visual tokens, which "
             f"{visual_tokens} are not"
         )
     keep = sparsity.budget.keep or max(1, visual_tokens // 3)
-    grid = isqrt(keep // pictures)
+    grid = isqrt(keep // images)
     if not 1 <= grid <= config.image_grid:
         raise UserError(
-            f"keep={keep}: shrunk pictures of this prompt have {pictures} to {visual_tokens} visual tokens in all"
+            f"keep={keep}: shrunk images of this prompt have {images} to {visual_tokens} visual tokens in all"
         )
-    return Plan(sparsity, (_last_stage(0, config.text.num_hidden_layers, pictures * grid**2),), grid)
+    return Plan(sparsity, (_last_stage(0, config.text.num_hidden_layers, images * grid**2),), grid)

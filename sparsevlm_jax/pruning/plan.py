@@ -63,7 +63,7 @@ class Plan:
     Attributes:
       sparsity: the settings it was made from.
       stages: in order.
-      grid: visual tokens per side of a picture, where the picture itself is shrunk ("pool", "downsample").
+      grid: visual tokens per side of an image, where the image itself is shrunk ("pool", "downsample").
       text_tokens: room for the other tokens of a prompt, where the plan was made for one length of text.
       rows: where each row keeps what its own number of visual tokens says; the stages hold the most of any row then.
         None where all keep the stages' counts, as far as they have so many.

@@ -13,13 +13,13 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from sparsevlm_jax.pruning.budgets import kept_table
-from sparsevlm_jax.pruning.methods import METHODS, Layer, Scores
+from sparsevlm_jax.pruning.methods import METHODS, PruningContext, Scores
 from sparsevlm_jax.pruning.plan import Plan
 from sparsevlm_jax.pruning.settings import Sparsity
 from sparsevlm_jax.pruning.sparsify import Recycled, Selection, Tokens, rebuild, recycle, select, take
 
 
-class Event(NamedTuple):
+class PruningStep(NamedTuple):
     """One pruning layer, recorded: what scored how, what was chosen, and the sequence after it."""
 
     layer: int
@@ -44,7 +44,7 @@ def kept_by_row(plan: Plan, visual: Int[Array, "b"]) -> tuple[Int[Array, "b"], .
     return tuple(jnp.where(row < 0, 0, jnp.asarray(kept, jnp.int32)[row]) for kept in table.T)
 
 
-def prune(layer: Layer, sparsity: Sparsity, jitter: Array | None) -> tuple[Tokens, Event]:
+def prune(layer: PruningContext, sparsity: Sparsity, jitter: Array | None) -> tuple[Tokens, PruningStep]:
     """Scores, selects, recycles, and rebuilds the sequence after one layer."""
     tokens, stage = layer.tokens, layer.stage
     score = METHODS[sparsity.method].score
@@ -76,4 +76,4 @@ def prune(layer: Layer, sparsity: Sparsity, jitter: Array | None) -> tuple[Token
         length = stage.text_tokens(tokens.visual.shape[1]) + stage.standing
         renumber = sparsity.positions == "renumber"
         after, source = rebuild(tokens, selection, recycled, length=length, renumber=renumber)
-    return after, Event(stage.stop - 1, tokens, scores, selection, recycled, source, after)
+    return after, PruningStep(stage.stop - 1, tokens, scores, selection, recycled, source, after)

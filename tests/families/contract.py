@@ -24,10 +24,9 @@ import sparsevlm_jax as sv
 from sparsevlm_jax.checkpoints.convert import convert
 from sparsevlm_jax.checkpoints.export import to_hf
 from sparsevlm_jax.generation.api import generate_ids, require_processor, stream_ids
-from sparsevlm_jax.generation.request import Run
+from sparsevlm_jax.generation.request import GenerationRequest
 from sparsevlm_jax.inputs.processor import Inputs
 from sparsevlm_jax.layout import NEWLINE, Size
-from sparsevlm_jax.pruning.budgets import plan_of_row
 from tests import comparison, models, oracle
 from tests.hf import tiny_llava
 from tests.test_compilation import COMPILED, events
@@ -74,10 +73,12 @@ class Case:
         model = self.ours
         return generate_ids(model.params, model.config, inputs.ids, inputs.images, **settings(sparsity, new)).tokens
 
-    def run(self, sparsity: sv.Sparsity) -> Run:
-        return Run(self.ours.params, self.ours.config, self.inputs.ids, self.inputs.images, **settings(sparsity))
+    def run(self, sparsity: sv.Sparsity) -> GenerationRequest:
+        return GenerationRequest(
+            self.ours.params, self.ours.config, self.inputs.ids, self.inputs.images, **settings(sparsity)
+        )
 
-    def prompt(self, run: Run) -> sv.Prompt:
+    def prompt(self, run: GenerationRequest) -> sv.Prompt:
         ids, lengths = jax.device_put((run.packed.input_ids, run.packed.lengths))
         return embedded(run.params, ids, lengths, run.images, config=self.ours.config)
 
@@ -219,13 +220,13 @@ def pruned_by_oracle(method: str, family: Family, place: Path) -> None:
         comparison.compare(found, wanted, run.plan, block(prompt, row), row)
 
 
-def by_oracle(case: Case, run: Run, prompt: sv.Prompt) -> list[oracle.Result]:
+def by_oracle(case: Case, run: GenerationRequest, prompt: sv.Prompt) -> list[oracle.Result]:
     """Of all rows but the last one, whose images are two blocks: the oracle knows of one."""
     decoder, found = models.oracle_decoder(run.params, case.ours.config), []
     for row in range(len(SHOWN) - 1):
         before, visual, after = block(prompt, row)
         own = np.asarray(prompt.embeddings[row, : before + visual + after])
-        settings = comparison.wanted(run.plan.sparsity, kept(plan_of_row(run.plan, visual)))
+        settings = comparison.wanted(run.plan.sparsity, kept(alone(run, visual)))
         found.append(oracle.generate(decoder, own, before, visual, settings, STEPS))
     return found
 
@@ -236,6 +237,11 @@ def block(prompt: sv.Prompt, row: int) -> models.Row:
     if not len(places):
         return length, 0, 0
     return int(places[0]), len(places), length - int(places[-1]) - 1
+
+
+def alone(run: GenerationRequest, visual: int) -> sv.Plan:
+    """The plan of a row of so many visual tokens that is asked by itself."""
+    return sv.make_plan(run.plan.sparsity, run.config, visual, run.packed.text)
 
 
 def kept(plan: sv.Plan) -> tuple[tuple[int, int], ...]:
@@ -256,7 +262,7 @@ def pruned_by_rivals(method: str, family: Family, place: Path) -> None:
         for row in range(len(SHOWN)):
             places = np.flatnonzero(event.before.visual[row])
             visual = int(np.sum(prompt.visual[row]))
-            keep = plan_of_row(run.plan, visual).stages[number].keep or 0 if visual else 0
+            keep = alone(run, visual).stages[number].keep or 0 if visual else 0
             if method in ("fastv", "pyramiddrop"):
                 ahead = method == "pyramiddrop"
                 tokens = event.before if ahead else entered
@@ -266,6 +272,7 @@ def pruned_by_rivals(method: str, family: Family, place: Path) -> None:
             elif method == "uniform":
                 scores = comparison.spread_evenly(len(places), keep)
             else:
+                assert seed is not None
                 key = jax.random.fold_in(jax.random.key(seed), event.layer + 1)
                 scores = np.asarray(jax.random.uniform(key, (len(places),)))
             comparison.check_kept(event, row, keep, scores)
@@ -283,7 +290,7 @@ def batch_as_singles(method: str, family: Family, place: Path) -> None:
 
 
 def shared_images(family: Family, place: Path) -> None:
-    """Several questions about one row's images, each as it is answered alone; in instalments as at once."""
+    """Several questions about one row's images, each as it is answered alone; in chunks as at once."""
     case, sparsity = family.small, sv.sparsity("v1.5", **PRUNING["v1.5"])
     shared = require_processor(case.ours)([list(case.images)], [QUESTIONS[0], QUESTIONS[3]])
     together = case.answers(shared, sparsity)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sparsevlm_jax import Sparsity, UserError
+from sparsevlm_jax import Sparsity, UserError, generate
 from tests.families import contract
 
 
@@ -27,3 +27,11 @@ def test_tiles_without_their_packing_are_refused(llava_next: contract.Family) ->
     case = llava_next.small
     with pytest.raises(UserError, match="llava_next takes images with their packing"):
         case.answers(case.inputs._replace(packing=None), Sparsity.dense())
+
+
+def test_a_budget_that_no_row_has_tokens_for_is_refused_whatever_the_bucket_holds(llava_next: contract.Family) -> None:
+    case = llava_next.small
+    most = max(layout.tokens for layout in case.inputs.layouts[:1])
+    assert case.ours.config.visual_bucket(most) > most
+    with pytest.raises(UserError, match=f"keep={most + 1}: the prompt has only {most} visual tokens"):
+        generate(case.ours, case.images[0], "what", sparsity=Sparsity.v15(keep=most + 1), max_new_tokens=2)

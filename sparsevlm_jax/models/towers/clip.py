@@ -40,7 +40,7 @@ class Tower(nn.Module):
         """Hidden states, class token first, concatenated over `feature_layers` along d; and how much the class token
         looks at each token in the last layer that runs.
 
-        Pictures smaller than the configuration's get position embeddings interpolated to their grid.
+        Images smaller than the configuration's get position embeddings interpolated to their grid.
         """
         x, every = self.embed(pixel_values), self.is_initializing()
         found = run_layers(self.layers, x, self.feature_layers, _look_of_class_token, every=every)

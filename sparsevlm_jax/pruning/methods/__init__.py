@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.pruning.methods.base import Layer, Method, Scores
+from sparsevlm_jax.pruning.methods.base import Method, PruningContext, Scores
 from sparsevlm_jax.pruning.methods.baselines import (
     DENSE,
     DOWNSAMPLE,
@@ -65,4 +65,4 @@ def as_sparsity(given: Sparsity | str | None) -> Sparsity:
     raise UserError(f"sparsity is of type {type(given).__name__}: give Sparsity settings or the name of a method")
 
 
-__all__ = ["METHODS", "Layer", "Method", "Scores", "as_sparsity", "sparsity"]
+__all__ = ["METHODS", "PruningContext", "Method", "Scores", "as_sparsity", "sparsity"]

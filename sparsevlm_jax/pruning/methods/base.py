@@ -21,7 +21,7 @@ from sparsevlm_jax.pruning.sparsify import Tokens, positions_where, take
 from sparsevlm_jax.rotary import Rope
 
 
-class Layer(NamedTuple):
+class PruningContext(NamedTuple):
     """The decoder layer that has just run, as a scoring function sees it.
 
     Queries and keys are those that it ran on, or, where the method looks ahead, those of the next layer on its output.
@@ -99,13 +99,13 @@ class Method:
       require: refuses settings that a decoder does not allow.
       published_counts: equivalent tokens -> counts kept at `PRUNING_LAYERS`, as released.
       kept_by_rank: how many tokens stay for a rank, where data decides that; `Scores.keep` says so at run time.
-      by_rungs: whether such a plan's stages run as programs of their own (`generation.ladder`).
+      stage_by_stage: whether such a plan's stages run as programs of their own (`generation.ladder`).
       shrink_images: makes pixels [m, 3, h, w] smaller, to so many per side, before the tower.
       shrink_features: makes projected patches [m, v, d] fewer, to so many per side, after it.
     """
 
     settings: Sparsity
-    score: Callable[[Layer, Sparsity], Scores] | None
+    score: Callable[[PruningContext, Sparsity], Scores] | None
     source: str
     summary: str = ""
     guided: bool = False
@@ -117,7 +117,7 @@ class Method:
     require: Callable[[Sparsity, TextConfig], None] = _anything
     published_counts: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     kept_by_rank: Callable[[Sparsity, int], int] | None = None
-    by_rungs: Callable[[Sparsity], bool] = _never
+    stage_by_stage: Callable[[Sparsity], bool] = _never
     shrink_images: Callable[[Array, int], Array] | None = None
     shrink_features: Callable[[Array, int], Array] | None = None
 

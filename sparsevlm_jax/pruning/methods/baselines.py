@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sparsevlm_jax.pruning.methods.base import Layer, Method, Scores
+from sparsevlm_jax.pruning.methods.base import Method, PruningContext, Scores
 from sparsevlm_jax.pruning.settings import Budget, Sparsity
 
 
-def score_at_random(layer: Layer, sparsity: Sparsity) -> Scores:
+def score_at_random(layer: PruningContext, sparsity: Sparsity) -> Scores:
     """Random numbers, the same for every row: from the seed, the pruning layer and the token's number in its row."""
     if layer.seed is None:
         raise ValueError("random draws random numbers: give prefill a seed, or its settings one")
@@ -24,7 +24,7 @@ def score_at_random(layer: Layer, sparsity: Sparsity) -> Scores:
     return Scores(numbers[jnp.minimum(layer.ordinals(), layer.stage.visual - 1)])
 
 
-def score_evenly(layer: Layer, sparsity: Sparsity) -> Scores:
+def score_evenly(layer: PruningContext, sparsity: Sparsity) -> Scores:
     """1 for tokens spread evenly over those that stand, in order, as many as are kept; 0 for the others."""
     count = jnp.maximum(jnp.sum(layer.tokens.visual, axis=1, keepdims=True), 1)
     ordinals, kept = layer.ordinals(), layer.kept[:, None]
@@ -32,21 +32,21 @@ def score_evenly(layer: Layer, sparsity: Sparsity) -> Scores:
     return Scores(chosen.astype(jnp.float32))
 
 
-def score_by_last_token(layer: Layer, sparsity: Sparsity) -> Scores:
+def score_by_last_token(layer: PruningContext, sparsity: Sparsity) -> Scores:
     """The last token's attention, mean over heads: in the layer that has just run (FastV) or the next (PyramidDrop)."""
     last = layer.tokens.lengths[:, None] - 1
     return Scores(jnp.mean(layer.attention(last), axis=(1, 2)))
 
 
-def score_by_tower(layer: Layer, sparsity: Sparsity) -> Scores:
+def score_by_tower(layer: PruningContext, sparsity: Sparsity) -> Scores:
     """The vision tower's own attention, mean over heads, in the last layer that runs: its class token's, where it has
     one, else that of all patches."""
     assert layer.tokens.saliency is not None
     return Scores(layer.tokens.saliency)
 
 
-def shrink_pictures(pixel_values: Float[Array, "m 3 _h _w"], size: int) -> Float[Array, "m 3 {size} {size}"]:
-    """Smaller pictures, antialiased (bicubic)."""
+def shrink_images(pixel_values: Float[Array, "m 3 _h _w"], size: int) -> Float[Array, "m 3 {size} {size}"]:
+    """Smaller images, antialiased (bicubic)."""
     shape = (*pixel_values.shape[:2], size, size)
     return jax.image.resize(pixel_values, shape, "cubic", antialias=True)
 
@@ -105,7 +105,7 @@ VISION = Method(
     summary="The vision tower's own attention, mean over heads, in its last layer that runs: of its class token or all",
     needs_saliency=True,
 )
-_SHRINKS: Any = {"budgets": ("keep",), "no_budget": "it shrinks pictures before the decoder, to `keep` tokens"}
+_SHRINKS: Any = {"budgets": ("keep",), "no_budget": "it shrinks images before the decoder, to `keep` tokens"}
 POOL = Method(
     _settings("pool"),
     None,
@@ -116,8 +116,8 @@ POOL = Method(
 DOWNSAMPLE = Method(
     _settings("downsample"),
     None,
-    "baseline; a smaller picture, position embeddings interpolated",
-    shrink_images=shrink_pictures,
+    "baseline; a smaller image, position embeddings interpolated",
+    shrink_images=shrink_images,
     **_SHRINKS,
 )
 DENSE = Method(Sparsity.dense(), None, "LLaVA as it is", budgets=(), no_budget="it keeps everything")

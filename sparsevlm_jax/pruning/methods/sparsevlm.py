@@ -17,20 +17,20 @@ from jaxtyping import Array, Bool, Float, Int
 from sparsevlm_jax.config import TextConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.ops.rope import apply_rope
-from sparsevlm_jax.pruning.methods.base import Layer, Method, Scores
+from sparsevlm_jax.pruning.methods.base import Method, PruningContext, Scores
 from sparsevlm_jax.pruning.options import HeadOptions, RankOptions
 from sparsevlm_jax.pruning.settings import V1_PRUNING_LAYERS, Budget, Sparsity
 from sparsevlm_jax.pruning.sparsify import EXACT, score_visual, take
 from sparsevlm_jax.rotary import Rope
 
 
-def score_by_raters(layer: Layer, sparsity: Sparsity) -> Scores:
+def score_by_raters(layer: PruningContext, sparsity: Sparsity) -> Scores:
     """v1.5: the raters' attention, mean over heads, then over raters (section 3.2, equation 4)."""
     rows, raters = layer.rater_rows()
     return Scores(score_visual(layer.attention(rows), raters))
 
 
-def score_by_rank(layer: Layer, sparsity: Sparsity) -> Scores:
+def score_by_rank(layer: PruningContext, sparsity: Sparsity) -> Scores:
     """v1: scores as in v1.5; int(rank * scale + bias) tokens stay, at most all but one.
 
     rank is that of the raters × visual matrix of head-mean attention. Where it equals the number of visual tokens
@@ -48,7 +48,7 @@ def score_by_rank(layer: Layer, sparsity: Sparsity) -> Scores:
     return Scores(score_visual(attention, raters), keep, {"rank": rank, "singular_values": singular_values})
 
 
-def score_by_selected_heads(layer: Layer, sparsity: Sparsity) -> Scores:
+def score_by_selected_heads(layer: PruningContext, sparsity: Sparsity) -> Scores:
     """v2.0: attention divided by rotary gravity, mean over the heads that look at the image most, then over raters.
 
     Gravity changes sign at distances beyond about 1700 (head dim 128, base 10000); the released code divides all the
@@ -145,7 +145,7 @@ V1 = Method(
     no_budget="its counts follow from `scale` and `bias`",
     settle=_settle_v1,
     kept_by_rank=kept_by_rank,
-    by_rungs=lambda sparsity: rank_options(sparsity).ladder,
+    stage_by_stage=lambda sparsity: rank_options(sparsity).ladder,
 )
 V15 = Method(
     Sparsity.v15(),

@@ -1,4 +1,4 @@
-"""An explanation as one picture, for slides and papers: the question, the words, and a column per stage.
+"""An explanation as one image, for slides and papers: the question, the words, and a column per stage.
 
 Its letters are Pillow's own Latin font, the same on every machine; the page has all others.
 """
@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from sparsevlm_jax.explain import account
+from sparsevlm_jax.explain import summary
 from sparsevlm_jax.explain.drawing import INK, colour_map, draw_pruning, draw_stage, font
-from sparsevlm_jax.explain.record import Explanation, Stage
+from sparsevlm_jax.explain.trace_run import Explanation, Stage
 from sparsevlm_jax.explain.words import Word
 
 GAP, LETTERS, LARGE = 24, 24, 40  # pixels
@@ -21,20 +21,20 @@ SOFT, ACCENT, WHITE = (89, 89, 89), (0, 63, 107), (255, 255, 255)
 
 def draw_sheet(explanation: Explanation) -> Image.Image:
     """The whole sheet."""
-    dense, pruned = account.answers(explanation)
+    dense, pruned = summary.answers(explanation)
     method = explanation.pruned.plan.sparsity.method
     stages = _beside([_column(explanation, stage) for stage in explanation.stages])
     width = max(stages.width, 900)
-    savings = [f"{s.name}: {s.pruned} of {s.dense} ({s.change})" for s in account.savings(explanation)]
-    said = [f"Dense: {dense.text}", f"Pruned ({method}): {pruned.text}", account.verdict(explanation)]
+    savings = [f"{s.name}: {s.pruned} of {s.dense} ({s.change})" for s in summary.savings(explanation)]
+    said = [f"Dense: {dense.text}", f"Pruned ({method}): {pruned.text}", summary.verdict(explanation)]
     key = (
-        "Framed words rate the picture. Clear patches were kept, tinted and numbered ones merged, "
+        "Framed words rate the image. Clear patches were kept, tinted and numbered ones merged, "
         "struck-through ones dropped. "
-        f"Maps: scores ({account.scored_by(explanation)}), the kept framed."
+        f"Maps: scores ({summary.scored_by(explanation)}), the kept framed."
     )
     parts = [_text(explanation.question, width, LARGE), *(_text(line, width) for line in said)]
     parts += [_words(explanation.words.after, width), stages, _text(key, width, colour=SOFT)]
-    parts += [_text(line, width, colour=SOFT) for line in [*savings, *account.notes(explanation)]]
+    parts += [_text(line, width, colour=SOFT) for line in [*savings, *summary.notes(explanation)]]
     inner = _below(parts)
     sheet = Image.new("RGB", (inner.width + 2 * GAP, inner.height + 2 * GAP), WHITE)
     sheet.paste(inner, (GAP, GAP))
@@ -42,20 +42,20 @@ def draw_sheet(explanation: Explanation) -> Image.Image:
 
 
 def _column(explanation: Explanation, stage: Stage) -> Image.Image:
-    """A stage from top to bottom: name, counts, pictures, what the pruning did, score maps."""
+    """A stage from top to bottom: name, counts, images, what the pruning did, score maps."""
     drawings = draw_stage(explanation, stage)
     width, pruning = max(drawing.width for drawing in drawings), stage.pruning
     parts = [
-        _text(account.stage_name(stage), width, 1.2 * LETTERS),
-        _text(account.entering(stage), width, colour=SOFT, lines=2),
+        _text(summary.stage_name(stage), width, 1.2 * LETTERS),
+        _text(summary.entering(stage), width, colour=SOFT, lines=2),
     ]
-    names = [account.view_name(view, explanation.images) for view in explanation.views]
-    counts = [account.fates_of(view, stage) for view in explanation.views]
+    names = [summary.view_name(view, explanation.images) for view in explanation.views]
+    counts = [summary.fates_of(view, stage) for view in explanation.views]
     told = [name and f"{name}: {count}" for name, count in zip(names, counts, strict=True)]
     parts += _named(told, drawings, width, lines=2)
     if pruning is not None:
         maps, low, high = draw_pruning(explanation, pruning)
-        parts.append(_text(f"Then {account.outcome(pruning)}", width, lines=2))
+        parts.append(_text(f"Then {summary.outcome(pruning)}", width, lines=2))
         parts += _named(names, maps, width)
         parts.append(_scale(width, low, high))
     return _below(parts, gap=GAP // 3)
@@ -118,7 +118,7 @@ def _text(
 
 
 def _below(images: Sequence[Image.Image], gap: int = GAP // 2) -> Image.Image:
-    """Pictures from top to bottom."""
+    """Images from top to bottom."""
     size = max((i.width for i in images), default=1), sum(i.height + gap for i in images) - gap * bool(images)
     whole, y = Image.new("RGB", (size[0], max(size[1], 1)), WHITE), 0
     for image in images:
@@ -128,6 +128,6 @@ def _below(images: Sequence[Image.Image], gap: int = GAP // 2) -> Image.Image:
 
 
 def _beside(images: Sequence[Image.Image], gap: int = GAP) -> Image.Image:
-    """Pictures from left to right."""
+    """Images from left to right."""
     turned = [image.transpose(Image.Transpose.TRANSPOSE) for image in images]
     return _below(turned, gap).transpose(Image.Transpose.TRANSPOSE)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sparsevlm_jax.explain.provenance import ABSENT, DROPPED, KEPT
-from sparsevlm_jax.explain.record import Explanation, Pruning, Stage, first_difference
+from sparsevlm_jax.explain.trace_run import Explanation, Pruning, Stage, first_difference
 from sparsevlm_jax.explain.views import BASE, CANVAS, View
 from sparsevlm_jax.explain.words import pieces
 from sparsevlm_jax.generation.api import require_processor
@@ -69,7 +69,7 @@ def entering(stage: Stage) -> str:
 
 def merged_tokens(stage: Stage) -> int:
     """Merged tokens that enter."""
-    return len(set(stage.fates[stage.fates > 0].tolist()))
+    return len(set(stage.outcomes[stage.outcomes > 0].tolist()))
 
 
 def view_name(view: View, images: int) -> str:
@@ -81,12 +81,12 @@ def view_name(view: View, images: int) -> str:
 
 def fates_of(view: View, stage: Stage) -> str:
     """What stands in a view on entering a stage, in numbers."""
-    fates = view.of(stage.fates, ABSENT)
-    patches = fates[:, : view.shape[1]]
+    outcomes = view.of(stage.outcomes, ABSENT)
+    patches = outcomes[:, : view.shape[1]]
     told = f"{np.sum(patches == KEPT)} patches kept, {np.sum(patches > 0)} merged, {np.sum(patches == DROPPED)} dropped"
     if not view.newlines:
         return told
-    return f"{told}; {np.sum(fates[:, -1] != DROPPED)} of {len(fates)} newlines left"
+    return f"{told}; {np.sum(outcomes[:, -1] != DROPPED)} of {len(outcomes)} newlines left"
 
 
 def outcome(pruning: Pruning) -> str:
@@ -162,7 +162,7 @@ def notes(explanation: Explanation) -> list[str]:
     found = []
     if plan.grid is not None:
         found.append(
-            f"{method.name} drops no token: every picture enters as {plan.grid} × {plan.grid} larger cells, and all of "
+            f"{method.name} drops no token: every image enters as {plan.grid} × {plan.grid} larger cells, and all of "
             "them go through every layer."
         )
     elif len(plan.stages) == 1:
@@ -177,7 +177,7 @@ def notes(explanation: Explanation) -> list[str]:
         )
     if method.counts_are_bounds:
         found.append(
-            f"{method.name} decides from the picture and the question how many tokens stay. The counts are those of "
+            f"{method.name} decides from the image and the question how many tokens stay. The counts are those of "
             "this run; XLA counts the program, which is made for the most that could stay."
         )
     if explanation.newlines:
@@ -195,7 +195,7 @@ def notes(explanation: Explanation) -> list[str]:
     if explanation.class_tokens:
         found.append(
             f"The tower's class token is a visual token too, {explanation.class_tokens} in all: it is counted, "
-            "but it is no patch and has no place in the picture."
+            "but it is no patch and has no place in the image."
         )
     return found
 

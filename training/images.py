@@ -1,4 +1,4 @@
-"""The pictures that come with the demo model: `python -m training.pictures MODEL OUT`.
+"""The images that come with the demo model: `python -m training.images MODEL OUT`.
 
 Held-out scenes of a seed of their own, neither trained on nor in the retention study. Those are shown whose questions
 the model answers rightly, dense and with the default pruning; how often it does not is in the study's results.
@@ -21,8 +21,8 @@ from training.questions import KINDS, Question, ask
 from training.scenes import Scene, draw_scene
 
 SEED = 7
-PICTURES = 5
-QUESTIONS = 3  # about each picture, of kinds that take turns
+IMAGES = 5
+QUESTIONS = 3  # about each image, of kinds that take turns
 DIGITS = (5, 9)
 
 
@@ -43,13 +43,13 @@ def candidates() -> Iterator[tuple[Scene, list[Question]]]:
 def is_right(model: Model, scene: Scene, questions: Sequence[Question]) -> bool:
     """Whether all questions are answered rightly, dense and with the default pruning."""
     texts, truth = [question.text for question in questions], [question.answer for question in questions]
-    pictures = [[scene.pixels] for _ in questions]
+    images = [[scene.pixels] for _ in questions]
     settings = (sv.Sparsity.dense(), sv.Sparsity.v15())
-    return all(sv.generate(model, pictures, texts, sparsity=s, max_new_tokens=4) == truth for s in settings)
+    return all(sv.generate(model, images, texts, sparsity=s, max_new_tokens=4) == truth for s in settings)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m training.pictures", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m training.images", description=__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
     options = parser.parse_args(arguments)
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     model = sv.load(options.model, dtype="float32")
     listed = {}
     right = ((scene, asked) for scene, asked in candidates() if is_right(model, scene, asked))
-    for number, (scene, asked) in enumerate(islice(right, PICTURES), start=1):
+    for number, (scene, asked) in enumerate(islice(right, IMAGES), start=1):
         name = f"scene_{number}.png"
         Image.fromarray(scene.pixels).save(options.out / name, optimize=True)
         listed[name] = [{"question": question.text, "answer": question.answer} for question in asked]

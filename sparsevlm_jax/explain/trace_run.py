@@ -18,16 +18,16 @@ from jaxtyping import Array, Bool, Float, Int
 from sparsevlm_jax.checkpoints.load import Model
 from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.explain.provenance import Origins, chosen, fates, origins, scores
+from sparsevlm_jax.explain.provenance import Origins, chosen, origins, outcomes, scores
 from sparsevlm_jax.explain.views import View, as_seen, views_of
 from sparsevlm_jax.explain.words import Words, read_words
 from sparsevlm_jax.generation.api import generate_ids, require_finite, require_processor
-from sparsevlm_jax.generation.request import Generation, Run
+from sparsevlm_jax.generation.request import Generation, GenerationRequest
 from sparsevlm_jax.inputs.images import ImageLike
 from sparsevlm_jax.models.embedding import Images, embed
 from sparsevlm_jax.models.stages import Cache, Params, Trace, prefill
 from sparsevlm_jax.pruning.plan import Plan, StagePlan
-from sparsevlm_jax.pruning.prune import Event
+from sparsevlm_jax.pruning.prune import PruningStep
 from sparsevlm_jax.pruning.settings import Sparsity
 
 
@@ -47,13 +47,13 @@ class Stage(NamedTuple):
 
     plan: StagePlan
     visual: int  # visual tokens that enter
-    fates: Int[np.ndarray, "o"]  # of every original visual token on entering: see `provenance`
+    outcomes: Int[np.ndarray, "o"]  # of every original visual token on entering: see `provenance`
     pruning: Pruning | None
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """One question about pictures, answered by one model dense and pruned.
+    """One question about images, answered by one model dense and pruned.
 
     Attributes:
       views: the images as the model saw them: cropped, padded or laid out, and shrunk where the method does that.
@@ -93,13 +93,13 @@ def explain(
     """Answers a question greedily, dense and pruned, and records the pruned prefill.
 
     Raises:
-      UserError: no picture, or whatever `generate` refuses.
+      UserError: no image, or whatever `generate` refuses.
     """
-    require_picture(images)
+    require_image(images)
     processor, config = require_processor(model), model.config
     inputs = processor([list(images)], [question], aspect)
     settings: Any = {"max_new_tokens": max_new_tokens, "end_tokens": model.generation.eos_token_ids}
-    run = Run(model.params, config, inputs.ids, inputs.images, sparsity=sparsity, **settings)
+    run = GenerationRequest(model.params, config, inputs.ids, inputs.images, sparsity=sparsity, **settings)
     pruned, trace = _run_traced(run, max_new_tokens)
     dense = generate_ids(model.params, config, inputs.ids, inputs.images, sparsity=Sparsity.dense(), **settings)
     for generation in (pruned, dense):
@@ -120,14 +120,14 @@ def explain(
     )
 
 
-def require_picture(images: Sequence[ImageLike]) -> None:
+def require_image(images: Sequence[ImageLike]) -> None:
     """Refuses text alone.
 
     Raises:
-      UserError: there is no picture.
+      UserError: there is no image.
     """
     if not images:
-        raise UserError("explain shows what becomes of a picture's patches: give at least one `image`")
+        raise UserError("explain shows what becomes of an image's patches: give at least one `image`")
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
@@ -154,7 +154,7 @@ def _prefill_traced(
     return logits, cache, trace
 
 
-def _run_traced(run: Run, max_new_tokens: int) -> tuple[Generation, Trace]:
+def _run_traced(run: GenerationRequest, max_new_tokens: int) -> tuple[Generation, Trace]:
     """Answers on the very cache of the prefill that is recorded."""
     arrays = jnp.asarray(run.packed.input_ids), jnp.asarray(run.packed.lengths), run.images, run.seed
     logits, cache, trace = _prefill_traced(run.params, *arrays, config=run.config, plan=run.plan, room=run.room)
@@ -162,7 +162,7 @@ def _run_traced(run: Run, max_new_tokens: int) -> tuple[Generation, Trace]:
 
 
 def _stages(trace: Trace, plan: Plan) -> list[Stage]:
-    def pruning(event: Event, standing: Origins) -> Pruning:
+    def pruning(event: PruningStep, standing: Origins) -> Pruning:
         before, selection = int(event.before.visual.sum()), event.selection
         kept, recycled = int(selection.kept_count[0]), int(selection.pool_count[0])
         return Pruning(
@@ -176,9 +176,9 @@ def _stages(trace: Trace, plan: Plan) -> list[Stage]:
 
     entering = [trace.tokens, *(event.after for event in trace.events)]
     found = origins(trace.tokens, trace.events)
-    told = fates(trace.events, found)
+    told = outcomes(trace.events, found)
     prunings = [*(pruning(*both) for both in zip(trace.events, found, strict=False)), None]
     return [
-        Stage(stage, int(tokens.visual.sum()), fate, done)
-        for stage, tokens, fate, done in zip(plan.stages, entering, told, prunings, strict=True)
+        Stage(stage, int(tokens.visual.sum()), outcome, done)
+        for stage, tokens, outcome, done in zip(plan.stages, entering, told, prunings, strict=True)
     ]
