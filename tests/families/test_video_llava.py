@@ -20,7 +20,7 @@ import sparsevlm_jax as sv
 from sparsevlm_jax import UserError
 from sparsevlm_jax.checkpoints.convert import convert
 from sparsevlm_jax.generation.api import require_processor
-from sparsevlm_jax.generation.request import Run
+from sparsevlm_jax.generation.request import GenerationRequest
 from sparsevlm_jax.inputs.processor import Inputs, Processor
 from sparsevlm_jax.models.family import config_from_hf
 from tests.families import contract
@@ -93,7 +93,9 @@ def torch_inputs(case: Case, name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ROWS)
 def test_logits_are_those_of_transformers(case: Case, name: str) -> None:
     config, inputs = case.ours.config, inputs_of(case, name)
-    run = Run(case.ours.params, config, inputs.ids, inputs.images, **contract.settings(sv.Sparsity.dense()))
+    run = GenerationRequest(
+        case.ours.params, config, inputs.ids, inputs.images, **contract.settings(sv.Sparsity.dense())
+    )
     prompt = sv.embed(
         run.params, jnp.asarray(run.packed.input_ids), jnp.asarray(run.packed.lengths), run.images, config
     )
