@@ -178,9 +178,8 @@ def run_torch(source: Source, question: Question) -> tuple[Parts, str]:
         model = cls.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
     with torch.no_grad():
         pixels = torch.from_numpy(question.pixel_values).to(model.dtype)
-        states = getattr(model.model, image_tower(vars(model.model)["_modules"]))(
-            pixels, output_hidden_states=True
-        ).hidden_states
+        look = model.model.get_submodule(image_tower(dict(model.model.named_children())))
+        states = look(pixels, output_hidden_states=True).hidden_states
         tower = torch.cat([states[layer] for layer in source.model.feature_layers], -1)
         visual = _image_features(model, pixels, question.size, tiled=bool(source.model.canvases))
         # The marker may lie outside the table, so the embeddings are put together here.

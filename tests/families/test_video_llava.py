@@ -93,9 +93,8 @@ def torch_inputs(case: Case, name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ROWS)
 def test_logits_are_those_of_transformers(case: Case, name: str) -> None:
     config, inputs = case.ours.config, inputs_of(case, name)
-    run = GenerationRequest(
-        case.ours.params, config, inputs.ids, inputs.images, **contract.settings(sv.Sparsity.dense())
-    )
+    dense = contract.settings(sv.Sparsity.dense())
+    run = GenerationRequest(case.ours.params, config, inputs.ids, inputs.images, **dense)
     prompt = sv.embed(
         run.params, jnp.asarray(run.packed.input_ids), jnp.asarray(run.packed.lengths), run.images, config
     )
@@ -184,9 +183,9 @@ def test_images_and_videos_stand_where_their_markers_do(case: Case) -> None:
 def test_questions_about_one_video_share_it_if_their_markers_agree(case: Case) -> None:
     processor, shown = require_processor(case.ours), ([[contract.image((112, 112), 0)]], [[film(0)]])
     same = processor(shown[0], ["who", "what is it"], videos=shown[1])
-    assert len(same.pixel_values) == 1 and len(same.frames) == FRAMES
+    assert same.frames is not None and len(same.pixel_values) == 1 and len(same.frames) == FRAMES
     other = processor(shown[0], ["<image> or <video>", "<video> or <image>"], videos=shown[1])
-    assert len(other.pixel_values) == 2 and len(other.frames) == 2 * FRAMES
+    assert other.frames is not None and len(other.pixel_values) == 2 and len(other.frames) == 2 * FRAMES
 
 
 def test_prompts_have_the_form_of_the_model_card(case: Case) -> None:
@@ -231,7 +230,10 @@ def test_pixels_are_those_of_the_family_s_own_image_processor(case: Case, tmp_pa
     folder = shutil.copytree(case.folder, tmp_path / "named")
     settings["image_processor_type"] = "VideoLlavaImageProcessor"
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-    found = Processor.from_pretrained(folder, case.ours.config)([[image]], ["what"], videos=[[frames]])
+    processor = Processor.from_pretrained(folder, case.ours.config)
+    assert processor is not None
+    found = processor([[image]], ["what"], videos=[[frames]])
+    assert found.frames is not None
     np.testing.assert_allclose(found.frames, expected[:FRAMES], atol=1e-6)
     np.testing.assert_allclose(found.pixel_values, expected[FRAMES:], atol=1e-6)
 
