@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sparsevlm_jax.checkpoints.llava_original import _VICUNA, _template
+from sparsevlm_jax.checkpoints.llava_original import _CHATML, _MISTRAL, _VICUNA, _template
 from sparsevlm_jax.inputs import templates
 from tests.hf import CHAT_TEMPLATE
 
@@ -170,3 +170,22 @@ with ThreadPoolExecutor(8) as pool:
     assert set(pool.map(lambda _: templates.render(source), range(400))) == {{"a" * 62}}
 """
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("content", ["be short", [{"type": "text", "text": "be short"}]])
+@pytest.mark.parametrize(
+    "turns, said",
+    [
+        (_VICUNA, "be short USER: why? ASSISTANT:"),
+        (_MISTRAL, "be short\n[INST] why? [/INST]"),
+        (
+            _CHATML,
+            "<|im_start|>system\nbe short<|im_end|><|im_start|>user\nwhy?<|im_end|><|im_start|>assistant\n",
+        ),
+    ],
+    ids=["vicuna", "mistral", "chatml"],
+)
+def test_a_system_text_takes_the_place_of_the_written_templates_own(turns: Any, said: str, content: Any) -> None:
+    messages = [{"role": "system", "content": content}, {"role": "user", "content": "why?"}]
+    settings = {"tools": None, "documents": None, "add_generation_prompt": True, "eos_token": "</s>"}
+    assert templates.render(_template(turns), messages=messages, **settings) == said

@@ -58,17 +58,20 @@ _TOWERS = {
 
 
 class _Turns(NamedTuple):
-    """How a prompt is written: what begins it, then around each question and each answer."""
+    """How a prompt is written: the system text where a conversation brings none, and what stands around it, each
+    question and each answer."""
 
-    start: str
+    default: str
+    system: tuple[str, str]
     question: tuple[str, str]
     answer: tuple[str, str]  # "" at its end: the tokenizer's end token
 
 
-_VICUNA = _Turns(PROMPT_START.split("USER: ")[0], ("USER: ", ""), (PROMPT_END + " ", ""))
-_MISTRAL = _Turns("", ("[INST] ", " [/INST]"), (" ", ""))
+_VICUNA = _Turns(PROMPT_START.split(" USER: ")[0], ("", " "), ("USER: ", ""), (PROMPT_END + " ", ""))
+_MISTRAL = _Turns("", ("", "\n"), ("[INST] ", " [/INST]"), (" ", ""))
 _CHATML = _Turns(  # LLaVA 1.6 34B
-    "<|im_start|>system\nAnswer the questions.<|im_end|>",
+    "Answer the questions.",
+    ("<|im_start|>system\n", "<|im_end|>"),
     ("<|im_start|>user\n", "<|im_end|>"),
     ("<|im_start|>assistant\n", "<|im_end|>"),
 )
@@ -227,8 +230,13 @@ def _template(turns: _Turns) -> str:
         return f"{{{{ {json.dumps(of)} }}}}" if of else ""
 
     end = text(turns.answer[1]) or "{{ eos_token }}"
+    start = text(turns.default.join(turns.system)) if turns.default else ""
     return (
-        f"{text(turns.start)}{{% for message in messages %}}{{% set content = message['content'] %}}"
+        "{% set turns = messages %}{% if messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}"
+        f"{{% set content = messages[0]['content'] %}}{text(turns.system[0])}"
+        "{% if content is string %}{{ content }}{% else %}{{ content[0]['text'] }}{% endif %}"
+        f"{text(turns.system[1])}{{% else %}}{start}{{% endif %}}"
+        "{% for message in turns %}{% set content = message['content'] %}"
         f"{{% if message['role'] == 'user' %}}{text(turns.question[0])}"
         "{% if content is string %}{{ content }}{% else %}"
         f"{{% for part in content if part['type'] == 'image' %}}{text(MARKER + chr(10))}{{% endfor %}}"
