@@ -135,7 +135,7 @@ class Sparsity:
     @classmethod
     def video(cls) -> Sparsity:
         """v1 as the authors' code for Video-LLaVA has it: after layer 1 alone, as many tokens as the rank."""
-        return replace(cls.v1(scale=1.0, bias=0.0), budget=Budget(layers=(1,)))
+        return cls.v1(scale=1.0, bias=0.0).changed(layers=(1,))
 
     @classmethod
     def v20(

@@ -19,6 +19,7 @@ from transformers import VideoLlavaImageProcessor
 import sparsevlm_jax as sv
 from sparsevlm_jax import UserError
 from sparsevlm_jax.checkpoints.convert import convert
+from sparsevlm_jax.checkpoints.verify import verify
 from sparsevlm_jax.generation.api import require_processor
 from sparsevlm_jax.generation.request import GenerationRequest
 from sparsevlm_jax.inputs.processor import Inputs, Processor
@@ -153,6 +154,11 @@ def test_up_to_its_pruning_layer_a_pruned_prefill_is_the_dense_one(case: Case) -
     (event,) = traces["pruned"].events
     kept = np.asarray(event.selection.kept[0])
     assert 0 < kept.sum() < visual.sum() and not kept[~visual].any()
+
+
+def test_a_converted_checkpoint_is_verified_against_its_source(case: Case, tmp_path: Path) -> None:
+    convert(case.folder, tmp_path / "converted")
+    assert verify(case.folder, tmp_path / "converted").passed
 
 
 def test_files_arrays_and_messages_give_one_answer(case: Case, tmp_path: Path) -> None:
@@ -316,3 +322,4 @@ def test_the_released_setting_stands_and_enters_as_the_papers_count(rank, stand,
     assert plan.stages[0].keep == rank and (plan.stages[0].start, plan.stages[0].stop) == (0, 2)
     assert abs(plan.equivalent_tokens() - standing) < 0.06
     assert abs(plan.entering_tokens() - entering) < 0.06
+    assert sv.Sparsity.video() == sv.sparsity("v1", scale=1.0, bias=0.0, layers=(1,))
