@@ -36,14 +36,14 @@ class Packed(NamedTuple):
 class ImagePacking(NamedTuple):
     """Where every visual token of a batch comes from: its patches among those of all tiles, and their shares.
 
-    Rows of the family's own, such as the newline token, are counted behind all patches. The first `count` tokens are
+    Rows of the family's own, such as the newline token, are counted from -1 downwards. The first sum(rows) tokens are
     real.
     """
 
     index: Any  # int32 [n, k]
     weight: Any  # float32 [n, k]; None where every token is one patch
     line: Any  # int32 [n], see `ImageLayout`
-    count: Any  # int32 []
+    rows: Any  # int32 [r]: visual tokens in each row of the batch, or in one row that stands for all
 
 
 class TiledImages(NamedTuple):
@@ -53,19 +53,18 @@ class TiledImages(NamedTuple):
     packing: ImagePacking
 
 
-def pack_images(layouts: Sequence[ImageLayout], tiles: int, patches: int, tokens: int) -> ImagePacking:
-    """The packing of some images.
+def pack_images(layouts: Sequence[Sequence[ImageLayout]], tiles: int, patches: int, tokens: int) -> ImagePacking:
+    """The packing of the images of some rows.
 
     Args:
-      layouts: of each image.
-      tiles: that each of them is padded to.
+      layouts: of each row's images.
+      tiles: that each image is padded to.
       patches: that a tile becomes.
-      tokens: to which their visual tokens are padded; the padding repeats patch 0.
+      tokens: to which the visual tokens of all rows are padded; the padding repeats patch 0.
     """
-    own = len(layouts) * tiles * patches  # where the family's own rows begin
     index, line, weight, before = [], [], [], 0
-    for number, layout in enumerate(layouts):
-        index.append(np.where(layout.index == NEWLINE, own, number * tiles * patches + layout.index))
+    for number, layout in enumerate(layout for row in layouts for layout in row):
+        index.append(np.where(layout.index == NEWLINE, NEWLINE, number * tiles * patches + layout.index))
         line.append(before + layout.line)
         weight += [] if layout.weight is None else [layout.weight]
         before += layout.tokens
@@ -74,7 +73,7 @@ def pack_images(layouts: Sequence[ImageLayout], tiles: int, patches: int, tokens
         _padded(index, padding).astype(np.int32),
         _padded(weight, padding).astype(np.float32) if weight else None,
         np.concatenate([*line, np.arange(before, tokens)]).astype(np.int32),
-        np.asarray(before, np.int32),
+        np.array([sum(layout.tokens for layout in row) for row in layouts], np.int32),
     )
 
 

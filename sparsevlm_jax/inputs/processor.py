@@ -4,7 +4,7 @@ The tokenizer, the image processor and the chat template are the checkpoint's ow
 image marker is expanded from the model's configuration, never by the checkpoint's multimodal processor: that one
 needs a patch size which many checkpoints do not state.
 
-Axis letters: m images, l tokens, S pixels per side.
+Axis letters: m images, t tiles, l tokens, S pixels per side.
 """
 
 from __future__ import annotations
@@ -237,12 +237,12 @@ class Processor:
 
     def _packing(self, layouts: Sequence[Sequence[ImageLayout]]) -> ImagePacking | None:
         """Of the images of each row, padded to sizes that no single image decides; None where nothing is packed."""
-        tiles, flat = self.config.most_tiles, [layout for own in layouts for layout in own]
-        if tiles is None or not flat:
+        tiles = self.config.most_tiles
+        if tiles is None or not any(layouts):
             return None
         longest = max(sum(layout.tokens for layout in own) for own in layouts)
         tokens = len(layouts) * self.config.visual_bucket(longest)
-        return pack_images(flat, tiles, self.config.tile_tokens, tokens)
+        return pack_images(layouts, tiles, self.config.tile_tokens, tokens)
 
     def _prepared(self, source: ImageLike, aspect: str | None) -> tuple[np.ndarray, ImageLayout]:
         """An image as the tower takes it, float32 [tiles, 3, S, S], and its visual tokens."""
