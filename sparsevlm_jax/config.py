@@ -1,6 +1,6 @@
 """What a checkpoint decides: frozen, hashable configurations of decoders and towers, and what a file may say of them.
 
-Every hyper-parameter is a field without default, filled from a config.json or by a preset.
+Every hyper-parameter of a decoder or a tower is a field without default, filled from a config.json or by a preset.
 The dataclasses are hashable so that a configuration can be a static argument of `jax.jit`.
 """
 

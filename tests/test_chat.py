@@ -176,7 +176,7 @@ def test_the_tower_runs_once(model: Model, image: Image.Image, selection: str, m
         return run(*args, **settings)
 
     monkeypatch.setattr(chat_module, "_encode", recorded_encode)
-    monkeypatch.setattr(chat_module, "Run", recorded_run)
+    monkeypatch.setattr(chat_module, "GenerationRequest", recorded_run)
     converse(start_chat(model, [image], selection))
     assert len(encoded) == 1
     assert all(images is encoded[0] for images in seen)

@@ -247,7 +247,7 @@ def test_images_that_a_plan_shrinks_must_be_shrunk() -> None:
     def run(params: Any, shrunk: Plan | None, given: Plan) -> Any:
         return embed(params, ids, lengths, encode_images(params, jnp.asarray(PIXELS[:1]), MODEL, shrunk), MODEL, given)
 
-    with pytest.raises(ValueError, match="the images have 16 visual tokens, the plan has 4 in each of 1 rows"):
+    with pytest.raises(ValueError, match="the images are not shrunk, the plan shrinks each to 4 visual tokens"):
         jax.eval_shape(lambda params: run(params, None, pool), weights)
     with pytest.raises(ValueError, match="the images have 16 visual tokens, the plan has 8 in each of 1 rows"):
         jax.eval_shape(lambda params: run(params, None, plan(visual=8)), weights)

@@ -40,11 +40,8 @@ def answers(plan: Plan, rows: tuple[int, ...]) -> list[tuple[np.ndarray, np.ndar
     batch = models.prompt([ROWS[i] for i in rows], text=TEXT, visual=plan.visual_tokens, seeds=rows)
     logits, _, trace = models.compiled_prefill(MODEL, plan, 0, trace=True)(models.params(MODEL), batch)
     last = trace.events[-1].after if trace.events else trace.tokens
-    found = []
-    for place, i in enumerate(rows):
-        visual = np.asarray(last.visual[place])
-        found.append((np.asarray(logits[place]), np.asarray(last.origins[place])[visual][:, : ROWS[i][1]]))
-    return found
+    left = [models.origins(trace, place)[-1][np.asarray(last.visual[place])] for place in range(len(rows))]
+    return list(zip(np.asarray(logits), left, strict=True))
 
 
 def check_equal(found: tuple[np.ndarray, np.ndarray], wanted: tuple[np.ndarray, np.ndarray]) -> None:
@@ -87,7 +84,7 @@ def test_batches_of_other_counts_within_the_range_run_in_the_same_program() -> N
     assert program._cache_size() == 1
 
 
-def test_a_row_of_a_number_that_the_plan_does_not_know_follows_the_largest_below_it() -> None:
+def test_a_row_of_a_number_below_those_of_the_plan_has_no_logits() -> None:
     settings = sparsity("v1.5", keep=6, recycle_group=2)
     plan = make_plan(settings, MODEL, NARROW, TEXT, row_counts=range(9, 11))
     batch = models.prompt([(3, 5, 8), (4, 9, 6), (5, 24, 7)], text=TEXT, visual=NARROW)
@@ -95,7 +92,11 @@ def test_a_row_of_a_number_that_the_plan_does_not_know_follows_the_largest_below
     kept = np.asarray([event.selection.kept_count for event in trace.events]).T
     np.testing.assert_array_equal(kept, [[0, 0], *kept_table(plan)])
     slots = np.array([key.shape[1] for key in cache.keys])
-    assert np.all(np.isfinite(logits)) and np.all(np.asarray(cache.lengths) <= slots[:, None])
+    assert (
+        np.isnan(logits[0]).all()
+        and np.isfinite(logits[1:]).all()
+        and np.all(np.asarray(cache.lengths) <= slots[:, None])
+    )
 
 
 # The numbers.

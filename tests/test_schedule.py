@@ -339,5 +339,5 @@ def test_shrinking_takes_the_largest_grid_that_fits(method: str, images: int, ke
 
 def test_shrinking_needs_a_square_of_patches() -> None:
     config: LlavaConfig = replace(tiny(), vision_feature_select_strategy="full")
-    with pytest.raises(UserError, match="pool: needs vision_feature_select_strategy"):
+    with pytest.raises(UserError, match="pool: shrinks squares of patches, .* leaves 17 visual tokens of 16 patches"):
         make_plan(sparsity("pool", keep=4), config, 17)

@@ -80,8 +80,9 @@ def images(cell: Cell) -> np.ndarray | TiledImages:
     config, layouts = cell.config, cell.layouts
     if config.most_tiles is None:
         return pixels(cell)
+    rows = [layouts[row * cell.images : (row + 1) * cell.images] for row in range(cell.batch)]
     tokens = sum(layout.tokens for layout in layouts)
-    return TiledImages(pixels(cell), pack_images(layouts, config.most_tiles, config.tile_tokens, tokens))
+    return TiledImages(pixels(cell), pack_images(rows, config.most_tiles, config.tile_tokens, tokens))
 
 
 def input_ids(cell: Cell) -> np.ndarray:

@@ -217,7 +217,7 @@ def _plan_of_rows(sparsity: Sparsity, config: ModelConfig, packed: Packed) -> Pl
     most, keep, row_counts = max(counts), sparsity.budget.keep, None
     if keep is not None and 0 < most < keep:  # a bucket may have room for more
         raise UserError(f"keep={keep}: the prompt has only {most} visual tokens")
-    if config.canvases:
+    if config.most_tiles is not None:
         row_counts = range(packed.visual + 1)
     elif len(counts) > 1:
         step = config.tokens_per_image if config.video_token_id is None else 1
@@ -275,22 +275,29 @@ def _check_markers(
     config: ModelConfig, rows: Sequence[np.ndarray], images: np.ndarray | TiledImages | ImageFeatures | None
 ) -> None:
     markers = [int(np.sum(row == config.image_token_id)) for row in rows]
-    visual = _visual_tokens(images, config)
-    if sum(markers) != visual and any(count != visual for count in markers):
+    visual, own = _visual_tokens(images, config)
+    fit = sum(markers) == visual if own is None or len(own) == 1 else markers == own
+    if not fit and any(count != visual for count in markers):
         raise UserError(
             f"the ids hold {sum(markers)} image markers, but the images given become {visual} visual tokens: "
             "write one marker for each visual token of an image"
         )
 
 
-def _visual_tokens(images: np.ndarray | TiledImages | ImageFeatures | None, config: ModelConfig) -> int:
-    """How many visual tokens images become, all together."""
+def _visual_tokens(
+    images: np.ndarray | TiledImages | ImageFeatures | None, config: ModelConfig
+) -> tuple[int, list[int] | None]:
+    """How many visual tokens images become, all together, and in each row where that is known."""
     if images is None:
-        return 0
+        return 0, None
+    rows = images.packing.rows if isinstance(images, TiledImages) else None
     if isinstance(images, ImageFeatures):
-        return len(images.tokens) if images.count is None else int(jax.device_get(images.count))
-    if isinstance(images, TiledImages):
-        return int(jax.device_get(images.packing.count))
-    if config.canvases and len(images):
+        rows = images.rows
+        if rows is None:
+            return len(images.tokens), None
+    if rows is not None:
+        own = jax.device_get(rows).tolist()
+        return sum(own), own
+    if config.most_tiles is not None and len(images):
         raise UserError(f"{config.model_type} takes images with their packing: give the processor's `Inputs.images`")
-    return len(images) * config.tokens_per_image
+    return len(images) * config.tokens_per_image, None

@@ -36,14 +36,14 @@ class Packed(NamedTuple):
 class ImagePacking(NamedTuple):
     """Where every visual token of a batch comes from: its patches among those of all tiles, and their shares.
 
-    Rows of the family's own, such as the newline token, are counted behind all patches. The first `count` tokens are
+    Rows of the family's own, such as the newline token, are counted from -1 downwards. The first sum(rows) tokens are
     real.
     """
 
     index: Any  # int32 [n, k]
     weight: Any  # float32 [n, k]; None where every token is one patch
     line: Any  # int32 [n], see `ImageLayout`
-    count: Any  # int32 []
+    rows: Any  # int32 [r]: visual tokens in each row of the batch, or in one row that stands for all
 
 
 class TiledImages(NamedTuple):
@@ -59,31 +59,31 @@ class TiledImages(NamedTuple):
         return len(self.pixel_values) + (0 if self.frames is None else len(self.frames))
 
 
-def pack_images(layouts: Sequence[ImageLayout], tiles: int, patches: int, tokens: int) -> ImagePacking:
-    """The packing of some images.
+def pack_images(layouts: Sequence[Sequence[ImageLayout]], tiles: int, patches: int, tokens: int) -> ImagePacking:
+    """The packing of the images of some rows.
 
     Args:
-      layouts: of each image.
-      tiles: that each of them is padded to.
+      layouts: of each row's images.
+      tiles: that each image is padded to.
       patches: that a tile becomes.
-      tokens: to which their visual tokens are padded; the padding repeats patch 0.
+      tokens: to which the visual tokens of all rows are padded; the padding repeats patch 0.
     """
-    starts = [number * tiles * patches for number in range(len(layouts))]
-    return pack_patches(layouts, starts, len(layouts) * tiles * patches, tokens)
+    images = sum(map(len, layouts))
+    return pack_patches(layouts, [number * tiles * patches for number in range(images)], tokens)
 
 
-def pack_patches(layouts: Sequence[ImageLayout], starts: Sequence[int], patches: int, tokens: int) -> ImagePacking:
+def pack_patches(layouts: Sequence[Sequence[ImageLayout]], starts: Sequence[int], tokens: int) -> ImagePacking:
     """The packing of images and videos in the order of their visual tokens, wherever their patches stand.
 
     Args:
-      layouts: of each image or video.
-      starts: the first patch of each.
-      patches: of all of them, behind which the family's own rows begin.
-      tokens: to which their visual tokens are padded; the padding repeats patch 0.
+      layouts: of each row's images and videos.
+      starts: the first patch of each of them.
+      tokens: to which the visual tokens of all rows are padded; the padding repeats patch 0.
     """
     index, line, weight, before = [], [], [], 0
-    for start, layout in zip(starts, layouts, strict=True):
-        index.append(np.where(layout.index == NEWLINE, patches, start + layout.index))
+    flat = [layout for row in layouts for layout in row]
+    for start, layout in zip(starts, flat, strict=True):
+        index.append(np.where(layout.index == NEWLINE, NEWLINE, start + layout.index))
         line.append(before + layout.line)
         weight += [] if layout.weight is None else [layout.weight]
         before += layout.tokens
@@ -92,7 +92,7 @@ def pack_patches(layouts: Sequence[ImageLayout], starts: Sequence[int], patches:
         _padded(index, padding).astype(np.int32),
         _padded(weight, padding).astype(np.float32) if weight else None,
         np.concatenate([*line, np.arange(before, tokens)]).astype(np.int32),
-        np.asarray(before, np.int32),
+        np.array([sum(layout.tokens for layout in row) for row in layouts], np.int32),
     )
 
 

@@ -123,7 +123,7 @@ def pack_visuals(by_row: Sequence[Sequence[Visual]], config: ModelConfig) -> Ima
     starts = [before[order.index(number)] for number in range(len(flat))]
     longest = max(sum(visual.layout.tokens for visual in visuals) for visuals in by_row)
     tokens = len(by_row) * config.visual_bucket(longest)
-    return pack_patches([visual.layout for visual in flat], starts, before[-1], tokens)
+    return pack_patches([[visual.layout for visual in visuals] for visuals in by_row], starts, tokens)
 
 
 def _edge(image_processor: Any) -> int:

@@ -4,7 +4,7 @@ The tokenizer, the image processor and the chat template are the checkpoint's ow
 image marker is expanded from the model's configuration, never by the checkpoint's multimodal processor: that one
 needs a patch size which many checkpoints do not state.
 
-Axis letters: m images, l tokens, S pixels per side.
+Axis letters: m images, t tiles, l tokens, S pixels per side.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ def tower_xla_flops(config: ModelConfig, plan: Plan) -> float:
     if tiles is not None:
         layouts = [config.image_layout(canvas) for canvas in config.canvases or [(side, side)]]
         packing = pack_images(
-            [max(layouts, key=lambda layout: layout.tokens)], tiles, config.tile_tokens, config.tokens_per_image
+            [[max(layouts, key=lambda layout: layout.tokens)]], tiles, config.tile_tokens, config.tokens_per_image
         )
         images = TiledImages(images, jax.eval_shape(lambda: jax.tree.map(jnp.asarray, packing)))
     run = partial(encode_images, config=config, plan=plan)

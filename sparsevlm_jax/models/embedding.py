@@ -44,7 +44,7 @@ def encode_images(params: Params, images: Images, config: ModelConfig, plan: Pla
     tokens, saliency = family_of(config).encode(params, pixel_values, config)
     if grid is not None and shrink_features is not None:
         tokens, saliency = shrink_features(tokens, grid), shrink_features(saliency[..., None], grid)[..., 0]
-    return ImageFeatures(*_flat(tokens, saliency))
+    return ImageFeatures(*_flat(tokens, saliency), grid=None if grid is None else jnp.int32(grid))
 
 
 def embed(
@@ -84,11 +84,13 @@ def embed(
         words = fits.or_nan(words, ~jnp.any(visual, axis=1))
         return Prompt(words, jnp.zeros_like(visual), lengths)
     tokens = images.tokens.astype(words.dtype)
-    given, marked = tokens.shape[0] if images.count is None else images.count, jnp.sum(visual, axis=1)
+    given, marked = tokens.shape[0] if images.rows is None else jnp.sum(images.rows), jnp.sum(visual, axis=1)
     # A row's own images for each row, or one row's images for all: the same index either way.
     index = jnp.maximum(jnp.cumsum(visual.reshape(-1)) - 1, 0).reshape(visual.shape) % given
     embeddings = jnp.where(visual[:, :, None], tokens[index], words)
-    matching = (jnp.sum(marked) == given) | jnp.all(marked == given)
+    matching = (jnp.sum(marked) == given) | jnp.all(marked == given) if images.rows is None else marked == images.rows
+    if images.grid is not None and plan is not None:
+        matching &= images.grid == (plan.grid or 0)
     embeddings = fits.or_nan(embeddings, jnp.broadcast_to(matching, lengths.shape))
     return Prompt(embeddings, visual, lengths, jnp.where(visual, images.saliency[index], 0.0))
 
@@ -106,7 +108,7 @@ def _packed_images(params: Params, images: TiledImages, config: ModelConfig) -> 
     )
     own = None if family.rows is None else family.rows(params)
     packing = images.packing
-    return ImageFeatures(_packed(tokens, own, packing), _saliency(saliency, packing), packing.count)
+    return ImageFeatures(_packed(tokens, own, packing), _saliency(saliency, packing), packing.rows)
 
 
 def _flat(
@@ -121,17 +123,16 @@ def _packed(
 ) -> Float[Array, "n d"]:
     """Every visual token as the weighted sum of patches, or of the family's own rows behind them."""
     rows = tokens if own is None else jnp.concatenate([tokens, own.astype(tokens.dtype)])
+    index = jnp.where(packing.index < 0, len(tokens) - 1 - packing.index, packing.index)
     if packing.weight is None:
-        return rows[packing.index[:, 0]]
-    return jnp.einsum("nk,nkd->nd", packing.weight, rows[packing.index]).astype(tokens.dtype)
+        return rows[index[:, 0]]
+    return jnp.einsum("nk,nkd->nd", packing.weight, rows[index]).astype(tokens.dtype)
 
 
 def _saliency(saliency: Float[Array, "patches"], packing: ImagePacking) -> Float[Array, "n"]:
     """How much the tower looks at each token; at a newline the mean over the patches of its line."""
-    patches = saliency.shape[0]
-    own = packing.index[:, 0] >= patches
-    padded = jnp.concatenate([saliency, jnp.zeros(1)])
-    taken = padded[jnp.minimum(packing.index, patches)]
+    own = packing.index[:, 0] < 0
+    taken = jnp.where(packing.index < 0, 0.0, saliency[packing.index])
     at = taken[:, 0] if packing.weight is None else jnp.sum(packing.weight * taken, axis=1)
     in_line = jnp.zeros_like(at).at[packing.line]
     count = in_line.add(jnp.where(own, 0.0, 1.0))

@@ -1,4 +1,4 @@
-"""The families of models: each is a record here and a file beside this one, which nothing else imports.
+"""The families of models: each is a record here and a file beside this one, which nothing shared imports.
 
 docs/new_family.md says what a new one needs.
 """

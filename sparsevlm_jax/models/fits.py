@@ -82,7 +82,8 @@ def require_cache(params: Any, token: Array, cache: Cache, config: ModelConfig, 
 
 
 def require_tiles(images: Any, config: ModelConfig) -> None:
-    """Refuses plain pixels for a family whose images are tiles, and the other way round; frames where none are taken.
+    """Refuses plain pixels for a family whose images are tiles, the other way round, tiles of another size, and frames
+    where none are taken.
 
     Raises:
       ValueError: naming the family.
@@ -93,6 +94,12 @@ def require_tiles(images: Any, config: ModelConfig) -> None:
     if tiled == (config.most_tiles is None):
         wanted = "pixels [m, 3, S, S]" if config.most_tiles is None else "TiledImages, which the processor makes"
         raise ValueError(f"images of {config.model_type} are {wanted}")
+    if not tiled or config.most_tiles is None:
+        return
+    tiles, side = config.most_tiles, config.vision.image_size
+    for pixels, each in ((images.pixel_values, tiles), (images.frames, 1)):
+        if pixels is not None and (pixels.shape[1:] != (3, side, side) or pixels.shape[0] % each):
+            raise ValueError(f"the tiles are {pixels.shape}, expected {each} [3, {side}, {side}] for each image")
 
 
 def require_features(images: ImageFeatures, rows: int, config: ModelConfig, plan: Plan | None) -> None:
@@ -104,10 +111,12 @@ def require_features(images: ImageFeatures, rows: int, config: ModelConfig, plan
     tokens, width = images.tokens.shape
     if width != config.text.hidden_size:
         raise ValueError(f"the images' tokens have width {width}, the decoder has {config.text.hidden_size}")
-    if plan is None or images.count is not None:
+    if images.rows is not None and images.rows.shape[0] not in (1, rows):
+        raise ValueError(f"the images are those of {images.rows.shape[0]} rows, the prompt has {rows}")
+    if plan is None or images.rows is not None:
         return
-    if plan.grid is not None and tokens % plan.grid**2:
-        raise ValueError(f"the images have {tokens} visual tokens, the plan shrinks each to {plan.grid**2}")
+    if plan.grid is not None and images.grid is None:
+        raise ValueError(f"the images are not shrunk, the plan shrinks each to {plan.grid**2} visual tokens")
     if tokens > rows * plan.visual_tokens:
         raise ValueError(
             f"the images have {tokens} visual tokens, the plan has {plan.visual_tokens} in each of {rows} rows"
@@ -115,9 +124,12 @@ def require_features(images: ImageFeatures, rows: int, config: ModelConfig, plan
 
 
 def holds(prompt: Prompt, plan: Plan) -> Bool[Array, "b"]:
-    """Rows with no more visual tokens than the plan and, where it prunes, no more others than there is room for."""
+    """Rows with no more visual tokens than the plan, nor fewer than it knows, and, where it prunes, no more others than
+    there is room for."""
     visual = jnp.sum(prompt.visual, axis=1, dtype=jnp.int32)
     fits = visual <= plan.visual_tokens
+    if plan.rows is not None:
+        fits &= (visual == 0) | (visual >= plan.rows.counts[0])
     if len(plan.stages) > 1:
         fits &= prompt.lengths - visual <= plan.stages[0].text_tokens(prompt.visual.shape[1])
     return fits

@@ -21,7 +21,6 @@ from sparsevlm_jax.models.stages import Params
 # Visual tokens to which one image is padded, as shares of the most that it can have: these hold the photographs of
 # common shapes (4:3, 3:2, 16:9, square, both ways) with 5 % of padding on average.
 _BUCKETS = (1216, 1792, 2144, 2368, 2656, 2928)
-_OF = 2928
 MOST_CANVASES = 64
 
 NAMES = Table(
@@ -76,7 +75,7 @@ class LlavaNextConfig(LlavaConfig):
         """Of one image one of six sizes; of more, whole images of the largest and one of the six."""
         most = self.tokens_per_image
         whole, rest = divmod(tokens, most)
-        buckets = (-(-bucket * most // _OF) for bucket in _BUCKETS)
+        buckets = (-(-bucket * most // _BUCKETS[-1]) for bucket in _BUCKETS)
         return whole * most + (next(bucket for bucket in buckets if bucket >= rest) if rest else 0)
 
     @classmethod

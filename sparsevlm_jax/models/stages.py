@@ -45,7 +45,8 @@ class ImageFeatures(NamedTuple):
 
     tokens: Float[Array, "n d"]
     saliency: Float[Array, "n"]  # how much the vision tower looks at each, float32
-    count: Int[Array, ""] | None = None  # how many are real, the first ones; None for all
+    rows: Int[Array, "r"] | None = None  # see `inputs.packing.ImagePacking`; None where rows are whole images
+    grid: Int[Array, ""] | None = None  # patches per side that images were shrunk to; None where they were not
 
 
 class Cache(NamedTuple):

@@ -54,8 +54,9 @@ def make_plan(
       sparsity: the settings.
       config: the model; its depth and sizes are used.
       visual_tokens: in the prompt, all images together; with `row_counts`, columns that a batch has for them.
-      text_tokens: columns of the prompt for the others, the same for all rows: a bound for v1's rank. The plan then
-        fits no other length. None bounds v1's rank by the visual tokens alone.
+      text_tokens: columns of the prompt for the others, the same for all rows: a bound for v1's rank, and what
+        `flops_share` and `cache_bytes` count beside the visual tokens. The plan then fits no other length. None bounds
+        v1's rank by the visual tokens alone, and counts as many others as visual tokens.
       row_counts: numbers of visual tokens that rows may have. Under a budget (`keep`, `flops_share`, `cache_bytes`,
         `ratio` or none) a row keeps what the plan for its own number alone would keep, whatever stands beside it; one
         whose number is below its budget is not pruned, one whose number makes the budget impossible keeps the least
@@ -123,17 +124,18 @@ def _plan(
     method.require(sparsity, text)
     if method.shrinks:
         if isinstance(config, TextConfig):
-            raise TypeError("shrinking images needs the LlavaConfig: a decoder alone does not know their grid")
+            raise TypeError("shrinking images needs a ModelConfig: a decoder alone does not know their grid")
         return _shrink(sparsity, config, visual_tokens)
     if method.kept_by_rank is not None:
         return _cut_by_rank(sparsity, text.num_hidden_layers, visual_tokens, text_tokens)
     if budget.keep_at is not None:
         return _cut_at(sparsity, text.num_hidden_layers, visual_tokens, budget.keep_at)
+    most = visual_tokens if row_counts is None else row_counts[-1]
+    if budget.keep is not None and budget.keep > most and row_counts != _one(most):  # `plan_of_row` allows it
+        raise UserError(f"keep={budget.keep}: the prompt has only {most} visual tokens")
     if row_counts is not None:
         stages = _afford(sparsity, text, visual_tokens, text_tokens, row_counts)
         return Plan(sparsity, stages, rows=Rows(row_counts, text, text_tokens))
-    if budget.keep is not None and budget.keep > visual_tokens:
-        raise UserError(f"keep={budget.keep}: the prompt has only {visual_tokens} visual tokens")
     return Plan(sparsity, _afford(sparsity, text, visual_tokens, text_tokens, _one(visual_tokens)))
 
 
@@ -295,13 +297,16 @@ def _checked(layers: Sequence[int], depth: int) -> tuple[int, ...]:
 
 def _shrink(sparsity: Sparsity, config: ModelConfig, visual_tokens: int) -> Plan:
     """One stage on images of the largest grid that fits the budget."""
-    if config.canvases:
+    if config.most_tiles is not None:
         raise UserError(
             f"{sparsity.method}: shrinks images that are one square of patches, and those of {config.model_type} are "
             "tiles and rows: choose another `method`"
         )
     if config.image_grid is None:
-        raise UserError(f'{sparsity.method}: needs vision_feature_select_strategy "default" (a square of patches)')
+        raise UserError(
+            f"{sparsity.method}: shrinks squares of patches, and vision_feature_select_strategy leaves "
+            f"{config.tile_tokens} visual tokens of {config.vision.grid**2} patches: choose another `method`"
+        )
     for name in BUDGETS:
         if getattr(sparsity.budget, name):
             METHODS[sparsity.method].refuse_budget(name)

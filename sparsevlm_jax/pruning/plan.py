@@ -43,7 +43,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Rows:
-    """What rows of different numbers of visual tokens keep follows from; `budgets.kept_table` makes the numbers.
+    """What decides how many visual tokens each row keeps, by its own number; `budgets.kept_table` makes the counts.
 
     Attributes:
       counts: original visual tokens that a row may have, ascending.

@@ -142,7 +142,7 @@ def torch_images(case: Case, shown: Sequence[int]) -> dict[str, Any]:
 def features(family: Family, place: Path) -> None:
     """Tower, projector and packer."""
     case = family.large
-    found, saliency, _ = encoded(case.ours.params, jax.device_put(case.inputs.images), config=case.ours.config)
+    found, saliency, *_ = encoded(case.ours.params, jax.device_put(case.inputs.images), config=case.ours.config)
     layouts, before = case.inputs.layouts, 0
     for layout, number in zip(layouts, [number for row in SHOWN for number in row], strict=True):
         inputs = torch_images(case, [number])
