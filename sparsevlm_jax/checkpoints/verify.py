@@ -100,7 +100,7 @@ def verify(
 def ask(processor: Processor | None, config: ModelConfig) -> Question:
     """The photograph and a question; for a checkpoint without tokenizer, any token ids."""
     if processor is not None:
-        inputs = processor([[demo_model.photo()]], [QUESTION], None if config.most_tiles else "pad")
+        inputs = processor([[demo_model.photo()]], [QUESTION], None if config.canvases else "pad")
         return Question(inputs.ids[0], inputs.images, _size(demo_model.photo()))
     from PIL import Image
 
@@ -181,7 +181,7 @@ def run_torch(source: Source, question: Question) -> tuple[Parts, str]:
         look = model.model.get_submodule(image_tower(dict(model.model.named_children())))
         states = look(pixels, output_hidden_states=True).hidden_states
         tower = torch.cat([states[layer] for layer in source.model.feature_layers], -1)
-        visual = _image_features(model, pixels, question.size, tiled=source.model.most_tiles is not None)
+        visual = _image_features(model, pixels, question.size, tiled=bool(source.model.canvases))
         # The marker may lie outside the table, so the embeddings are put together here.
         ids = torch.from_numpy(question.ids).long()[None]
         marker = ids == source.model.image_token_id
