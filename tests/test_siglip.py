@@ -24,6 +24,7 @@ from sparsevlm_jax.checkpoints.export import to_hf
 from sparsevlm_jax.checkpoints.safetensors import Tensor
 from sparsevlm_jax.config import SiglipConfig
 from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.explain.provenance import ABSENT
 from sparsevlm_jax.explain.trace_run import explain
 from sparsevlm_jax.models.llava import NAMES
 from sparsevlm_jax.models.towers import tower_of
@@ -219,14 +220,14 @@ def test_a_question_goes_through_siglips_own_image_processor(tmp_path: Path) -> 
         assert model.processor([[image]], ["what is this"], aspect).pixel_values.shape == (1, 3, SIDE, SIDE)
 
 
-def test_an_explanation_draws_siglips_patches_and_refuses_where_one_is_lost(tmp_path: Path) -> None:
+def test_an_explanation_draws_siglips_patches_and_leaves_out_the_one_that_is_lost(tmp_path: Path) -> None:
     image, how = np.zeros((40, 40, 3), np.uint8), Sparsity.dense()
     found = explain(
         load(siglip_llava(tmp_path / "full", processor=True, layers=1)), [image], "what", how, max_new_tokens=1
     )
-    assert found.class_tokens == 0 and found.stages[0].outcomes.shape == (1, 4, 4)
+    assert found.class_tokens == 0 and found.views[0].tokens.tolist() == np.arange(16).reshape(4, 4).tolist()
     top = {"vision_feature_select_strategy": "default"}
     with pytest.warns(UserWarning, match=LOST):
-        lossy = load(siglip_llava(tmp_path / "default", processor=True, top=top))
-    with pytest.raises(UserError, match="no token of the first one"):
-        explain(lossy, [image], "what", how, max_new_tokens=1)
+        lossy = load(siglip_llava(tmp_path / "default", processor=True, top=top, layers=1))
+    lost = explain(lossy, [image], "what", how, max_new_tokens=1)
+    assert lost.views[0].tokens.reshape(-1).tolist() == [ABSENT, *range(15)]
