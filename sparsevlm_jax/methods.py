@@ -2,6 +2,6 @@
 
 from sparsevlm_jax.pruning.methods import METHODS, Method, PruningContext, Scores, sparsity
 
-PruningContext = PruningContext  # its name in 0.1
+Layer = PruningContext  # its name in 0.1
 
-__all__ = ["METHODS", "PruningContext", "Method", "PruningContext", "Scores", "sparsity"]
+__all__ = ["METHODS", "Layer", "Method", "PruningContext", "Scores", "sparsity"]

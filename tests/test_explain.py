@@ -331,7 +331,7 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> GenerationRequest:
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
     """Runs `sparsevlm explain` on the small model: exit code, stdout and stderr."""
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
     monkeypatch.setattr(options, "load", lambda *_, **__: model())
@@ -348,7 +348,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     return call
 
 
-def test_the_command_replaces_the_page_and_leaves_nothing_else(run: GenerationRequest, tmp_path: Path) -> None:
+def test_the_command_replaces_the_page_and_leaves_nothing_else(run: Run, tmp_path: Path) -> None:
     html, png = tmp_path / "page.html", tmp_path / "page.png"
     html.write_text("old")
     code, out, err = run("--image", tmp_path / "image.png", "-o", html, "--png")
@@ -371,7 +371,7 @@ def test_the_command_replaces_the_page_and_leaves_nothing_else(run: GenerationRe
     ],
 )
 def test_bad_input_is_one_line_and_no_page(
-    run: GenerationRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     code, out, err = run(*arguments)
@@ -380,7 +380,7 @@ def test_bad_input_is_one_line_and_no_page(
     assert [file.name for file in tmp_path.iterdir()] == ["image.png"]
 
 
-def test_a_pipe_by_the_name_of_the_page_is_not_replaced(run: GenerationRequest, tmp_path: Path) -> None:
+def test_a_pipe_by_the_name_of_the_page_is_not_replaced(run: Run, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "page.html")
     code, _, err = run("-o", tmp_path / "page.html", "--image", tmp_path / "image.png")
     assert code == 2 and "page.html: a pipe, socket or device is there" in err
