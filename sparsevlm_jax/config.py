@@ -20,7 +20,7 @@ from sparsevlm_jax.rotary import Rope
 DTYPES = ("float32", "bfloat16", "float16")  # to compute in and to store weights in
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")
 # What checkpoints in the layout of LLaVA's authors, which `sparsevlm convert` reads, call themselves, beside "llava".
-ORIGINAL_TYPES = ("llava_llama", "llava_mistral", "llava_qwen", "llava_mpt")
+_ORIGINAL_TYPES = ("llava_llama", "llava_mistral", "llava_qwen", "llava_mpt")
 # One of these is in a folder that holds more than an adapter.
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _WHOLE_MODELS = ("model*.safetensors", "pytorch_model*.bin", "manifest.json")
@@ -254,6 +254,11 @@ def refuse_temporal_attention(config: Mapping[str, Any], source: str) -> None:
         )
 
 
+def is_original(config: Mapping[str, Any]) -> bool:
+    """Whether names and entries are those of the LLaVA authors; early checkpoints of theirs say "llava" too."""
+    return config.get("model_type") in _ORIGINAL_TYPES or "mm_vision_tower" in config
+
+
 def refuse_original(config: Mapping[str, Any], source: str) -> None:
     """Whose names and entries are those of the LLaVA authors, and not of any family.
 
@@ -261,8 +266,7 @@ def refuse_original(config: Mapping[str, Any], source: str) -> None:
       UserError: the configuration is such a one.
     """
     refuse_temporal_attention(config, source)
-    # Early checkpoints of that layout call themselves "llava" too.
-    if config.get("model_type") in ORIGINAL_TYPES or "mm_vision_tower" in config:
+    if is_original(config):
         raise UserError(f"{source}: the original LLaVA layout; convert it with `sparsevlm convert`")
 
 

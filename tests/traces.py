@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsevlm_jax import Plan, Prompt, Sparsity, decode_step, make_plan, prefill
-from sparsevlm_jax.config import TextConfig
 from sparsevlm_jax.models.llava import Llava, LlavaConfig
 from sparsevlm_jax.models.presets import tiny
 from sparsevlm_jax.rotary import plain_rope
@@ -122,7 +122,9 @@ def model(case: Case) -> tuple[LlavaConfig, dict[str, Any]]:
     if case.path.name.startswith("tiny_llava"):
         return tiny_llava(case.path.parent)
     m = case.settings["model"]
-    text = TextConfig(
+    base = tiny()
+    text = replace(
+        base.text,
         vocab_size=m["vocab"],
         hidden_size=m["hidden"],
         intermediate_size=m["inter"],
@@ -133,19 +135,9 @@ def model(case: Case) -> tuple[LlavaConfig, dict[str, Any]]:
         hidden_act=m.get("hidden_act", "silu"),
         rms_norm_eps=m["rms_norm_eps"],
         rope=plain_rope(m["head_dim"], m["rope_theta"]),
-        max_position_embeddings=2048,
-        windowed=False,
-        qkv_bias=False,
-        out_bias=False,
-        qk_norm=False,
-        norm_offset=False,
-        embed_scale=False,
-        joined_weights=False,
-        mlp_bias=False,
         tie_word_embeddings=m.get("tie_word_embeddings", False),
     )
-    base = tiny()
-    config = LlavaConfig(**{**{f: getattr(base, f) for f in base.__dataclass_fields__}, "text": text})
+    config = replace(base, text=text)
     return config, decoder_params(case.path.parent / case.settings["weights"])
 
 

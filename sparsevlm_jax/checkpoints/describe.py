@@ -14,7 +14,7 @@ from sparsevlm_jax.checkpoints import llava_original
 from sparsevlm_jax.checkpoints.joined import parts_of
 from sparsevlm_jax.checkpoints.manifest import is_converted, read_manifest
 from sparsevlm_jax.checkpoints.source import list_tensors
-from sparsevlm_jax.config import read_config, refuse_adapter
+from sparsevlm_jax.config import is_original, read_config, refuse_adapter
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.files import user_path
 from sparsevlm_jax.models.family import FAMILIES, config_from_hf
@@ -76,7 +76,7 @@ def print_description(found: dict[str, Any]) -> None:
 
 def _config(folder: Path) -> dict[str, Any]:
     config = read_config(folder)
-    if llava_original.is_original(config):
+    if is_original(config):
         return {"layout": "original", **config}
     return asdict(config_from_hf(config, str(folder / "config.json")))
 

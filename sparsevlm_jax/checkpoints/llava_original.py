@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sparsevlm_jax.checkpoints.safetensors import Tensor
-from sparsevlm_jax.config import ORIGINAL_TYPES, refuse_quantised, refuse_temporal_attention
+from sparsevlm_jax.config import refuse_quantised, refuse_temporal_attention
 from sparsevlm_jax.errors import UserError, shown
 from sparsevlm_jax.inputs.images import clip_settings
 from sparsevlm_jax.inputs.processor import MARKER, PROMPT_END, PROMPT_START
@@ -75,10 +75,6 @@ _CHATML = _Turns(  # LLaVA 1.6 34B
     ("<|im_start|>user\n", "<|im_end|>"),
     ("<|im_start|>assistant\n", "<|im_end|>"),
 )
-
-
-def is_original(config: Mapping[str, Any]) -> bool:
-    return config.get("model_type") in ORIGINAL_TYPES or "mm_vision_tower" in config
 
 
 def family_name(config: Mapping[str, Any]) -> str:

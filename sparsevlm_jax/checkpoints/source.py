@@ -16,7 +16,7 @@ from sparsevlm_jax.checkpoints.hub import locate
 from sparsevlm_jax.checkpoints.joined import split
 from sparsevlm_jax.checkpoints.orbax import file_digest
 from sparsevlm_jax.checkpoints.safetensors import Tensor
-from sparsevlm_jax.config import ModelConfig, check_depth, read_config
+from sparsevlm_jax.config import ModelConfig, check_depth, is_original, read_config
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.files import inside, open_regular, refuse_pointer, user_path
 from sparsevlm_jax.models.family import FAMILIES, config_from_hf, family_of
@@ -87,7 +87,7 @@ def open_source(source: str | Path, *, revision: str | None = None, vision_tower
     beside = _beside(folder, None)
     config = read_config(folder)
     tensors = list_tensors(folder)
-    layout = "original" if llava_original.is_original(config) else "hf"
+    layout = "original" if is_original(config) else "hf"
     if layout == "hf" and vision_tower is not None:
         raise UserError(f"{source}: `vision_tower` is for checkpoints of the original layout, this one has its own")
     if layout == "original":

@@ -220,7 +220,7 @@ def _plan_of_rows(sparsity: Sparsity, config: ModelConfig, packed: Packed) -> Pl
     if config.most_tiles is not None:
         row_counts = range(packed.visual + 1)
     elif len(counts) > 1:
-        step = config.tokens_per_image if config.video_token_id is None else 1
+        step = config.tokens_per_image
         row_counts = None if any(count % step for count in counts) else range(0, packed.visual + 1, step)
     plan = make_plan(sparsity, config, packed.visual, packed.text, row_counts=row_counts)
     for count in counts:

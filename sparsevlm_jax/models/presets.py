@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 from sparsevlm_jax.config import TextConfig, VisionConfig
@@ -127,16 +127,7 @@ def _text(
 
 
 def _llava(text: TextConfig) -> LlavaConfig:
-    return LlavaConfig(
-        vision=_CLIP_L,
-        text=text,
-        image_token_id=32000,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-        projector_hidden_act="gelu",
-        projector_bias=True,
-        attention="auto",
-    )
+    return LlavaConfig(**_shared(text))
 
 
 def _llava_next(text: TextConfig) -> LlavaNextConfig:
@@ -144,9 +135,14 @@ def _llava_next(text: TextConfig) -> LlavaNextConfig:
 
 
 def _shared(text: TextConfig) -> dict[str, Any]:
-    """What `_llava` has and another family as well: all but what the family itself says."""
+    """What all families have: all but what the family itself says."""
     return {
-        field.name: getattr(_llava(text), field.name)
-        for field in fields(LlavaConfig)
-        if field.name not in ("model_type", "canvases", "video_token_id")
+        "vision": _CLIP_L,
+        "text": text,
+        "image_token_id": 32000,
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "projector_hidden_act": "gelu",
+        "projector_bias": True,
+        "attention": "auto",
     }
