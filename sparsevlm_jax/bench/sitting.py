@@ -127,7 +127,7 @@ class Sitting:
         for worker in self._workers:
             worker.post("facts")
         for worker in list(self._workers):
-            self.reports[worker.side.name]["facts"] = self._received(worker) or {}
+            self.reports[worker.side.name]["facts"] = self._counted(worker)
         if self._workers:  # every side takes the same images by the same processor
             seconds = self._ask(self._workers[-1], "preprocess")
             for worker in self._workers:
@@ -149,6 +149,14 @@ class Sitting:
             worker.close()
             self._fail(worker.side, error)
             return None
+
+    def _counted(self, worker: Worker) -> dict[str, Any]:
+        """The worker's counts. A side that cannot count keeps what was timed: that is over, and took minutes."""
+        try:
+            return worker.receive()
+        except WorkerError as error:
+            self.log(f"  {worker.side.name}: not counted: {error}")
+            return {}
 
     def _fail(self, side: Side, error: WorkerError) -> None:
         self.log(f"  {side.name} failed: {error}")

@@ -284,7 +284,7 @@ def _requests() -> Iterator[str]:
 def _environment(device: str, folder: str, root: Path) -> dict[str, str]:
     """No memory taken beforehand, all cores, and a folder of its own for what compilers keep: cold has to be cold."""
     return os.environ | {
-        "JAX_PLATFORMS": "cpu" if device == "cpu" else "cuda",
+        "JAX_PLATFORMS": "cpu" if device == "cpu" else "cuda,cpu",  # what is counted is counted on the CPU
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "OMP_NUM_THREADS": str(cores()),
         "JAX_COMPILATION_CACHE_DIR": str(Path(folder) / "xla"),

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from sparsevlm_jax.config import ModelConfig
+from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.inputs.packing import TiledImages, pack_images
 from sparsevlm_jax.models.embedding import encode_images
 from sparsevlm_jax.models.family import family_of
@@ -115,5 +116,18 @@ def _tiles(config: ModelConfig, number: int) -> jax.ShapeDtypeStruct:
 
 
 def _flops(function, *shapes) -> float:  # noqa: ANN001, ANN002
-    counts: Any = jax.jit(function).lower(*shapes).cost_analysis()
+    """Counted for the CPU, wherever the program will run: plugins of accelerators count nothing before they compile."""
+    with jax.default_device(_cpu()):
+        counts: Any = jax.jit(function).lower(*shapes).cost_analysis()
     return counts["flops"]
+
+
+def _cpu() -> jax.Device:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        platforms = jax.config.jax_platforms
+        raise UserError(
+            f"XLA counts operations on its CPU backend, which JAX_PLATFORMS={platforms} leaves out: "
+            f"set JAX_PLATFORMS={platforms},cpu"
+        ) from error
