@@ -24,6 +24,14 @@ import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
+from tests.cpu_time import (  # noqa: F401  (hooks)
+    pytest_runtest_logreport,
+    pytest_runtest_makereport,
+    pytest_runtest_protocol,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+)
+
 # Every annotated shape and dtype is checked from here on; it has to stand before the first import of the package.
 install_import_hook("sparsevlm_jax", "beartype.beartype")
 
@@ -44,12 +52,12 @@ def unchecked() -> Iterator[None]:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--cpu-limit", type=float, metavar="SECONDS", help="fail the run if a test takes more CPU time")
     parser.addoption(
         "--golden",
         metavar="DIR",
         type=Path,
-        default=ROOT / "tests" / "golden",
-        help="folder of recorded traces for tests/test_golden.py (default: tests/golden)",
+        help="folder of recorded traces for tests/test_golden.py, replayed whole (default: some of tests/golden)",
     )
 
 

@@ -27,9 +27,10 @@ HEADS = [(4, 4), (4, 2), (4, 1)]  # query heads, key-value heads
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two full blocks and a remainder; a full tile, which is a multiple of 16, and a remainder."""
+    """Two full blocks and a remainder; in tiles three and a remainder, two heads at a time."""
     monkeypatch.setattr(attention, "BLOCK", 10)
-    monkeypatch.setattr(attention, "TILE", 16)
+    monkeypatch.setattr(attention, "ROWS", 8)
+    monkeypatch.setattr(attention, "CACHED", 4 * 8 * LENGTH * 4)
 
 
 def inputs(heads: int, kv_heads: int, dtype: str = "float32") -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -86,13 +87,18 @@ def test_prefill_attention_takes_16_bit(implementation: str, dtype: str, toleran
     np.testing.assert_allclose(valid(out), valid(expected), atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "tiled"])
 @pytest.mark.parametrize("heads", HEADS)
-def test_decoding_attention_sees_the_filled_part_of_the_cache(heads: tuple[int, int]) -> None:
+@pytest.mark.parametrize("queries", [1, LENGTH], ids=["decoding", "tower"])
+def test_attention_that_is_not_causal_sees_all_that_is_valid(
+    implementation: str, heads: tuple[int, int], queries: int
+) -> None:
     query, key, value = inputs(*heads)
     visible = np.arange(LENGTH)[None, None] < LENGTHS[:, None, None]
-    expected, _ = reference(query[:, :1], key, value, visible)
-    out = attend(query[:, :1], key, value, jnp.asarray(LENGTHS), causal=False, implementation="auto")
-    np.testing.assert_allclose(out, expected, atol=2e-5, rtol=0)
+    expected, _ = reference(query[:, :queries], key, value, visible)
+    out = attend(query[:, :queries], key, value, jnp.asarray(LENGTHS), causal=False, implementation=implementation)
+    np.testing.assert_allclose(out[0], expected[0], atol=2e-5, rtol=0)
+    np.testing.assert_allclose(out[:, :1], expected[:, :1], atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("heads", HEADS)
@@ -135,7 +141,7 @@ def test_only_the_written_out_one_is_length_by_length(implementation: str, squar
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 255, 256, 257, 511, 513, 664, 1500, 3001, 4097, 6000])
 def test_tiles_of_every_length_are_softmax(monkeypatch: pytest.MonkeyPatch, length: int) -> None:
     """Rows at borders of tiles, and some others, against float64; a short row beside the full one."""
-    monkeypatch.setattr(attention, "TILE", 256)
+    monkeypatch.setattr(attention, "ROWS", 168)
     random = np.random.default_rng(length)
     query, key, value = (random.normal(0, 1, (2, length, count, HEAD_DIM)).astype(np.float32) for count in (2, 1, 1))
     lengths = np.array([length, max(1, length // 3)], np.int32)
@@ -143,7 +149,7 @@ def test_tiles_of_every_length_are_softmax(monkeypatch: pytest.MonkeyPatch, leng
     out = np.asarray(jax.jit(partial(attend, causal=True, implementation="tiled"))(*given))
     assert np.all(np.isfinite(out))
     for b, valid_tokens in enumerate(lengths):
-        borders = np.arange(0, valid_tokens, 16)[:, None] + np.array([-1, 0])
+        borders = np.arange(0, valid_tokens, 8)[:, None] + np.array([-1, 0])
         rows = np.unique(np.clip(np.append(borders[:: 1 + len(borders) // 40], valid_tokens - 1), 0, valid_tokens - 1))
         visible = (np.arange(length) <= rows[:, None])[None]
         one = slice(b, b + 1)
@@ -151,15 +157,13 @@ def test_tiles_of_every_length_are_softmax(monkeypatch: pytest.MonkeyPatch, leng
         np.testing.assert_allclose(out[one, rows], expected, atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize("length, expected", [(1, 2), (256, 2), (257, 4), (664, 4), (6000, 4), (100_000, 4)])
-def test_the_tiled_program_does_not_grow_with_the_length(
-    monkeypatch: pytest.MonkeyPatch, length: int, expected: int
-) -> None:
-    monkeypatch.setattr(attention, "TILE", 256)
+@pytest.mark.parametrize("length, blocks", [(1, 1), (168, 1), (169, 2), (664, 4), (2016, 12), (100_000, 12)])
+def test_the_tiled_program_grows_up_to_twelve_blocks(monkeypatch: pytest.MonkeyPatch, length: int, blocks: int) -> None:
+    monkeypatch.setattr(attention, "ROWS", 168)
     x = jax.ShapeDtypeStruct((2, length, 4, HEAD_DIM), jnp.float32)
     run = partial(attend, causal=True, implementation="tiled")
     jaxpr = jax.make_jaxpr(run)(x, x, x, jax.ShapeDtypeStruct((2,), jnp.int32))
-    assert str(jaxpr).count("dot_general[") == expected
+    assert str(jaxpr).count("dot_general[") == 2 * blocks
 
 
 def test_the_tiled_path_has_the_gradients_of_the_written_out_one() -> None:
@@ -175,30 +179,35 @@ def test_the_tiled_path_has_the_gradients_of_the_written_out_one() -> None:
 
 def test_large_logits_go_blockwise(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = (1, 64, 4, 16), (1, 64, 4, 16)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     monkeypatch.setattr(attention, "LOGITS_LIMIT", 4 * 4 * 64 * 64)
-    assert choose_implementation(query, key, jnp.dtype("float32")) == "xla"
+    assert choose_implementation(query, key, jnp.dtype("float32"), causal=True) == "xla"
     monkeypatch.setattr(attention, "LOGITS_LIMIT", 4 * 4 * 64 * 64 - 1)
-    assert choose_implementation(query, key, jnp.dtype("float32")) == "blockwise"
+    assert choose_implementation(query, key, jnp.dtype("float32"), causal=True) == "blockwise"
+    assert choose_implementation(query, key, jnp.dtype("float32"), causal=False) == "xla"
 
 
 @pytest.mark.parametrize(
-    "nvidia, dtype, length, head_dim, expected",
+    "backend, dtype, causal, head_dim, expected",
     [
-        (True, "bfloat16", 64, 128, "cudnn"),
-        (True, "float16", 64, 64, "cudnn"),
-        (True, "float32", 64, 128, "xla"),
-        (True, "bfloat16", 64, 132, "xla"),
-        (True, "bfloat16", 64, 256, "xla"),
-        (True, "bfloat16", 1, 128, "xla"),
-        (False, "bfloat16", 64, 128, "xla"),
+        ("gpu", "bfloat16", True, 128, "cudnn"),
+        ("gpu", "float16", True, 64, "cudnn"),
+        ("gpu", "float32", True, 128, "xla"),
+        ("gpu", "bfloat16", True, 132, "xla"),
+        ("gpu", "bfloat16", True, 256, "xla"),
+        ("gpu", "bfloat16", False, 128, "xla"),
+        ("tpu", "bfloat16", True, 128, "xla"),
+        ("cpu", "bfloat16", True, 128, "tiled"),
+        ("cpu", "float32", False, 64, "tiled"),
     ],
 )
-def test_cudnn_takes_16_bit_prefills_on_nvidia(
-    monkeypatch: pytest.MonkeyPatch, nvidia: bool, dtype: str, length: int, head_dim: int, expected: str
+def test_the_backend_and_the_dtype_choose(
+    monkeypatch: pytest.MonkeyPatch, backend: str, dtype: str, causal: bool, head_dim: int, expected: str
 ) -> None:
-    monkeypatch.setattr(attention, "_default_backend_is_nvidia", lambda: nvidia)
-    query, key = (1, length, 4, head_dim), (1, 64, 4, head_dim)
-    assert choose_implementation(query, key, jnp.dtype(dtype)) == expected
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(attention, "_default_backend_is_nvidia", lambda: backend == "gpu")
+    shape = (1, 64, 4, head_dim)
+    assert choose_implementation(shape, shape, jnp.dtype(dtype), causal=causal) == expected
 
 
 def test_cudnn_is_asked_for_causal_attention_over_packed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,11 +227,14 @@ def test_cudnn_is_asked_for_causal_attention_over_packed_rows(monkeypatch: pytes
 
 
 def test_auto_computes_what_it_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here tiles; on another backend blocks."""
-    monkeypatch.setattr(attention, "LOGITS_LIMIT", 0)
-    qkv = inputs(4, 2)
-    jaxpr = jax.make_jaxpr(partial(attend, causal=True, implementation="auto"))(*qkv, jnp.asarray(LENGTHS))
-    assert not any(sum(size >= LENGTH for size in shape) > 1 for shape in shapes(jaxpr.jaxpr))
+    monkeypatch.setattr(attention, "choose_implementation", lambda *shapes, causal: "tiled" if causal else "xla")
+    given = (*inputs(4, 2), jnp.asarray(LENGTHS))
+    for causal, chosen in ((True, "tiled"), (False, "xla")):
+        auto, named = (
+            str(jax.make_jaxpr(partial(attend, causal=causal, implementation=name))(*given))
+            for name in ("auto", chosen)
+        )
+        assert auto == named
 
 
 @pytest.mark.parametrize("head_dim, theta", [(16, 10000.0), (128, 10000.0), (64, 500000.0)])

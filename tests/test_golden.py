@@ -1,6 +1,7 @@
 """Replays recorded traces of the authors' PyTorch code: `pytest tests/test_golden.py --golden DIR`.
 
-Discrete items must be equal; continuous ones within the tolerances of DIR/README.md.
+Discrete items must be equal; continuous ones within the tolerances of DIR/README.md. A folder that is named is replayed
+whole; of our own the default tests replay one of every kind, and `make test-all` all.
 """
 
 from __future__ import annotations
@@ -25,8 +26,17 @@ SCORES, HEAD_SUMS, MERGED, HIDDEN = 1e-5, 1e-4, 5e-5, 5e-4
 V20_SCORES = 5e-5  # divided by a weight that can be near zero
 
 
+# One of each: dense, recycling with noise at the edges, gravity with grouped queries, numerical rank, video, 32 layers
+# of every version, and LLaVA from pixels.
+DAILY = {
+    *("a1_dense", "b2n_v15_edge_noise", "c3_v20_gqa_edge", "d3_v1_gqa_fullrank", "v2vid_4x26_gqa"),
+    *("e5n_v15_64_noise", "e6_v20_192", "e9_v1_13p5", "tiny_llava_v15_c0"),
+}
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    folder = Path(str(metafunc.config.getoption("--golden")))
+    named = metafunc.config.getoption("--golden")
+    folder = named or Path(__file__).parent / "golden"
     by_kind: dict[str, list[Path]] = {}
     for file in traces.files(folder):
         by_kind.setdefault(traces.kind(file), []).append(file)
@@ -48,9 +58,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             for c in traces.settings(f)["cases"]
         ],
     }
+
+    def marks(label: str) -> tuple[pytest.MarkDecorator, ...]:
+        short = named or label.split("-")[0] in DAILY
+        return () if short else (pytest.mark.slow,)
+
     for name, found in cases.items():
         if name in metafunc.fixturenames:
-            metafunc.parametrize(name, [c for c, _ in found], ids=[label for _, label in found])
+            marked = marks if name in ("lm_trace", "pruning_event") else lambda label: ()
+            metafunc.parametrize(name, [pytest.param(case, id=label, marks=marked(label)) for case, label in found])
 
 
 def test_every_trace_is_of_a_known_version(lm_trace: Path) -> None:

@@ -163,7 +163,7 @@ def decode_step(
                 query: Array, key: Array, value: Array, number: int = number, lengths: Array = lengths
             ) -> tuple[Array, tuple[Array, Array]]:
                 held = _append(cache.keys[number], key, lengths), _append(cache.values[number], value, lengths)
-                return attend(query, *held, lengths + 1, causal=False, implementation="xla"), held
+                return attend(query, *held, lengths + 1, causal=False, implementation="auto"), held
 
             hidden, (keys[number], values[number]) = decoder.layers[number](hidden, positions, attend_cache)
     logits = fits.or_nan(decoder.logits(hidden[:, 0]), fits.has_space(cache, stops))

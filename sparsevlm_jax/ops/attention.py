@@ -18,7 +18,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 IMPLEMENTATIONS = ("auto", "xla", "blockwise", "tiled", "cudnn")
 BLOCK = 256  # query rows at a time in the blockwise path
-TILE = 256  # queries and keys at a time, at most, in the tiled path
+ROWS = 168  # query rows at a time, about, in the tiled path
+BLOCKS = 12  # of query rows, at most, in the tiled path
+CACHED = 3 * 2**20  # bytes of float32 logits that the tiled path works on at a time
+UNSEEN = -1e30  # added to a logit: its weight is exactly 0
 LOGITS_LIMIT = 2**30  # bytes of float32 logits [b, n, l, s] above which "auto" goes blockwise
 
 
@@ -41,22 +44,22 @@ def attend(
     Args:
       query, key, value: in the model's dtype; n is a multiple of k (grouped-query attention).
       lengths: valid keys of each row; the others are not looked at.
-      causal: True in the prefill, where l == s and token i sees tokens 0..i; False for one decoded token.
+      causal: True in the prefill, where l == s and token i sees tokens 0..i; False for one decoded token and in
+        towers, where every query sees all valid keys.
       implementation: "cudnn" (NVIDIA, 16 bit), "xla", "blockwise" (XLA, `BLOCK` query rows at a time, never
-        [l, s] logits), "tiled" (XLA, a head and `TILE` queries and keys at a time, which fit a core's cache), or
-        "auto", which chooses by backend, dtype and size (`choose_implementation`). One decoded token knows no
-        blocks and no tiles.
+        [l, s] logits; "xla" where not causal), "tiled" (XLA, for CPUs: as many heads and query rows at a time as fit
+        a core's cache), or "auto", which chooses by backend, dtype and size (`choose_implementation`).
 
     Returns:
       The attended values; rows of padding are zeros or finite, never NaN.
     """
     if implementation == "auto":
-        implementation = choose_implementation(query.shape, key.shape, query.dtype)
+        implementation = choose_implementation(query.shape, key.shape, query.dtype, causal=causal)
     if implementation == "blockwise" and causal:
         return _attend_blockwise(query, key, value, lengths)
-    if implementation == "tiled" and causal:
+    if implementation == "tiled":
         with jax.named_scope("attend"):
-            return _attend_tiled(query, key, value, lengths)
+            return _attend_tiled(query, key, value, lengths, causal)
     return _dot_product_attention(
         query,
         key,
@@ -68,20 +71,22 @@ def attend(
     )
 
 
-def choose_implementation(query: tuple[int, ...], key: tuple[int, ...], dtype: jnp.dtype) -> str:
+def choose_implementation(query: tuple[int, ...], key: tuple[int, ...], dtype: jnp.dtype, *, causal: bool) -> str:
     """What "auto" means for these shapes on the default backend.
 
-    cuDNN's fused kernel takes a prefill in bfloat16 or float16 with a head dim that is a multiple of 8 up to 128.
-    One decoded token reads the cache once whatever the kernel, so it stays with XLA. Any other prefill is written
-    out, in blocks where its logits are large. "tiled" is asked for by name: it is as fast as PyTorch's on one thread,
-    on two it has not been measured on a quiet machine (benchmarks/attention.py).
+    CPUs take "tiled" for everything (measured: benchmarks/attention.py). cuDNN's fused kernel takes a prefill in
+    bfloat16 or float16 with a head dim that is a multiple of 8 up to 128. One decoded token reads the cache once
+    whatever the kernel, so it stays with XLA, and so do towers. Any other prefill is written out, in blocks where its
+    logits are large.
     """
     batch, length, heads, head_dim = query
+    if jax.default_backend() == "cpu":
+        return "tiled"
     fits_cudnn = dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
-    if length > 1 and fits_cudnn and _default_backend_is_nvidia():
+    if causal and fits_cudnn and _default_backend_is_nvidia():
         return "cudnn"
     logits_bytes = 4 * batch * heads * length * key[1]
-    return "blockwise" if logits_bytes > LOGITS_LIMIT else "xla"
+    return "blockwise" if causal and logits_bytes > LOGITS_LIMIT else "xla"
 
 
 def attention_rows(
@@ -136,79 +141,67 @@ def _attend_blockwise(
     return jnp.moveaxis(out, 0, 1).reshape(batch, blocks * BLOCK, heads, head_dim)[:, :length]
 
 
-@jax.custom_vjp
 def _attend_tiled(
     query: Float[Array, "b l n h"],
     key: Float[Array, "b s k h"],
     value: Float[Array, "b s k h"],
     lengths: Int[Array, "b"],
+    causal: bool,
 ) -> Float[Array, "b l n h"]:
-    """Causal attention with a running softmax (FlashAttention's), a key-value head at a time, in float32.
+    """A few heads and query rows at a time, so that their logits stay in a core's cache; in float32.
 
-    Loops all the way: the program has two products for the tiles on the diagonal and two for those below it, whatever
-    the length. Tiles behind a row's length attend within themselves only. Gradients are those of the "xla" path:
-    a loop whose turns are counted while it runs has none of its own.
+    Two things make XLA's CPU compiler fast here: heads stand before tokens in every product, and the mask is added,
+    so that products and softmax become one kernel. Causal rows see no key behind their block; rows are packed, so
+    that a valid one sees no padding either. The program grows with the number of blocks, which is at most `BLOCKS`.
     """
     batch, length, heads, head_dim = query.shape
     kv_heads = key.shape[2]
-    groups = heads // kv_heads
-    tile = 16 * -(-length // (16 * -(-length // TILE)))  # as many as needed, equally full, whole vectors wide
-    tiles = -(-length // tile)
-    precision = exact(jnp.dtype(jnp.float32))
+    rows = _rows_at_a_time(length) if causal else length
+    together = _heads_together(batch * kv_heads, bytes_each=4 * heads // kv_heads * rows * key.shape[1])
+    turns = batch * kv_heads // together
 
-    def by_tile(x: Array, groups: int) -> Array:
-        x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, tiles * tile - length), (0, 0), (0, 0)))
-        x = x.reshape(batch, tiles, tile, kv_heads, groups, head_dim)
-        return jnp.transpose(x, (0, 3, 1, 4, 2, 5)).reshape(batch * kv_heads, tiles, groups * tile, head_dim)
+    def by_head(x: Array) -> Array:
+        x = x.astype(jnp.float32).reshape(batch, x.shape[1], kv_heads, -1, head_dim)
+        return jnp.transpose(x, (0, 2, 3, 1, 4)).reshape(turns, together, -1, x.shape[1], head_dim)
 
+    def attend_heads(of_heads: tuple[Array, Array, Array, Array]) -> Array:
+        queries, keys, values, valid = of_heads
+
+        def attend_rows(start: int, stop: int) -> Array:
+            seen = stop if causal else keys.shape[2]
+            places = jnp.arange(seen)[None, :]
+            if causal:
+                visible = (places <= jnp.arange(start, stop)[:, None])[None, None]
+            else:
+                visible = (places < valid[:, None])[:, None, None]
+            logits = product("kgqh,kth->kgqt", queries[:, :, start:stop], keys[:, 0, :seen])
+            logits = logits + jnp.where(visible, jnp.float32(0), jnp.float32(UNSEEN))
+            weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+            attended = product("kgqt,kth->kgqh", weights, values[:, 0, :seen])
+            return attended / jnp.sum(weights, axis=-1, keepdims=True)
+
+        starts = range(0, length, rows)
+        return jnp.concatenate([attend_rows(start, min(start + rows, length)) for start in starts], axis=2)
+
+    product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     scaled = query.astype(jnp.float32) * jnp.float32(1 / math.sqrt(head_dim))
-    # Apart, or the loops would read what is transposed for each of their products.
-    by_head = jax.lax.optimization_barrier((by_tile(scaled, groups), by_tile(key, 1), by_tile(value, 1)))
-    places = jnp.arange(tile)
-    seen: Bool[Array, "gq t"] = jnp.tile(places[None, :] <= places[:, None], (groups, 1))
-
-    def attend_head(of_head: tuple[Array, Array, Array, Array]) -> Array:
-        queries, keys, values, valid = of_head
-
-        def attend_tile(i: Array) -> Array:
-            def see(j: Array, state: tuple[Array, Array, Array], diagonal: bool = False) -> tuple[Array, Array, Array]:
-                most, total, attended = state
-                logits = jnp.einsum("qh,th->qt", queries[i], keys[j], precision=precision)
-                if diagonal:
-                    logits = jnp.where(seen, logits, -jnp.inf)
-                # The barriers keep XLA from computing the exponentials once for the sum and again for the product.
-                new = jax.lax.optimization_barrier(jnp.maximum(most, jnp.max(logits, axis=1, keepdims=True)))
-                weights = jax.lax.optimization_barrier(jnp.exp(logits - new))
-                fade = jnp.exp(most - new)
-                total = total * fade + jnp.sum(weights, axis=1, keepdims=True)
-                return new, total, attended * fade + jnp.einsum("qt,th->qh", weights, values[j], precision=precision)
-
-            rows = (groups * tile, 1)
-            state = jnp.full(rows, -jnp.inf), jnp.zeros(rows), jnp.zeros((groups * tile, head_dim))
-            if tiles > 1:
-                state = jax.lax.fori_loop(0, jnp.where(i * tile < valid, i, 0), see, state)
-            _, total, attended = see(i, state, diagonal=True)
-            return attended / total
-
-        return jax.lax.map(attend_tile, jnp.arange(tiles))
-
-    out = jax.lax.map(attend_head, (*by_head, jnp.repeat(lengths, kv_heads)))
-    out = out.reshape(batch, kv_heads, tiles, groups, tile, head_dim)
-    out = jnp.transpose(out, (0, 2, 4, 1, 3, 5)).reshape(batch, tiles * tile, heads, head_dim)
-    return out[:, :length].astype(query.dtype)
+    # Apart, or every product would transpose its operands again.
+    operands = jax.lax.optimization_barrier((by_head(scaled), by_head(key), by_head(value)))
+    valid = jnp.repeat(lengths, kv_heads).reshape(turns, together)
+    out = jax.lax.map(attend_heads, (*operands, valid))
+    out = out.reshape(batch, kv_heads, heads // kv_heads, length, head_dim)
+    return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(query.shape).astype(query.dtype)
 
 
-def _attend_tiled_forward(*arguments: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _attend_tiled(*arguments), arguments
+def _rows_at_a_time(length: int) -> int:
+    """About `ROWS`, more where there would be over `BLOCKS` blocks; a multiple of 8."""
+    blocks = min(-(-length // ROWS), BLOCKS)
+    return 8 * -(-length // (8 * blocks))
 
 
-def _attend_tiled_backward(arguments: tuple[Array, ...], gradient: Array) -> tuple[Array | None, ...]:
-    *inputs, lengths = arguments
-    written_out = partial(attend, lengths=lengths, causal=True, implementation="xla")
-    return (*jax.vjp(written_out, *inputs)[1](gradient), None)
-
-
-_attend_tiled.defvjp(_attend_tiled_forward, _attend_tiled_backward)
+def _heads_together(heads: int, bytes_each: int) -> int:
+    """The largest divisor whose logits take at most `CACHED` bytes; 1 if none does."""
+    return max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * bytes_each <= CACHED))
 
 
 def _dot_product_attention(query: Array, key: Array, value: Array, **options) -> Array:

@@ -36,7 +36,7 @@ class TowerAttention(nn.Module):
         heads = (*x.shape[:2], self.config.num_attention_heads, self.config.head_dim)
         query, key, value = (proj(x).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         lengths = jnp.full((x.shape[0],), x.shape[1], jnp.int32)
-        attended = attend(query, key, value, lengths, causal=False, implementation="xla")
+        attended = attend(query, key, value, lengths, causal=False, implementation="auto")
         looked_at = None if saliency is None else saliency(query, key, lengths)
         return self.out_proj(attended.reshape(x.shape)), looked_at
 
