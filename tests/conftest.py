@@ -24,6 +24,7 @@ import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
+from tests import selection
 from tests.cpu_time import (  # noqa: F401  (hooks)
     pytest_runtest_logreport,
     pytest_runtest_makereport,
@@ -61,9 +62,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups, and before tests are taken by their marks
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With several processes, what shares a computation stays together: tests of a recorded trace, or of a file."""
+    selection.mark(items, whole_suite=config.args_source == pytest.Config.ArgsSource.TESTPATHS)
     for item in items:
         parameters = getattr(item, "callspec", None)
         trace = parameters.params.get("lm_trace") if parameters else None
