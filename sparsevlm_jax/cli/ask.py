@@ -24,6 +24,7 @@ from sparsevlm_jax.cli.options import (
     spread_options,
 )
 from sparsevlm_jax.cli.plan import plan_report
+from sparsevlm_jax.cli.waiting import compilation_notice
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.files import open_regular
 from sparsevlm_jax.generation.api import pieces, require_processor, settings_for, stream_ids
@@ -86,10 +87,11 @@ def ask(
         **settings_for(loaded, sparsity, max_new_tokens, temperature, top_p, seed),
     )
     result = None
-    for piece, chunk in pieces(chunks, processor, loaded.params):
-        result = chunk
-        if stream:
-            print(piece, end="", flush=True)
+    with compilation_notice():
+        for piece, chunk in pieces(chunks, processor, loaded.params):
+            result = chunk
+            if stream:
+                print(piece, end="", flush=True)
     assert result is not None
     answers = [processor.decode(tokens) for tokens in result.tokens]
     if as_json:

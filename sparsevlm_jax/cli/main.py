@@ -20,6 +20,7 @@ from sparsevlm_jax.cli.demo import walk_through
 from sparsevlm_jax.cli.explain import explain
 from sparsevlm_jax.cli.options import as_flags, note
 from sparsevlm_jax.cli.plan import plan
+from sparsevlm_jax.cli.warmup import warmup
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.inputs.images import silence_pillow
 
@@ -52,6 +53,7 @@ def common(
 
 app.command()(ask)
 app.command()(plan)
+app.command()(warmup)
 app.command()(explain)
 app.command("demo")(walk_through)
 app.command()(convert)

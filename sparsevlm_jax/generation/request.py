@@ -6,6 +6,7 @@ compiles nothing.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,8 @@ from sparsevlm_jax.pruning.budgets import make_plan, plan_of_row
 from sparsevlm_jax.pruning.methods import METHODS, as_sparsity
 from sparsevlm_jax.pruning.plan import Plan
 from sparsevlm_jax.pruning.settings import Sparsity
+
+LOG = logging.getLogger("sparsevlm_jax")  # "compiling" and "compiled", at level INFO, around every compilation
 
 
 class Settings(TypedDict):
@@ -170,7 +173,9 @@ class GenerationRequest:
         shapes = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
         key = (program, tuple(static.items()), structure, shapes)
         if key not in self._compiled:
+            LOG.info("compiling %s", program.__name__)
             self._compiled[key] = program.lower(*args, **static).compile()
+            LOG.info("compiled %s", program.__name__)
         compiled = time.perf_counter()
         self.compile_seconds += compiled - began
         out = jax.block_until_ready(self._compiled[key](*args))
