@@ -69,6 +69,7 @@ def broken(model: Path, tmp_path: Path) -> Path:
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs the command in this process; tests/conftest.py has set the compilation cache, which it then leaves alone."""
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")  # so that the command's own setting does not outlive the test
+    monkeypatch.setattr(waiting, "PATIENCE", 1e6)  # on a slow day a line about compiling would come between
 
     def call(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["sparsevlm", *map(str, arguments)])

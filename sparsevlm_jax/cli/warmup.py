@@ -21,7 +21,9 @@ def warmup(
     image: Images = None,
     text: Annotated[
         list[int] | None,
-        typer.Option(metavar="N", min=1, help="Text tokens of a prompt; repeat it. Default: the buckets up to 128."),
+        typer.Option(
+            metavar="N", min=1, help="Text tokens of a prompt; repeat it. Default: the three shortest buckets."
+        ),
     ] = None,
     batch: Annotated[int, typer.Option(metavar="N", min=1, help="Questions at a time.")] = 1,
     source: ModelOptions,
@@ -33,18 +35,17 @@ def warmup(
     Prompts are compiled for by length: 60 text tokens and 64 share a program. Images count by their number, and where
     a model cuts them into tiles by their size: --image stands for those to come (default: one square).
     """
-    wanted = sorted({bucket(count, TEXT_BUCKETS, "--text") for count in text or (32, 64, 96, 128)})
+    wanted = {bucket(count, TEXT_BUCKETS, "--text") for count in text or ()}
     loaded = source.load()
     settings = settings_for(loaded, pruning.sparsity(), max_new_tokens)
     side = loaded.config.vision.image_size
     inputs = require_processor(loaded)([image or [np.zeros((side, side, 3), np.uint8)]], ["?"])
     (ids,) = inputs.ids
-    marker = loaded.config.image_token_id
-    words = int(np.sum(ids != marker))
-    fitting = [count for count in wanted if count >= words]
-    if not fitting:
-        raise UserError(f"--text {max(wanted)}: a prompt with an empty question has {words} text tokens already")
-    for count in fitting:
+    words = int(np.sum(ids != loaded.config.image_token_id))
+    possible = [count for count in TEXT_BUCKETS if count >= words]
+    if wanted and min(wanted) < words:
+        raise UserError(f"--text {min(wanted)}: around an empty question a prompt has {words} text tokens already")
+    for count in sorted(wanted) or possible[:3]:
         longer = np.concatenate([ids, np.full(count - words, ids[-1], ids.dtype)])
         with compilation_notice():
             request = GenerationRequest(loaded.params, loaded.config, [longer] * batch, inputs.images, **settings)
