@@ -21,7 +21,7 @@ from sparsevlm_jax.rotary import plain_rope
 LENGTH, HEAD_DIM = 27, 8
 LENGTHS = np.array([27, 11, 1], np.int32)
 # On an NVIDIA machine (JAX_PLATFORMS=cuda) the fused kernel is held against the same reference.
-IN_16_BIT = ["xla", "blockwise", "tiled", *(["cudnn"] if attention._default_backend_is_nvidia() else [])]
+IN_16_BIT = ["xla", "blockwise", "tiled", *(["cudnn"] if attention._platform() == "cuda" else [])]
 HEADS = [(4, 4), (4, 2), (4, 1)]  # query heads, key-value heads
 
 
@@ -179,7 +179,7 @@ def test_the_tiled_path_has_the_gradients_of_the_written_out_one() -> None:
 
 def test_large_logits_go_blockwise(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = (1, 64, 4, 16), (1, 64, 4, 16)
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(attention, "_platform", lambda: "tpu")
     monkeypatch.setattr(attention, "LOGITS_LIMIT", 4 * 4 * 64 * 64)
     assert choose_implementation(query, key, jnp.dtype("float32"), causal=True) == "xla"
     monkeypatch.setattr(attention, "LOGITS_LIMIT", 4 * 4 * 64 * 64 - 1)
@@ -188,25 +188,26 @@ def test_large_logits_go_blockwise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "backend, dtype, causal, head_dim, expected",
+    "platform, dtype, causal, head_dim, expected",
     [
-        ("gpu", "bfloat16", True, 128, "cudnn"),
-        ("gpu", "float16", True, 64, "cudnn"),
-        ("gpu", "float32", True, 128, "xla"),
-        ("gpu", "bfloat16", True, 132, "xla"),
-        ("gpu", "bfloat16", True, 256, "xla"),
-        ("gpu", "bfloat16", False, 128, "xla"),
+        ("cuda", "bfloat16", True, 128, "cudnn"),
+        ("cuda", "float16", True, 64, "cudnn"),
+        ("cuda", "float32", True, 128, "xla"),
+        ("cuda", "bfloat16", True, 132, "xla"),
+        ("cuda", "bfloat16", True, 256, "xla"),
+        ("cuda", "bfloat16", False, 128, "xla"),
         ("tpu", "bfloat16", True, 128, "xla"),
         ("cpu", "bfloat16", True, 128, "tiled"),
         ("cpu", "float32", False, 64, "tiled"),
     ],
 )
-def test_the_backend_and_the_dtype_choose(
-    monkeypatch: pytest.MonkeyPatch, backend: str, dtype: str, causal: bool, head_dim: int, expected: str
+def test_the_platform_and_the_dtype_choose(
+    monkeypatch: pytest.MonkeyPatch, platform: str, dtype: str, causal: bool, head_dim: int, expected: str
 ) -> None:
-    monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(attention, "_default_backend_is_nvidia", lambda: backend == "gpu")
     shape = (1, 64, 4, head_dim)
+    with attention.target(platform):
+        assert choose_implementation(shape, shape, jnp.dtype(dtype), causal=causal) == expected
+    monkeypatch.setattr(attention, "_platform", lambda: platform)
     assert choose_implementation(shape, shape, jnp.dtype(dtype), causal=causal) == expected
 
 

@@ -22,6 +22,7 @@ from sparsevlm_jax.models.embedding import encode_images
 from sparsevlm_jax.models.family import family_of
 from sparsevlm_jax.models.parameters import abstract_params
 from sparsevlm_jax.models.stages import Params, Prompt, prefill
+from sparsevlm_jax.ops.attention import target
 from sparsevlm_jax.pruning.budgets import cache_bytes, paper_flops
 from sparsevlm_jax.pruning.plan import Plan
 
@@ -116,8 +117,11 @@ def _tiles(config: ModelConfig, number: int) -> jax.ShapeDtypeStruct:
 
 
 def _flops(function, *shapes) -> float:  # noqa: ANN001, ANN002
-    """Counted for the CPU, wherever the program will run: plugins of accelerators count nothing before they compile."""
-    with jax.default_device(_cpu()):
+    """Counted for the CPU, wherever the program will run: plugins of accelerators count nothing before they compile.
+
+    Attention is written out as for accelerators: XLA counts a loop's body once.
+    """
+    with jax.default_device(_cpu()), target("tpu"):
         counts: Any = jax.jit(function).lower(*shapes).cost_analysis()
     return counts["flops"]
 

@@ -10,6 +10,9 @@ one length per row are therefore the whole mask, which is what fused kernels tak
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 
 import jax
@@ -23,6 +26,19 @@ BLOCKS = 12  # of query rows, at most, in the tiled path
 CACHED = 3 * 2**20  # bytes of float32 logits that the tiled path works on at a time
 UNSEEN = -1e30  # added to a logit: its weight is exactly 0
 LOGITS_LIMIT = 2**30  # bytes of float32 logits [b, n, l, s] above which "auto" goes blockwise
+
+
+_target: ContextVar[str | None] = ContextVar("_target", default=None)
+
+
+@contextmanager
+def target(platform: str) -> Iterator[None]:
+    """Within, "auto" chooses for a program that another platform will run: "cpu", "cuda", "rocm" or "tpu"."""
+    token = _target.set(platform)
+    try:
+        yield
+    finally:
+        _target.reset(token)
 
 
 def exact(dtype: jnp.dtype) -> jax.lax.Precision:
@@ -72,7 +88,7 @@ def attend(
 
 
 def choose_implementation(query: tuple[int, ...], key: tuple[int, ...], dtype: jnp.dtype, *, causal: bool) -> str:
-    """What "auto" means for these shapes on the default backend.
+    """What "auto" means for these shapes on the default backend, or on the `target`.
 
     CPUs take "tiled" for everything (measured: benchmarks/attention.py). cuDNN's fused kernel takes a prefill in
     bfloat16 or float16 with a head dim that is a multiple of 8 up to 128. One decoded token reads the cache once
@@ -80,10 +96,11 @@ def choose_implementation(query: tuple[int, ...], key: tuple[int, ...], dtype: j
     logits are large.
     """
     batch, length, heads, head_dim = query
-    if jax.default_backend() == "cpu":
+    platform = _target.get() or _platform()
+    if platform == "cpu":
         return "tiled"
     fits_cudnn = dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
-    if causal and fits_cudnn and _default_backend_is_nvidia():
+    if causal and fits_cudnn and platform == "cuda":
         return "cudnn"
     logits_bytes = 4 * batch * heads * length * key[1]
     return "blockwise" if causal and logits_bytes > LOGITS_LIMIT else "xla"
@@ -207,7 +224,7 @@ def _heads_together(heads: int, bytes_each: int) -> int:
 def _dot_product_attention(query: Array, key: Array, value: Array, **options) -> Array:
     # jax's own attention mixes dtypes and ranks inside, which strict promotion would refuse.
     dtype = query.dtype
-    if dtype == jnp.float16 and options["implementation"] == "xla" and not _default_backend_is_nvidia():
+    if dtype == jnp.float16 and options["implementation"] == "xla" and _platform() != "cuda":
         # jax's XLA path asks for a float16 product that CPU and TPU do not have: compilation would fail.
         query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
     precision = "highest" if query.dtype == jnp.float32 else None
@@ -220,5 +237,9 @@ def _dot_product_attention(query: Array, key: Array, value: Array, **options) ->
         return jax.nn.dot_product_attention(query, key, value, **options).astype(dtype)
 
 
-def _default_backend_is_nvidia() -> bool:
-    return jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version.lower()
+def _platform() -> str:
+    """Of the default backend: "cpu", "cuda", "rocm" or "tpu"."""
+    backend = jax.default_backend()
+    if backend != "gpu":
+        return backend
+    return "cuda" if "cuda" in jax.devices()[0].client.platform_version.lower() else "rocm"
