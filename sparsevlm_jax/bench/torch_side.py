@@ -36,7 +36,7 @@ class TorchRunner:
         dtype = self.model.dtype
         self.pixels = torch.from_numpy(hash_weights.pixels(cell)).to(self.device, dtype)
         self.sizes: dict[str, Tensor] = {}  # of the images, where their layout follows from them
-        if cell.config.most_tiles is not None:
+        if cell.config.most_tiles > 1:
             self.pixels = self.pixels.unflatten(0, (-1, cell.config.most_tiles))
             self.sizes = {"image_sizes": torch.tensor([cell.image_size] * len(self.pixels), device=self.device)}
         self.ids = torch.from_numpy(hash_weights.input_ids(cell)).to(self.device, torch.long)

@@ -217,7 +217,7 @@ def _plan_of_rows(sparsity: Sparsity, config: ModelConfig, packed: Packed) -> Pl
     most, keep, row_counts = max(counts), sparsity.budget.keep, None
     if keep is not None and 0 < most < keep:  # a bucket may have room for more
         raise UserError(f"keep={keep}: the prompt has only {most} visual tokens")
-    if config.most_tiles is not None:
+    if config.packs_images:
         row_counts = range(packed.visual + 1)
     elif len(counts) > 1:
         step = config.tokens_per_image
@@ -298,6 +298,6 @@ def _visual_tokens(
     if rows is not None:
         own = jax.device_get(rows).tolist()
         return sum(own), own
-    if config.most_tiles is not None and len(images):
+    if config.packs_images and len(images):
         raise UserError(f"{config.model_type} takes images with their packing: give the processor's `Inputs.images`")
     return len(images) * config.tokens_per_image, None

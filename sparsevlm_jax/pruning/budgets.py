@@ -297,7 +297,7 @@ def _checked(layers: Sequence[int], depth: int) -> tuple[int, ...]:
 
 def _shrink(sparsity: Sparsity, config: ModelConfig, visual_tokens: int) -> Plan:
     """One stage on images of the largest grid that fits the budget."""
-    if config.most_tiles is not None:
+    if config.packs_images:
         raise UserError(
             f"{sparsity.method}: shrinks images that are one square of patches, and those of {config.model_type} are "
             "tiles and rows: choose another `method`"

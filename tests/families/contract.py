@@ -130,7 +130,7 @@ def torch_inputs(case: Case, row: int) -> dict[str, Any]:
 def torch_images(case: Case, shown: Sequence[int]) -> dict[str, Any]:
     own = require_processor(case.ours)([[case.images[number] for number in shown]], [QUESTIONS[0]])
     pixels = torch.from_numpy(own.pixel_values)
-    if not case.ours.config.canvases:
+    if case.ours.config.most_tiles == 1:
         return {"pixel_values": pixels}
     sizes = [(case.images[number].height, case.images[number].width) for number in shown]
     return {"pixel_values": pixels.unflatten(0, (len(shown), -1)), "image_sizes": torch.tensor(sizes)}
@@ -326,7 +326,7 @@ def new_sizes(family: Family, place: Path) -> None:
             case.answers(inputs, dense)
             encoded(case.ours.params, jax.device_put(inputs.images), config=case.ours.config)
     assert COMPILED not in seen
-    assert len(counts) > len(warm) or not case.ours.config.canvases
+    assert len(counts) > len(warm) or case.ours.config.most_tiles == 1
 
 
 def chat(selection: str, family: Family, place: Path) -> None:
