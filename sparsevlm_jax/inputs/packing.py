@@ -113,11 +113,20 @@ def pack(rows: Sequence[np.ndarray], image_token_id: int, visual_bucket: Callabl
     """
     counts = [int(np.sum(row == image_token_id)) for row in rows]
     most_text = max(len(row) - v for row, v in zip(rows, counts, strict=True))
-    text, visual = bucket(most_text, TEXT_BUCKETS, "the prompt's text"), visual_bucket(max(counts))
+    text, visual = text_bucket(most_text), visual_bucket(max(counts))
     ids = np.zeros((len(rows), text + visual), np.int32)
     for padded, row in zip(ids, rows, strict=True):
         padded[: len(row)] = row
     return Packed(ids, np.array([len(row) for row in rows], np.int32), text, visual)
+
+
+def text_bucket(size: int) -> int:
+    """To how many columns so many text tokens are padded.
+
+    Raises:
+      UserError: more than the largest bucket.
+    """
+    return bucket(size, TEXT_BUCKETS, "the prompt's text")
 
 
 def bucket(size: int, buckets: Sequence[int], what: str) -> int:

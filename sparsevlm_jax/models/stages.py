@@ -191,7 +191,7 @@ def start(prompt: Prompt, plan: Plan, axes: int) -> Tokens:
         lengths=prompt.lengths.astype(jnp.int32),
         saliency=prompt.saliency if METHODS[plan.sparsity.method].needs_saliency else None,
         add=prompt.add,
-        keep=kept_by_row(plan, jnp.sum(prompt.visual, axis=1, dtype=jnp.int32)),
+        keep=kept_by_row(plan, jnp.sum(prompt.visual, axis=1, dtype=jnp.int32), prompt.lengths),
     )
 
 
