@@ -102,10 +102,20 @@ def family(place: Path, *, large: tuple[int, int], small: tuple[int, int], **mod
         if canvases := settings.pop("canvases", None):
             top["image_grid_pinpoints"] = [[tile * down, tile * across] for down, across in canvases]
         settings |= {"layers": layers, "image_size": tile, "patch_size": patch, "top": top}
-        folder = tiny_llava(place / name, **settings)
-        shapes = (tile * 9 // 10, tile * 3 // 2), (tile * 17 // 10, tile // 2)
-        cases.append(Case(folder, sv.load(folder), (image(shapes[0], 0), image(shapes[1], 1))))
+        cases.append(case(place / name, **settings))
     return Family(*cases)
+
+
+def case(folder: Path, **model: Any) -> Case:
+    """A model, and images of two shapes.
+
+    Args:
+      model: as `tiny_llava` takes it.
+    """
+    tile = model["image_size"]
+    shapes = (tile * 9 // 10, tile * 3 // 2), (tile * 17 // 10, tile // 2)
+    tiny_llava(folder, **model)
+    return Case(folder, sv.load(folder), (image(shapes[0], 0), image(shapes[1], 1)))
 
 
 def image(size: Size, seed: int) -> Image.Image:
