@@ -118,11 +118,12 @@ def _flops(function, *shapes) -> float:  # noqa: ANN001, ANN002
     return counts["flops"]
 
 
-def _cpu() -> jax.Device:
+def _cpu() -> Any:
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError as error:
-        platforms = jax.config.jax_platforms
+        settings: Any = jax.config
+        platforms = settings.jax_platforms
         raise UserError(
             f"XLA counts operations on its CPU backend, which JAX_PLATFORMS={platforms} leaves out: "
             f"set JAX_PLATFORMS={platforms},cpu"

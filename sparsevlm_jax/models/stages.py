@@ -185,7 +185,7 @@ def start(prompt: Prompt, plan: Plan, axes: int) -> Tokens:
             raters = choose_raters(prompt.embeddings, prompt.visual, prompt.lengths, plan.visual_tokens)
     return Tokens(
         hidden=prompt.embeddings,
-        positions=prompt_positions(prompt.positions, *shape, axes),
+        positions=prompt_positions(prompt.positions, shape, axes),
         visual=prompt.visual,
         raters=raters,
         lengths=prompt.lengths.astype(jnp.int32),

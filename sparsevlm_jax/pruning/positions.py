@@ -14,15 +14,19 @@ from jaxtyping import Array, Int
 from sparsevlm_jax.pruning.settings import Sparsity
 
 
-def prompt_positions(given: Int[Array, "b l a"] | None, rows: int, length: int, axes: int) -> Int[Array, "b l a"]:
+def prompt_positions(given: Int[Array, "b l a"] | None, shape: tuple[int, ...], axes: int) -> Int[Array, "b l a"]:
     """Those that a prompt brings along (M-RoPE's), else 0, 1, 2, ... on every axis."""
-    return counted(rows, length, axes) if given is None else given
+    return counted(shape, axes) if given is None else given
 
 
-def counted(rows: int, length: int, axes: int) -> Int[Array, "b l a"]:
+def counted(shape: tuple[int, ...], axes: int) -> Int[Array, "b l a"]:
     """0, 1, 2, ...: also after a cut where survivors are renumbered (v1, v1.5). Where positions are kept (v2.0),
-    `sparsify.rebuild` takes them along, those of a cluster's centre for a merged token."""
-    return jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None, :, None], (rows, length, axes))
+    `sparsify.rebuild` takes them along, those of a cluster's centre for a merged token.
+
+    Args:
+      shape: rows and columns.
+    """
+    return jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32)[None, :, None], (*shape, axes))
 
 
 def next_positions(

@@ -252,7 +252,7 @@ def rebuild(
         return merged.astype(pool.dtype)
 
     in_row, axes = jnp.arange(length)[None, :] < lengths[:, None], tokens.positions.shape[2]
-    positions = counted(*in_row.shape, axes) if renumber else gather(tokens.positions, of_center)
+    positions = counted(in_row.shape, axes) if renumber else gather(tokens.positions, of_center)
     shorter = Tokens(
         hidden=gather(tokens.hidden, lambda _, recycled: recycled.merged),
         positions=positions,
