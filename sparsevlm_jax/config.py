@@ -179,13 +179,23 @@ class ModelConfig(Protocol):
         ...
 
     @property
-    def canvases(self) -> tuple[Size, ...]:
-        """What images are scaled to before they are cut into tiles; empty where an image is one tile."""
+    def most_tiles(self) -> int:
+        """Tiles that an image becomes at most; where it is more than 1, the image's size decides how many."""
         ...
 
     @property
-    def most_tiles(self) -> int | None:
-        """Tiles that an image becomes at most; None where it is always one, and needs no packing."""
+    def packs_images(self) -> bool:
+        """Whether images come with where each visual token lies (`inputs.packing.TiledImages`), or as pixels alone."""
+        ...
+
+    @property
+    def fullest_image(self) -> Size:
+        """An image of these sides becomes `tokens_per_image` visual tokens."""
+        ...
+
+    @property
+    def image_options(self) -> dict[str, Any]:
+        """What the checkpoint's image processor has to be told of the model."""
         ...
 
     def image_layout(self, size: Size) -> ImageLayout:

@@ -1,4 +1,7 @@
-"""Rotary position embeddings as a checkpoint describes them: which frequencies turn its channels. No arrays of jax."""
+"""Rotary position embeddings as a checkpoint describes them: which frequencies turn its channels. No arrays of jax.
+
+Where a token's position is decided: `pruning.positions`.
+"""
 
 from __future__ import annotations
 

@@ -7,8 +7,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
+
+import sparsevlm_jax as sv
+from tests.hf import tiny_llava
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,6 +43,28 @@ def test_own_jit_answers_the_same_on_four_devices(printed: dict[int, str]) -> No
 
 def test_own_jit_has_at_most_40_lines() -> None:
     assert len((ROOT / "examples" / "own_jit.py").read_text().splitlines()) <= 40
+
+
+def test_the_pure_functions_answer_about_tiles_as_the_documents_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = (ROOT / "docs" / "api.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", document, re.DOTALL) if "row_counts" in block)
+    canvases = {"image_grid_pinpoints": [[56, 112], [112, 56]]}
+    model = sv.load(tiny_llava(tmp_path / "model", layers=3, family="llava_next", top=canvases))
+    for name, size in (("wide", (60, 130, 3)), ("tall", (70, 50, 3))):
+        pixels = np.random.default_rng(0).integers(0, 255, size, np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{name}.jpg")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sv, "load", lambda _: model)
+    names: dict[str, Any] = {}
+    exec(code, names)  # what the repository itself shows
+    ids, images = names["inputs"].ids, names["inputs"].images
+    wanted = sv.generate_ids(
+        model.params, model.config, ids, images, sparsity=sv.Sparsity.v15(), max_new_tokens=1, end_tokens=()
+    )
+    assert [[token] for token in names["tokens"].tolist()] == wanted.tokens
+    assert wanted.visual_tokens[0] != wanted.visual_tokens[1]
 
 
 def test_the_documents_show_the_example_of_a_method_as_it_is() -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 import sparsevlm_jax as sv
 from sparsevlm_jax.cli import main, options
 from sparsevlm_jax.explain import drawing, summary, words
-from sparsevlm_jax.explain.figure import draw_sheet
+from sparsevlm_jax.explain.figure import draw_figure
 from sparsevlm_jax.explain.page import render
 from sparsevlm_jax.explain.provenance import DROPPED, KEPT, chosen, origins, outcomes, scores
 from sparsevlm_jax.explain.trace_run import first_difference
@@ -318,7 +318,7 @@ def test_the_page_asks_for_nothing_but_itself() -> None:
 
 
 def test_the_sheet_has_a_column_per_stage() -> None:
-    sheets = {method: draw_sheet(explained(method)) for method in ("v1.5", "v1")}
+    sheets = {method: draw_figure(explained(method)) for method in ("v1.5", "v1")}
     columns = {method: len(explained(method).stages) for method in sheets}
     assert columns["v1"] > columns["v1.5"]
     side = drawing.cell_size((GRID, GRID)) * GRID

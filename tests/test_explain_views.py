@@ -13,7 +13,7 @@ from PIL import Image
 
 import sparsevlm_jax as sv
 from sparsevlm_jax.explain import drawing, summary
-from sparsevlm_jax.explain.figure import draw_sheet
+from sparsevlm_jax.explain.figure import draw_figure
 from sparsevlm_jax.explain.page import render
 from sparsevlm_jax.explain.provenance import ABSENT, DROPPED, KEPT
 from sparsevlm_jax.explain.trace_run import Explanation, explain
@@ -103,7 +103,7 @@ def test_the_page_and_the_sheet_name_base_and_canvas() -> None:
     assert "14 × 14 patches" in page and "12 × 28 patches, a newline behind each row" in page
     assert "12 of 12 newlines left" in page and "Patches and newlines as they were" in page
     first = drawing.draw_stage(explanation, explanation.stages[0])
-    assert draw_sheet(explanation).width >= stages * max(image.width for image in first)
+    assert draw_figure(explanation).width >= stages * max(image.width for image in first)
 
 
 def test_views_of_several_images_say_which() -> None:

@@ -138,7 +138,8 @@ from sparsevlm_jax.layout import one_tile
 tiny = types.SimpleNamespace(
     image_token_id={config.image_token_id},
     vision=types.SimpleNamespace(image_size=56),
-    most_tiles=None,
+    most_tiles=1,
+    packs_images=False,
     video_token_id=None,
     image_layout=lambda size: one_tile(4, 1, 1),
 )

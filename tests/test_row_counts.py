@@ -205,3 +205,47 @@ def test_a_row_with_fewer_images_than_others_answers_as_it_does_alone() -> None:
     assert together.tokens[2] == alone.tokens[0]
     assert together.visual_tokens[2] == alone.visual_tokens[0] != together.visual_tokens[0]
     assert together.visual_tokens[1] == [0, 0, 0]
+
+
+# Budgets that count text.
+
+COUNTING: list[dict[str, Any]] = [{"flops_share": 0.9}, {"cache_bytes": 20_000}]
+
+
+@pytest.mark.parametrize("budget", COUNTING)
+def test_the_table_of_several_lengths_of_text_is_made_of_the_tables_of_each(budget: dict[str, Any]) -> None:
+    settings, counts, texts = sparsity("v1.5", **budget), range(0, NARROW + 1, 4), (4, 8, TEXT)
+    plan = make_plan(settings, MODEL, NARROW, TEXT, row_counts=counts, row_texts=texts)
+    tables = [kept_table(make_plan(settings, MODEL, NARROW, text, row_counts=counts)) for text in texts]
+    np.testing.assert_array_equal(kept_table(plan), np.concatenate(tables))
+    assert not np.array_equal(tables[0], tables[-1])
+    assert plan_of_row(plan, 20, 8) == make_plan(settings, MODEL, 20, 8)
+
+
+def test_other_budgets_do_not_look_at_text() -> None:
+    plan = make_plan(Sparsity.v15(keep=7), MODEL, NARROW, TEXT, row_counts=range(25), row_texts=(4, TEXT))
+    assert plan == ragged("v1.5")
+
+
+@pytest.mark.parametrize("texts", [(), (8, 4), (4, TEXT + 1), (4, 4)])
+def test_lengths_of_text_that_no_row_can_have_are_refused(texts: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"ascending numbers up to text_tokens \(12\) are expected"):
+        make_plan(Sparsity.v15(), MODEL, NARROW, TEXT, row_counts=range(25), row_texts=texts)
+
+
+@pytest.mark.parametrize("images", [(1, 1), (1, 2)])
+def test_a_budget_that_counts_text_counts_each_rows_own(images: tuple[int, int]) -> None:
+    """Texts of two buckets in one batch: each row is pruned as it is alone, not by the longest beside it."""
+    random, image = np.random.default_rng(5), np.full(MODEL.tokens_per_image, MODEL.image_token_id)
+    pixels = random.normal(0, 1, (sum(images), 3, 56, 56)).astype(np.float32)
+    rows = [
+        np.concatenate([*[image] * n, random.integers(0, 180, text)]).astype(np.int32)
+        for n, text in zip(images, (20, 50), strict=True)
+    ]
+    run: dict[str, Any] = {"sparsity": sparsity("v1.5", flops_share=0.9), "max_new_tokens": 4, "end_tokens": ()}
+    together = generate_ids(models.params(MODEL), MODEL, rows, pixels, **run)
+    for row, own in enumerate((pixels[: images[0]], pixels[images[0] :])):
+        alone = generate_ids(models.params(MODEL), MODEL, [rows[row]], own, **run)
+        assert together.tokens[row] == alone.tokens[0]
+        assert together.visual_tokens[row] == alone.visual_tokens[0]
+    assert together.visual_tokens[0] != together.visual_tokens[1]

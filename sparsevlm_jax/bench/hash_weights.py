@@ -70,7 +70,7 @@ def values(integers: Any, scale: Any, norm: bool, to_float: Callable[[Any], Any]
 def pixels(cell: Cell) -> np.ndarray:
     """Images of all rows, in order: float32 [batch * images, 3, S, S], about as wide as normalised photographs; of
     a family with tiles, all tiles of each."""
-    vision, tiles = cell.config.vision, cell.config.most_tiles or 1
+    vision, tiles = cell.config.vision, cell.config.most_tiles
     shape = (cell.batch * cell.images * tiles, vision.num_channels, vision.image_size, vision.image_size)
     return values(_host_numbers("pixels", shape), 1.75, False, lambda x: x.astype(np.float32))
 
@@ -78,11 +78,10 @@ def pixels(cell: Cell) -> np.ndarray:
 def images(cell: Cell) -> np.ndarray | TiledImages:
     """The same as `embed` takes them."""
     config, layouts = cell.config, cell.layouts
-    if config.most_tiles is None:
+    if not config.packs_images:
         return pixels(cell)
     rows = [layouts[row * cell.images : (row + 1) * cell.images] for row in range(cell.batch)]
-    tokens = sum(layout.tokens for layout in layouts)
-    return TiledImages(pixels(cell), pack_images(rows, config.most_tiles, config.tile_tokens, tokens))
+    return TiledImages(pixels(cell), pack_images(rows, config))
 
 
 def input_ids(cell: Cell) -> np.ndarray:

@@ -62,7 +62,7 @@ class Cell:
         config = SHAPES[self.shape].config
         if self.visual_tokens % config.tokens_per_image == 0:
             return config
-        if config.canvases:
+        if config.most_tiles > 1:
             raise UserError(
                 f"visual_tokens={self.visual_tokens}: expected a multiple of {config.tokens_per_image}, which an image "
                 f"becomes that fills the largest canvas of {self.shape}"
@@ -81,9 +81,8 @@ class Cell:
 
     @property
     def image_size(self) -> Size:
-        """Height and width of its images: of a family with tiles, those of the canvas of most visual tokens."""
-        config, side = self.config, self.config.vision.image_size
-        return max(config.canvases, key=lambda size: config.image_layout(size).tokens, default=(side, side))
+        """Height and width of its images: those that become most visual tokens."""
+        return self.config.fullest_image
 
     @property
     def layouts(self) -> list[ImageLayout]:

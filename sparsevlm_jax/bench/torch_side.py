@@ -36,7 +36,7 @@ class TorchRunner:
         dtype = self.model.dtype
         self.pixels = torch.from_numpy(hash_weights.pixels(cell)).to(self.device, dtype)
         self.sizes: dict[str, Tensor] = {}  # of the images, where their layout follows from them
-        if cell.config.most_tiles is not None:
+        if cell.config.most_tiles > 1:
             self.pixels = self.pixels.unflatten(0, (-1, cell.config.most_tiles))
             self.sizes = {"image_sizes": torch.tensor([cell.image_size] * len(self.pixels), device=self.device)}
         self.ids = torch.from_numpy(hash_weights.input_ids(cell)).to(self.device, torch.long)
@@ -160,14 +160,15 @@ class Dense(TorchRunner):
 
     def prefill(self, embeddings: Tensor) -> tuple[Tensor, Any]:
         state = DynamicCache()
-        return self.forward(state, inputs_embeds=embeddings), state
+        return self.forward(state, embeddings=embeddings), state
 
     def step(self, token: Tensor, state: Any) -> Tensor:
-        return self.forward(state, input_ids=token[:, None])
+        return self.forward(state, ids=token[:, None])
 
-    def forward(self, state: Any, **inputs: Tensor) -> Tensor:
+    def forward(self, state: Any, ids: Tensor | None = None, embeddings: Tensor | None = None) -> Tensor:
         """Logits [b, vocab] behind the last token."""
-        out = self.model.model.language_model(past_key_values=state, use_cache=True, **inputs)
+        # Behind ids, mask and positions comes the cache, by its place: releases of transformers name it differently.
+        out = self.model.model.language_model(ids, None, None, state, inputs_embeds=embeddings, use_cache=True)
         return self.model.lm_head(out.last_hidden_state[:, -1]).float()
 
 
@@ -196,11 +197,11 @@ class Compiled(Dense):
 
     def prefill(self, embeddings: Tensor) -> tuple[Tensor, Any]:
         self._cache.reset()
-        return self._prefill(self._cache, inputs_embeds=embeddings), self._cache
+        return self._prefill(self._cache, embeddings=embeddings), self._cache
 
     def step(self, token: Tensor, state: Any) -> Tensor:
         torch.compiler.cudagraph_mark_step_begin()
-        return self._step(state, input_ids=token[:, None])
+        return self._step(state, ids=token[:, None])
 
 
 class Sparse(TorchRunner):

@@ -31,9 +31,7 @@ def load(config: LlavaConfig, dtype: str, device: torch.device, attention: str) 
         "projector_hidden_act": config.projector_hidden_act,
         "multimodal_projector_bias": config.projector_bias,
     }
-    if config.canvases:
-        settings["image_grid_pinpoints"] = [list(canvas) for canvas in config.canvases]
-    described = AutoConfig.for_model(config.model_type, **settings)
+    described = AutoConfig.for_model(config.model_type, **settings, **config.image_options)
     with no_init_weights(), device:
         described._attn_implementation = attention
         model = AutoModelForImageTextToText.from_config(described).to(getattr(torch, dtype)).eval()

@@ -235,9 +235,9 @@ def _image_processor(config: LlavaConfig) -> Any:
 
     side = config.vision.image_size
     sizes: dict[str, Any] = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-    if not config.canvases:
+    if config.most_tiles == 1:
         return CLIPImageProcessorPil(**sizes)
-    return LlavaNextImageProcessorPil(**sizes, image_grid_pinpoints=[list(canvas) for canvas in config.canvases])
+    return LlavaNextImageProcessorPil(**sizes, **config.image_options)
 
 
 def main() -> None:

@@ -100,12 +100,12 @@ def verify(
 def ask(processor: Processor | None, config: ModelConfig) -> Question:
     """The photograph and a question; for a checkpoint without tokenizer, any token ids."""
     if processor is not None:
-        inputs = processor([[demo_model.photo()]], [QUESTION], None if config.canvases else "pad")
+        inputs = processor([[demo_model.photo()]], [QUESTION], None if config.most_tiles > 1 else "pad")
         return Question(inputs.ids[0], inputs.images, _size(demo_model.photo()))
     from PIL import Image
 
     side, random = config.vision.image_size, np.random.default_rng(0)
-    size, tiles = (side, side), config.most_tiles
+    size = side, side
     with Image.open(demo_model.photo()) as photo:
         pixels = np.asarray(photo.convert("RGB").resize(size), np.float32)
     layout = config.image_layout(size)
@@ -113,10 +113,10 @@ def ask(processor: Processor | None, config: ModelConfig) -> Question:
     words = random.choice(np.delete(np.arange(min(config.text.vocab_size, config.image_token_id)), 0), 30)
     ids = np.concatenate([words[:15], image, words[15:]]).astype(np.int32)
     images = (pixels / 127.5 - 1).transpose(2, 0, 1)[None]
-    if tiles is None:
+    if not config.packs_images:
         return Question(ids, images, size)
-    packing = pack_images([[layout]], tiles, config.tile_tokens, layout.tokens)
-    return Question(ids, TiledImages(np.repeat(images, tiles, axis=0), packing), size)
+    tiles = np.repeat(images, config.most_tiles, axis=0)
+    return Question(ids, TiledImages(tiles, pack_images([[layout]], config)), size)
 
 
 def compare(theirs: Mapping[str, np.ndarray], ours: Mapping[str, np.ndarray], dtype: str, model: Model) -> Report:
@@ -181,7 +181,7 @@ def run_torch(source: Source, question: Question) -> tuple[Parts, str]:
         look = model.model.get_submodule(image_tower(dict(model.model.named_children())))
         states = look(pixels, output_hidden_states=True).hidden_states
         tower = torch.cat([states[layer] for layer in source.model.feature_layers], -1)
-        visual = _image_features(model, pixels, question.size, tiled=bool(source.model.canvases))
+        visual = _image_features(model, pixels, question.size, tiled=source.model.most_tiles > 1)
         # The marker may lie outside the table, so the embeddings are put together here.
         ids = torch.from_numpy(question.ids).long()[None]
         marker = ids == source.model.image_token_id

@@ -13,7 +13,7 @@ from sparsevlm_jax import bounds
 from sparsevlm_jax.checkpoints.load import Model
 from sparsevlm_jax.cli.options import (
     Aspect,
-    Images,
+    ImageFiles,
     Json,
     MaxNewTokens,
     ModelOptions,
@@ -38,7 +38,7 @@ def ask(
     question: Annotated[
         list[str], typer.Option(metavar="TEXT", help="Repeat it for a batch of questions about the same images.")
     ],
-    image: Images = None,
+    image: ImageFiles = None,
     video: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="A video; repeat it for several.")] = None,
     frames: Annotated[
         int, typer.Option(metavar="N", min=1, max=bounds.FRAMES, help="Frames that are taken of each video.")

@@ -54,7 +54,7 @@ def walk_through(
     from rich.console import Console
 
     from sparsevlm_jax.explain.drawing import draw_stage, png
-    from sparsevlm_jax.explain.figure import draw_sheet
+    from sparsevlm_jax.explain.figure import draw_figure
     from sparsevlm_jax.explain.trace_run import explain
 
     sparsity, console = pruning.sparsity(), Console(highlight=False)
@@ -65,7 +65,7 @@ def walk_through(
         replies = {s.method: reply(model, sample.image, question, s) for s in (Sparsity.dense(), sparsity)}
         explanation = explain(model, [sample.image], question, sparsity, max_new_tokens=MAX_NEW_TOKENS)
         file = output / f"{number}-{sample.image.stem}.png"
-        files.write(file, png(draw_sheet(explanation)))
+        files.write(file, png(draw_figure(explanation)))
         console.print(
             f"\n{number}. {sample.image.name}: {question}  (true answer: {truth})", style="bold", markup=False
         )

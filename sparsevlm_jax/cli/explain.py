@@ -37,7 +37,7 @@ def explain(
 ) -> None:
     """Shows on one page what was kept, merged and dropped of an image, and why."""
     from sparsevlm_jax.explain.drawing import png as encode_png
-    from sparsevlm_jax.explain.figure import draw_sheet
+    from sparsevlm_jax.explain.figure import draw_figure
     from sparsevlm_jax.explain.page import render
     from sparsevlm_jax.explain.trace_run import explain as record
     from sparsevlm_jax.explain.trace_run import require_image
@@ -53,5 +53,5 @@ def explain(
     files.write(output, render(explanation).encode())
     if png:
         written.append(output.with_suffix(".png"))
-        files.write(written[-1], encode_png(draw_sheet(explanation)))
+        files.write(written[-1], encode_png(draw_figure(explanation)))
     print("\n".join(map(str, written)))

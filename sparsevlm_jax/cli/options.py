@@ -24,7 +24,7 @@ from sparsevlm_jax.pruning.methods import METHODS, sparsity
 from sparsevlm_jax.pruning.settings import BUDGETS, Sparsity
 from sparsevlm_jax.text import printable
 
-Images = Annotated[
+ImageFiles = Annotated[
     list[Path] | None, typer.Option(metavar="FILE", help="An image; repeat it for several, leave it out for none.")
 ]
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", min=1, help="The longest answer.")]

@@ -89,7 +89,7 @@ def _visual_tokens(config: ModelConfig, image_size: str | None) -> int:
       UserError: a size that is none, or none where it decides.
     """
     if image_size is None:
-        if config.canvases:
+        if config.most_tiles > 1:
             raise UserError(
                 f"--image-size: how many visual tokens an image of {config.model_type} becomes depends on its size: "
                 "give height and width in pixels, as in --image-size 672x672"

@@ -19,8 +19,8 @@ GAP, LETTERS, LARGE = 24, 24, 40  # pixels
 SOFT, ACCENT, WHITE = (89, 89, 89), (0, 63, 107), (255, 255, 255)
 
 
-def draw_sheet(explanation: Explanation) -> Image.Image:
-    """The whole sheet."""
+def draw_figure(explanation: Explanation) -> Image.Image:
+    """The whole of it."""
     dense, pruned = summary.answers(explanation)
     method = explanation.pruned.plan.sparsity.method
     stages = _beside([_column(explanation, stage) for stage in explanation.stages])
@@ -36,9 +36,9 @@ def draw_sheet(explanation: Explanation) -> Image.Image:
     parts += [_words(explanation.words.after, width), stages, _text(key, width, colour=SOFT)]
     parts += [_text(line, width, colour=SOFT) for line in [*savings, *summary.notes(explanation)]]
     inner = _below(parts)
-    sheet = Image.new("RGB", (inner.width + 2 * GAP, inner.height + 2 * GAP), WHITE)
-    sheet.paste(inner, (GAP, GAP))
-    return sheet
+    figure = Image.new("RGB", (inner.width + 2 * GAP, inner.height + 2 * GAP), WHITE)
+    figure.paste(inner, (GAP, GAP))
+    return figure
 
 
 def _column(explanation: Explanation, stage: Stage) -> Image.Image:

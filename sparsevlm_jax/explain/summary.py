@@ -1,4 +1,4 @@
-"""What an explanation says in words and numbers; the page and the sheet lay it out."""
+"""What an explanation says in words and numbers; the page and the figure lay it out."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from sparsevlm_jax.explain.words import Words, read_words
 from sparsevlm_jax.generation.api import generate_ids, require_finite, require_processor
 from sparsevlm_jax.generation.request import Generation, GenerationRequest
 from sparsevlm_jax.inputs.images import ImageLike
-from sparsevlm_jax.models.embedding import Images, embed
+from sparsevlm_jax.models.embedding import TowerImages, embed
 from sparsevlm_jax.models.stages import Cache, Params, Trace, prefill
 from sparsevlm_jax.pruning.plan import Plan, StagePlan
 from sparsevlm_jax.pruning.prune import PruningStep
@@ -141,7 +141,7 @@ def _prefill_traced(
     params: Params,
     ids: Array,
     lengths: Array,
-    images: Images | None,
+    images: TowerImages | None,
     seed: Array | None,
     *,
     config: ModelConfig,

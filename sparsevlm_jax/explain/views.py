@@ -62,7 +62,7 @@ def views_of(
     Args:
       tiles: from `as_seen`, as many for each image.
     """
-    found, before, each = [], 0, config.most_tiles or 1
+    found, before, each = [], 0, config.most_tiles
     for image, layout in enumerate(layouts):
         own = tiles[image * each : (image + 1) * each]
         if plan.grid is None:

@@ -18,9 +18,10 @@ from jaxtyping import Array, Bool, Float
 
 from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.models import fits
-from sparsevlm_jax.models.stages import Cache, Params, Prompt, decoder_of, last_logits, next_positions, run_stage, start
+from sparsevlm_jax.models.stages import Cache, Params, Prompt, decoder_of, last_logits, run_stage, start
 from sparsevlm_jax.pruning.budgets import stage_by_rank
 from sparsevlm_jax.pruning.plan import Plan, StagePlan
+from sparsevlm_jax.pruning.positions import next_positions
 from sparsevlm_jax.pruning.settings import Sparsity
 from sparsevlm_jax.pruning.sparsify import Tokens
 
@@ -63,7 +64,7 @@ def prefill_stage_by_stage(
             stage = stage_by_rank(plan.sparsity, planned.start, planned.stop - 1, visual, text)
         stages.append(stage)
         lengths.append(tokens.lengths)
-        positions.append(next_positions(tokens, prompt, plan.sparsity))
+        positions.append(next_positions(tokens.lengths, prompt.lengths, prompt.next_positions, plan.sparsity))
         tokens, cached = call(
             _run_stage, params, tokens, config=config, sparsity=plan.sparsity, stage=stage, room=max_new_tokens
         )

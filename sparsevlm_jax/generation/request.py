@@ -21,7 +21,15 @@ from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.generation.ladder import prefill_stage_by_stage
 from sparsevlm_jax.generation.loop import DecodeState, LoopConfig, SamplingParams, decode, first_token, start
-from sparsevlm_jax.inputs.packing import NEW_TOKEN_BUCKETS, Packed, TiledImages, bucket, pack, shrink_markers
+from sparsevlm_jax.inputs.packing import (
+    NEW_TOKEN_BUCKETS,
+    Packed,
+    TiledImages,
+    bucket,
+    pack,
+    shrink_markers,
+    text_bucket,
+)
 from sparsevlm_jax.models.embedding import embed
 from sparsevlm_jax.models.stages import Cache, ImageFeatures, Params
 from sparsevlm_jax.pruning.budgets import make_plan, plan_of_row
@@ -214,22 +222,28 @@ def _plan_of_rows(sparsity: Sparsity, config: ModelConfig, packed: Packed) -> Pl
     """A plan under which rows of different numbers of visual tokens keep what each would alone.
 
     One program serves whatever rows a family with tiles may have; elsewhere rows differ by whole images, if they do.
+    A budget that counts text counts each row's own, in the bucket that it would have alone.
 
     Raises:
       UserError: a budget that a row cannot meet.
     """
-    counts = set(np.sum(packed.input_ids == config.image_token_id, axis=1, where=packed.valid).tolist())
+    visual = np.sum(packed.input_ids == config.image_token_id, axis=1, where=packed.valid)
+    rows = {(v, text_bucket(length - v)) for v, length in zip(visual.tolist(), packed.lengths.tolist(), strict=True)}
+    counts, texts = {count for count, _ in rows}, sorted({text for _, text in rows})
     most, keep, row_counts = max(counts), sparsity.budget.keep, None
     if keep is not None and 0 < most < keep:  # a bucket may have room for more
         raise UserError(f"keep={keep}: the prompt has only {most} visual tokens")
-    if config.most_tiles is not None:
+    if config.packs_images:
         row_counts = range(packed.visual + 1)
     elif len(counts) > 1:
         step = config.tokens_per_image
         row_counts = None if any(count % step for count in counts) else range(0, packed.visual + 1, step)
-    plan = make_plan(sparsity, config, packed.visual, packed.text, row_counts=row_counts)
-    for count in counts:
-        plan_of_row(plan, count)
+    elif len(texts) > 1:
+        row_counts = range(most, most + 1)
+    row_texts = None if row_counts is None else texts
+    plan = make_plan(sparsity, config, packed.visual, packed.text, row_counts=row_counts, row_texts=row_texts)
+    for count, text in rows:
+        plan_of_row(plan, count, text)
     return plan
 
 
@@ -303,6 +317,6 @@ def _visual_tokens(
     if rows is not None:
         own = jax.device_get(rows).tolist()
         return sum(own), own
-    if config.most_tiles is not None and len(images):
+    if config.packs_images and len(images):
         raise UserError(f"{config.model_type} takes images with their packing: give the processor's `Inputs.images`")
     return len(images) * config.tokens_per_image, None

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int
 
+from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.layout import NEWLINE, ImageLayout
 
@@ -59,30 +60,19 @@ class TiledImages(NamedTuple):
         return len(self.pixel_values) + (0 if self.frames is None else len(self.frames))
 
 
-def pack_images(layouts: Sequence[Sequence[ImageLayout]], tiles: int, patches: int, tokens: int) -> ImagePacking:
-    """The packing of the images of some rows.
+def pack_images(layouts: Sequence[Sequence[ImageLayout]], config: ModelConfig) -> ImagePacking:
+    """The packing of images and videos in the order of their visual tokens.
 
-    Args:
-      layouts: of each row's images.
-      tiles: that each image is padded to.
-      patches: that a tile becomes.
-      tokens: to which the visual tokens of all rows are padded; the padding repeats patch 0.
-    """
-    images = sum(map(len, layouts))
-    return pack_patches(layouts, [number * tiles * patches for number in range(images)], tokens)
-
-
-def pack_patches(layouts: Sequence[Sequence[ImageLayout]], starts: Sequence[int], tokens: int) -> ImagePacking:
-    """The packing of images and videos in the order of their visual tokens, wherever their patches stand.
+    Every row is padded to the bucket of the one with most tokens, so that no single image decides a size; the padding
+    repeats patch 0.
 
     Args:
       layouts: of each row's images and videos.
-      starts: the first patch of each of them.
-      tokens: to which the visual tokens of all rows are padded; the padding repeats patch 0.
     """
     index, line, weight, before = [], [], [], 0
     flat = [layout for row in layouts for layout in row]
-    for start, layout in zip(starts, flat, strict=True):
+    tokens = len(layouts) * config.visual_bucket(max(sum(layout.tokens for layout in row) for row in layouts))
+    for start, layout in zip(_first_patches(flat, config), flat, strict=True):
         index.append(np.where(layout.index == NEWLINE, NEWLINE, start + layout.index))
         line.append(before + layout.line)
         weight += [] if layout.weight is None else [layout.weight]
@@ -94,6 +84,18 @@ def pack_patches(layouts: Sequence[Sequence[ImageLayout]], starts: Sequence[int]
         np.concatenate([*line, np.arange(before, tokens)]).astype(np.int32),
         np.array([sum(layout.tokens for layout in row) for row in layouts], np.int32),
     )
+
+
+def _first_patches(layouts: Sequence[ImageLayout], config: ModelConfig) -> list[int]:
+    """Where those of each image and video begin: first come those of all images, each padded to the most tiles, then
+    those of all videos."""
+    image = config.most_tiles * config.tile_tokens
+    before = {False: 0, True: image * sum(not layout.is_video for layout in layouts)}
+    starts = []
+    for layout in layouts:
+        starts.append(before[layout.is_video])
+        before[layout.is_video] += layout.tokens if layout.is_video else image
+    return starts
 
 
 def _padded(parts: Sequence[np.ndarray], padding: int) -> np.ndarray:
@@ -111,11 +113,20 @@ def pack(rows: Sequence[np.ndarray], image_token_id: int, visual_bucket: Callabl
     """
     counts = [int(np.sum(row == image_token_id)) for row in rows]
     most_text = max(len(row) - v for row, v in zip(rows, counts, strict=True))
-    text, visual = bucket(most_text, TEXT_BUCKETS, "the prompt's text"), visual_bucket(max(counts))
+    text, visual = text_bucket(most_text), visual_bucket(max(counts))
     ids = np.zeros((len(rows), text + visual), np.int32)
     for padded, row in zip(ids, rows, strict=True):
         padded[: len(row)] = row
     return Packed(ids, np.array([len(row) for row in rows], np.int32), text, visual)
+
+
+def text_bucket(size: int) -> int:
+    """To how many columns so many text tokens are padded.
+
+    Raises:
+      UserError: more than the largest bucket.
+    """
+    return bucket(size, TEXT_BUCKETS, "the prompt's text")
 
 
 def bucket(size: int, buckets: Sequence[int], what: str) -> int:

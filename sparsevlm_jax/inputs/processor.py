@@ -20,8 +20,8 @@ from sparsevlm_jax.errors import UserError, first_line
 from sparsevlm_jax.inputs import templates
 from sparsevlm_jax.inputs.images import ImageLike
 from sparsevlm_jax.inputs.messages import Conversation, as_texts
-from sparsevlm_jax.inputs.packing import ImagePacking, TiledImages
-from sparsevlm_jax.inputs.pixels import Preparation, Visual, pack_visuals
+from sparsevlm_jax.inputs.packing import ImagePacking, TiledImages, pack_images
+from sparsevlm_jax.inputs.pixels import Preparation, Visual
 from sparsevlm_jax.inputs.side_files import (
     PROCESSOR_FILES,
     TOKENIZER_FILES,
@@ -223,21 +223,22 @@ class Processor:
             rows.append(self._tokenized(self.prompt(question, len(own), len(own_videos)), own, own_videos))
         ids = [self._expanded(row, [visual.layout for visual in visuals]) for row, visuals in rows]
         by_row = [visuals for _, visuals in rows]
-        kinds = [[visual.is_video for visual in visuals] for visuals in by_row]
+        kinds = [[visual.layout.is_video for visual in visuals] for visuals in by_row]
         # The same images and videos stand in the result once, if they have the same order in every prompt.
         return self._inputs(ids, by_row[:1] if together and all(kind == kinds[0] for kind in kinds) else by_row)
 
     def _inputs(self, ids: list[np.ndarray], by_row: Sequence[Sequence[Visual]]) -> Inputs:
         """What the model takes of these rows."""
+        layouts = [[visual.layout for visual in visuals] for visuals in by_row]
         flat = [visual for visuals in by_row for visual in visuals]
-        pixels, frames = ([visual.pixels for visual in flat if visual.is_video == video] for video in (False, True))
+        images, videos = ([v.pixels for v in flat if v.layout.is_video == kind] for kind in (False, True))
         side = self.config.vision.image_size
         return Inputs(
             ids,
-            np.concatenate(pixels) if pixels else np.zeros((0, 3, side, side), np.float32),
+            np.concatenate(images) if images else np.zeros((0, 3, side, side), np.float32),
             tuple(visual.layout for visual in flat),
-            pack_visuals(by_row, self.config),
-            np.concatenate(frames) if frames else None,
+            pack_images(layouts, self.config) if flat and self.config.packs_images else None,
+            np.concatenate(videos) if videos else None,
         )
 
     def next_turn(self, talk: Conversation, layouts: Sequence[ImageLayout]) -> tuple[np.ndarray, np.ndarray]:

@@ -88,13 +88,9 @@ def _decoder_flops(config: ModelConfig, plan: Plan, layers: Sequence[int], text_
 def tower_xla_flops(config: ModelConfig, plan: Plan) -> float:
     """XLA's cost analysis of tower and projector for one image: of a family with tiles for as many as it has at most,
     to which every image is padded."""
-    side, tiles = config.vision.image_size, config.most_tiles
-    images: Any = _tiles(config, tiles or 1)
-    if tiles is not None:
-        layouts = [config.image_layout(canvas) for canvas in config.canvases or [(side, side)]]
-        packing = pack_images(
-            [[max(layouts, key=lambda layout: layout.tokens)]], tiles, config.tile_tokens, config.tokens_per_image
-        )
+    images: Any = _tiles(config, config.most_tiles)
+    if config.packs_images:
+        packing = pack_images([[config.image_layout(config.fullest_image)]], config)
         images = TiledImages(images, jax.eval_shape(lambda: jax.tree.map(jnp.asarray, packing)))
     run = partial(encode_images, config=config, plan=plan)
     return _flops(run, abstract_params(config, jnp.bfloat16), images)
@@ -126,11 +122,12 @@ def _flops(function, *shapes) -> float:  # noqa: ANN001, ANN002
     return counts["flops"]
 
 
-def _cpu() -> jax.Device:
+def _cpu() -> Any:
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError as error:
-        platforms = jax.config.jax_platforms
+        settings: Any = jax.config
+        platforms = settings.jax_platforms
         raise UserError(
             f"XLA counts operations on its CPU backend, which JAX_PLATFORMS={platforms} leaves out: "
             f"set JAX_PLATFORMS={platforms},cpu"

@@ -19,10 +19,10 @@ from sparsevlm_jax.models.stages import ImageFeatures, Params, Prompt, decoder_o
 from sparsevlm_jax.pruning.methods import METHODS
 from sparsevlm_jax.pruning.plan import Plan
 
-Images = Float[Array, "m 3 height width"] | TiledImages
+TowerImages = Float[Array, "m 3 height width"] | TiledImages
 
 
-def encode_images(params: Params, images: Images, config: ModelConfig, plan: Plan | None = None) -> ImageFeatures:
+def encode_images(params: Params, images: TowerImages, config: ModelConfig, plan: Plan | None = None) -> ImageFeatures:
     """Images to visual tokens: tower, projector, packer; shrunk where the plan says so.
 
     Args:
@@ -51,7 +51,7 @@ def embed(
     params: Params,
     input_ids: Int[Array, "b l"],
     lengths: Int[Array, "b"],
-    images: Images | ImageFeatures | None,
+    images: TowerImages | ImageFeatures | None,
     config: ModelConfig,
     plan: Plan | None = None,
 ) -> Prompt:

@@ -91,10 +91,10 @@ def require_tiles(images: Any, config: ModelConfig) -> None:
     tiled = isinstance(images, TiledImages)
     if tiled and images.frames is not None and config.video_token_id is None:
         raise ValueError(f"{config.model_type} takes no videos")
-    if tiled == (config.most_tiles is None):
-        wanted = "pixels [m, 3, S, S]" if config.most_tiles is None else "TiledImages, which the processor makes"
+    if tiled != config.packs_images:
+        wanted = "TiledImages, which the processor makes" if config.packs_images else "pixels [m, 3, S, S]"
         raise ValueError(f"images of {config.model_type} are {wanted}")
-    if not tiled or config.most_tiles is None:
+    if not tiled:
         return
     tiles, side = config.most_tiles, config.vision.image_size
     for pixels, each in ((images.pixel_values, tiles), (images.frames, 1)):

@@ -71,7 +71,6 @@ class LlavaConfig:
     attention: str
     projector_norm_eps: float | None = None  # of a norm in front of the projector; None where there is none
     model_type: str = "llava"
-    canvases: tuple[Size, ...] = ()  # (height, width) in pixels, of families with tiles
     video_token_id: int | None = None  # of families with videos
 
     def __post_init__(self) -> None:
@@ -112,8 +111,20 @@ class LlavaConfig:
         return self.tile_tokens
 
     @property
-    def most_tiles(self) -> int | None:
-        return None
+    def most_tiles(self) -> int:
+        return 1
+
+    @property
+    def packs_images(self) -> bool:
+        return self.most_tiles > 1 or self.video_token_id is not None
+
+    @property
+    def fullest_image(self) -> Size:
+        return self.vision.image_size, self.vision.image_size
+
+    @property
+    def image_options(self) -> dict[str, Any]:
+        return {}
 
     def image_layout(self, size: Size) -> ImageLayout:
         return one_tile(self.vision.grid, self.vision.class_tokens, self.dropped)

@@ -35,6 +35,7 @@ class LlavaNextConfig(LlavaConfig):
     """As LLaVA-1.5, on tiles of a canvas."""
 
     model_type: str = "llava_next"
+    # (height, width) in pixels, which images are scaled into before they are cut into tiles
     canvases: tuple[Size, ...] = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 
     def __post_init__(self) -> None:
@@ -62,11 +63,19 @@ class LlavaNextConfig(LlavaConfig):
     @property
     def tokens_per_image(self) -> int:
         """Of the image that has most: one that fills the canvas of most patches, row ends included."""
-        return _most_tokens(self)
+        return _fullest(self)[1]
 
     @property
     def most_tiles(self) -> int:
         return 1 + max(height * width for height, width in self.canvases) // self.vision.image_size**2
+
+    @property
+    def fullest_image(self) -> Size:
+        return _fullest(self)[0]
+
+    @property
+    def image_options(self) -> dict[str, Any]:
+        return {"image_grid_pinpoints": [list(canvas) for canvas in self.canvases]}
 
     def image_layout(self, size: Size) -> ImageLayout:
         return lay_out(size, self.vision.image_size, self.vision.grid, self.canvases)
@@ -99,8 +108,10 @@ def newline_row(params: Params) -> Float[Array, "1 d"]:
 
 
 @cache
-def _most_tokens(config: LlavaNextConfig) -> int:
-    return max(config.image_layout(canvas).tokens for canvas in config.canvases)
+def _fullest(config: LlavaNextConfig) -> tuple[Size, int]:
+    """The canvas of most visual tokens, and how many they are."""
+    counts = {canvas: config.image_layout(canvas).tokens for canvas in config.canvases}
+    return max(counts.items(), key=lambda item: item[1])
 
 
 def _canvases(found: Any, source: str) -> tuple[Size, ...]:

@@ -21,6 +21,7 @@ from sparsevlm_jax.models.decoder import Llama
 from sparsevlm_jax.ops.attention import attend
 from sparsevlm_jax.pruning.methods import METHODS, PruningContext
 from sparsevlm_jax.pruning.plan import Plan, StagePlan
+from sparsevlm_jax.pruning.positions import next_positions, on_all_axes, prompt_positions
 from sparsevlm_jax.pruning.prune import PruningStep, kept_by_row, prune
 from sparsevlm_jax.pruning.settings import Sparsity
 from sparsevlm_jax.pruning.sparsify import Tokens, choose_raters
@@ -114,7 +115,7 @@ def prefill(
     keys, values, lengths, positions, events, last_hidden = [], [], [], [], [], []
     for index, stage in enumerate(plan.stages):
         lengths.append(tokens.lengths)
-        positions.append(next_positions(tokens, prompt, plan.sparsity))
+        positions.append(next_positions(tokens.lengths, prompt.lengths, prompt.next_positions, plan.sparsity))
         noise = jitter[index] if jitter is not None and index < len(jitter) else None
         tokens, cached, event, lasts = run_stage(
             decoder, tokens, stage, config, plan.sparsity, max_new_tokens, noise, trace, seed
@@ -156,7 +157,7 @@ def decode_step(
     hidden = decoder.embed_words(token)[:, None, :]
     keys, values, axes = list(cache.keys), list(cache.values), config.text.rope.position_axes
     for index, (first, stop) in enumerate(zip((0, *stops), stops, strict=False)):
-        lengths, positions = cache.lengths[index], _on_all_axes(cache.positions[index], axes)
+        lengths, positions = cache.lengths[index], on_all_axes(cache.positions[index], axes)
         for number in range(first, stop):
 
             def attend_cache(
@@ -184,13 +185,13 @@ def start(prompt: Prompt, plan: Plan, axes: int) -> Tokens:
             raters = choose_raters(prompt.embeddings, prompt.visual, prompt.lengths, plan.visual_tokens)
     return Tokens(
         hidden=prompt.embeddings,
-        positions=_counted(shape, axes) if prompt.positions is None else prompt.positions,
+        positions=prompt_positions(prompt.positions, shape, axes),
         visual=prompt.visual,
         raters=raters,
         lengths=prompt.lengths.astype(jnp.int32),
         saliency=prompt.saliency if METHODS[plan.sparsity.method].needs_saliency else None,
         add=prompt.add,
-        keep=kept_by_row(plan, jnp.sum(prompt.visual, axis=1, dtype=jnp.int32)),
+        keep=kept_by_row(plan, jnp.sum(prompt.visual, axis=1, dtype=jnp.int32), prompt.lengths),
     )
 
 
@@ -241,21 +242,6 @@ def run_stage(
 def last_logits(decoder: Llama, tokens: Tokens) -> Float[Array, "b vocab"]:
     """Logits behind the last valid token of each row."""
     return decoder.logits(_last(tokens.hidden, tokens.lengths))
-
-
-def next_positions(tokens: Tokens, prompt: Prompt, sparsity: Sparsity) -> Int[Array, "b"]:
-    """Rotary position of the first new token in a stage: behind its own tokens, or behind the prompt as it was."""
-    behind = prompt.lengths if prompt.next_positions is None else prompt.next_positions
-    return tokens.lengths if sparsity.positions == "renumber" else behind.astype(jnp.int32)
-
-
-def _counted(shape: tuple[int, ...], axes: int) -> Int[Array, "b l a"]:
-    return jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32)[None, :, None], (*shape, axes))
-
-
-def _on_all_axes(positions: Int[Array, "b"], axes: int) -> Int[Array, "b 1 a"]:
-    """A decoded token stands at the same position on every axis."""
-    return jnp.broadcast_to(positions[:, None, None], (len(positions), 1, axes))
 
 
 def _added(hidden: Float[Array, "b l d"], add: Array | None) -> tuple[Float[Array, "b l d"], Array | None]:

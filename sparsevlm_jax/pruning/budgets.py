@@ -29,7 +29,7 @@ class Schedules(NamedTuple):
       counts: visual tokens of each row.
       asked: what they are asked to keep.
       least, target: the least that each could cost, and what it should.
-      option: what asked for it, for messages.
+      setting: which of the budget's settings asks for it.
     """
 
     layers: tuple[int, ...]
@@ -37,7 +37,7 @@ class Schedules(NamedTuple):
     asked: Asked
     least: Float[np.ndarray, "n"]
     target: np.ndarray
-    option: str
+    setting: str
 
 
 def make_plan(
@@ -47,6 +47,7 @@ def make_plan(
     text_tokens: int | None = None,
     *,
     row_counts: range | None = None,
+    row_texts: Sequence[int] | None = None,
 ) -> Plan:
     """The schedule of a sparsity for a decoder and a number of visual tokens.
 
@@ -62,6 +63,9 @@ def make_plan(
         whose number is below its budget is not pruned, one whose number makes the budget impossible keeps the least
         (`plan_of_row` refuses it). By default, and for counts given by layer or taken from data, all rows follow the
         counts for `visual_tokens`, as far as they have so many.
+      row_texts: with `row_counts`, numbers of text tokens, ascending up to `text_tokens`: `flops_share` and
+        `cache_bytes` count a row with the smallest that holds its own. By default all rows are counted with
+        `text_tokens`, so that what a row keeps depends on the longest text that may stand beside it.
 
     Raises:
       UserError: a target that no counts reach in any row, or layers or heads that the decoder does not have.
@@ -72,30 +76,40 @@ def make_plan(
     require_count("visual_tokens", visual_tokens)
     if text_tokens is not None:
         require_count("text_tokens", text_tokens)
+    texts = () if text_tokens is None else (text_tokens,)
+    if row_texts is not None:
+        texts = _checked_texts(tuple(row_texts), text_tokens, row_counts)
+    if not sparsity.budget.counts_text:
+        texts = ()
     _require_rows(row_counts, visual_tokens)
-    if row_counts == _one(visual_tokens):
+    if row_counts == _one(visual_tokens) and len(texts) < 2:
         row_counts = None
-    return replace(_plan(sparsity, config, visual_tokens, text_tokens, row_counts), text_tokens=text_tokens)
+    return replace(_plan(sparsity, config, visual_tokens, text_tokens, row_counts, texts), text_tokens=text_tokens)
 
 
 def kept_table(plan: Plan) -> Int[np.ndarray, "n p"]:
-    """How many visual tokens a row keeps at each pruning layer of the plan, for each number that `plan.rows` knows."""
+    """How many visual tokens a row keeps at each pruning layer of the plan, for each number that `plan.rows` knows: all
+    of them for the first of its lengths of text, then all for the next."""
     assert plan.rows is not None
-    found = _schedules(plan.sparsity, plan.rows.decoder, plan.rows.counts, plan.rows.text_tokens)
+    found = _schedules(plan.sparsity, plan.rows)
     return cut(plan.sparsity, found.counts, found.asked).kept[:, int(found.asked.first.min()) :]
 
 
-def plan_of_row(plan: Plan, visual_tokens: int) -> Plan:
+def plan_of_row(plan: Plan, visual_tokens: int, text_tokens: int | None = None) -> Plan:
     """What a plan is for a row of so many visual tokens: the plan itself where rows do not follow their own numbers.
+
+    Args:
+      text_tokens: columns for the row's other tokens when it is asked alone; None for those of the plan.
 
     Raises:
       UserError: the budget is below the least that the row can cost.
     """
     if plan.rows is None:
         return plan
-    rows = plan.rows
-    alone = _plan(plan.sparsity, rows.decoder, visual_tokens, rows.text_tokens, _one(visual_tokens))
-    return replace(alone, text_tokens=rows.text_tokens, rows=None)
+    text = plan.text_tokens if text_tokens is None else text_tokens
+    texts = (text,) if plan.sparsity.budget.counts_text and text is not None else ()
+    alone = _plan(plan.sparsity, plan.rows.decoder, visual_tokens, text, _one(visual_tokens), texts)
+    return replace(alone, text_tokens=text, rows=None)
 
 
 def _one(count: int) -> range:
@@ -109,12 +123,23 @@ def _require_rows(row_counts: range | None, visual_tokens: int) -> None:
         raise ValueError(f"row_counts is {row_counts}: an ascending range within 0 to {visual_tokens} is expected")
 
 
+def _checked_texts(texts: tuple[int, ...], most: int | None, row_counts: range | None) -> tuple[int, ...]:
+    for count in texts:
+        require_count("row_texts", count)
+    if not texts or list(texts) != sorted(set(texts)) or most is None or texts[-1] > most or row_counts is None:
+        raise ValueError(
+            f"row_texts is {texts}: ascending numbers up to text_tokens ({most}) are expected, and row_counts too"
+        )
+    return texts
+
+
 def _plan(
     sparsity: Sparsity,
     config: ModelConfig | TextConfig,
     visual_tokens: int,
     text_tokens: int | None,
     row_counts: range | None,
+    texts: tuple[int, ...],
 ) -> Plan:
     text, budget, method = _decoder(config), sparsity.budget, METHODS.get(sparsity.method)
     if method is None:
@@ -133,10 +158,8 @@ def _plan(
     most = visual_tokens if row_counts is None else row_counts[-1]
     if budget.keep is not None and budget.keep > most and row_counts != _one(most):  # `plan_of_row` allows it
         raise UserError(f"keep={budget.keep}: the prompt has only {most} visual tokens")
-    if row_counts is not None:
-        stages = _afford(sparsity, text, visual_tokens, text_tokens, row_counts)
-        return Plan(sparsity, stages, rows=Rows(row_counts, text, text_tokens))
-    return Plan(sparsity, _afford(sparsity, text, visual_tokens, text_tokens, _one(visual_tokens)))
+    rows = Rows(_one(visual_tokens) if row_counts is None else row_counts, text, texts)
+    return Plan(sparsity, _afford(sparsity, visual_tokens, rows), rows=None if row_counts is None else rows)
 
 
 def _decoder(config: ModelConfig | TextConfig) -> TextConfig:
@@ -175,41 +198,41 @@ def _token_bytes(text: TextConfig, itemsize: int) -> int:
 
 
 @lru_cache(maxsize=16)
-def _schedules(sparsity: Sparsity, text: TextConfig, row_counts: range, text_tokens: int | None) -> Schedules:
-    """What rows of each of these numbers keep, each by itself."""
-    budget, depth = sparsity.budget, text.num_hidden_layers
+def _schedules(sparsity: Sparsity, rows: Rows) -> Schedules:
+    """What rows of each of these numbers keep, each by itself: for each length of text all numbers of visual tokens."""
+    budget, depth = sparsity.budget, rows.decoder.num_hidden_layers
     layers = _checked(pruning_layers(sparsity, depth), depth)
-    counts = np.array(row_counts, np.int64)
-    free = budget.keep is None and budget.flops_share is None and budget.cache_bytes is None
-    if free and budget.ratio is not None:
+    counts = np.tile(np.array(rows.counts, np.int64), max(len(rows.texts), 1))
+    setting = budget.decided_by
+    if setting == "ratio" and budget.ratio is not None:
         left = np.stack([(counts * budget.ratio ** (i + 1)).astype(np.int64) for i in range(len(layers))], axis=1)
         nothing = np.zeros(len(counts))
-        return Schedules(layers, counts, Asked(left, np.zeros_like(counts)), nothing, nothing, "ratio")
-    price, target, option = _price(sparsity, text, counts, text_tokens, layers)
+        return Schedules(layers, counts, Asked(left, np.zeros_like(counts)), nothing, nothing, setting)
+    price, target = _price(sparsity, rows, counts, layers)
     asked, least = solve(sparsity, counts, len(layers), price, target)
     for keep, published in METHODS[sparsity.method].published_counts.items():
-        if option.startswith("keep=") and (*layers, depth) == (*PRUNING_LAYERS, DEPTH):
+        if setting == "keep" and (*layers, depth) == (*PRUNING_LAYERS, DEPTH):
             here = (counts == PUBLISHED_VISUAL_TOKENS) & (target == keep)
             asked = Asked(np.where(here[:, None], published, asked.counts), np.where(here, 0, asked.first))
-    return Schedules(layers, counts, asked, least, target, option)
+    return Schedules(layers, counts, asked, least, target, setting)
 
 
 def _price(
-    sparsity: Sparsity, text: TextConfig, counts: Int[np.ndarray, "n"], text_tokens: int | None, layers: Sequence[int]
-) -> tuple[Price, np.ndarray, str]:
-    """What rows cost in the budget's measure, what each should, and the option that says so."""
-    budget, depth = sparsity.budget, text.num_hidden_layers
-    words = (counts if text_tokens is None else np.full_like(counts, text_tokens))[:, None]
+    sparsity: Sparsity, rows: Rows, counts: Int[np.ndarray, "n"], layers: Sequence[int]
+) -> tuple[Price, np.ndarray]:
+    """What rows cost in the budget's measure, and what each should."""
+    budget, text, depth = sparsity.budget, rows.decoder, rows.decoder.num_hidden_layers
+    words = (np.repeat(np.array(rows.texts, np.int64), len(rows.counts)) if rows.texts else counts)[:, None]
     entered = layers_entered(layers, depth)
-    if budget.keep is None and budget.flops_share is not None:
+    if budget.decided_by == "flops_share":
         dense = depth * _layer_flops(text, words + counts[:, None])[:, 0]
         price = Price(lambda visual: _layer_flops(text, words + visual), entered, np.maximum(dense, 1))
-        return price, np.full(len(counts), budget.flops_share), f"flops_share={budget.flops_share}"
-    if budget.keep is None and budget.cache_bytes is not None:
+        return price, np.full(len(counts), budget.flops_share)
+    if budget.decided_by == "cache_bytes":
         price = Price(lambda visual: _token_bytes(text, 2) * (words + visual), entered)
-        return price, np.full(len(counts), budget.cache_bytes), f"cache_bytes={budget.cache_bytes}"
+        return price, np.full(len(counts), budget.cache_bytes)
     target = np.maximum(counts // 3, 1) if budget.keep is None else np.full_like(counts, budget.keep)
-    return Price(lambda visual: visual, layers_left(layers, depth), depth), target, f"keep={target[-1]}"
+    return Price(lambda visual: visual, layers_left(layers, depth), depth), target
 
 
 def _require_reach(found: Schedules, depth: int) -> None:
@@ -220,8 +243,8 @@ def _require_reach(found: Schedules, depth: int) -> None:
     least, places = found.least[some][0], ", ".join(map(str, found.layers))
     lowest = f"{least:.3f}" if least < 1 else f"{least:,.1f}"  # a share, or tokens or bytes
     raise UserError(
-        f"{found.option}: not possible with pruning after layers {places} of {depth}: the least is {lowest} "
-        "(prune earlier with `keep_at`, or ask for more)"
+        f"{found.setting}={found.target[-1]}: not possible with pruning after layers {places} of {depth}: the least is "
+        f"{lowest} (prune earlier with `keep_at`, or ask for more)"
     )
 
 
@@ -231,14 +254,12 @@ def pruning_layers(sparsity: Sparsity, depth: int) -> tuple[int, ...]:
     return scaled_layers(sparsity.budget.published_layers, depth) if layers is None else tuple(layers)
 
 
-def _afford(
-    sparsity: Sparsity, text: TextConfig, visual_tokens: int, text_tokens: int | None, row_counts: range
-) -> tuple[StagePlan, ...]:
+def _afford(sparsity: Sparsity, visual_tokens: int, rows: Rows) -> tuple[StagePlan, ...]:
     """Stages for what a budget leaves to rows of these numbers."""
-    found = _schedules(sparsity, text, row_counts, text_tokens)
-    _require_reach(found, text.num_hidden_layers)
+    found, depth = _schedules(sparsity, rows), rows.decoder.num_hidden_layers
+    _require_reach(found, depth)
     cuts = cut(sparsity, found.counts, found.asked)
-    return _cut(found.layers, text.num_hidden_layers, visual_tokens, found.asked.first, cuts)
+    return _cut(found.layers, depth, visual_tokens, found.asked.first, cuts)
 
 
 def _cut_at(sparsity: Sparsity, depth: int, visual_tokens: int, keep_at: Sequence[tuple[int, int]]) -> Plan:
@@ -297,7 +318,7 @@ def _checked(layers: Sequence[int], depth: int) -> tuple[int, ...]:
 
 def _shrink(sparsity: Sparsity, config: ModelConfig, visual_tokens: int) -> Plan:
     """One stage on images of the largest grid that fits the budget."""
-    if config.most_tiles is not None:
+    if config.packs_images:
         raise UserError(
             f"{sparsity.method}: shrinks images that are one square of patches, and those of {config.model_type} are "
             "tiles and rows: choose another `method`"

@@ -48,12 +48,13 @@ class Rows:
     Attributes:
       counts: original visual tokens that a row may have, ascending.
       decoder: whose schedule it is.
-      text_tokens: as `make_plan` was told.
+      texts: under a budget that counts text, the numbers of other tokens that a row is counted with, ascending: the
+        smallest that holds its own. Empty where it counts none, or as many as visual ones.
     """
 
     counts: range
     decoder: TextConfig
-    text_tokens: int | None
+    texts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

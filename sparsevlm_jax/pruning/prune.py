@@ -31,17 +31,24 @@ class PruningStep(NamedTuple):
     after: Tokens
 
 
-def kept_by_row(plan: Plan, visual: Int[Array, "b"]) -> tuple[Int[Array, "b"], ...] | None:
+def kept_by_row(plan: Plan, visual: Int[Array, "b"], lengths: Int[Array, "b"]) -> tuple[Int[Array, "b"], ...] | None:
     """How many tokens rows of so many visual ones keep at each pruning layer; None where the plan's counts hold.
 
     A row whose number the plan does not know follows the largest below it that it does; where there is none it keeps
     nothing.
+
+    Args:
+      lengths: all tokens of each row, of which the others are text.
     """
     if plan.rows is None:
         return None
-    counts, table = plan.rows.counts, kept_table(plan)
-    row = jnp.minimum((visual - counts[0]) // counts.step, len(counts) - 1)
-    return tuple(jnp.where(row < 0, 0, jnp.asarray(kept, jnp.int32)[row]) for kept in table.T)
+    counts, texts, table = plan.rows.counts, plan.rows.texts, kept_table(plan)
+    number = jnp.minimum((visual - counts[0]) // counts.step, len(counts) - 1)
+    row = number
+    if len(texts) > 1:
+        text = jnp.searchsorted(jnp.asarray(texts[:-1], jnp.int32), lengths - visual)
+        row = text.astype(jnp.int32) * len(counts) + number
+    return tuple(jnp.where(number < 0, 0, jnp.asarray(kept, jnp.int32)[row]) for kept in table.T)
 
 
 def prune(layer: PruningContext, sparsity: Sparsity, jitter: Array | None) -> tuple[Tokens, PruningStep]:

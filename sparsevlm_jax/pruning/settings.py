@@ -18,6 +18,7 @@ V1_PRUNING_LAYERS = (2, 6, 15, 19)
 PUBLISHED_VISUAL_TOKENS = 576
 V1_SCALE_AND_BIAS = {192: (13.5, 0.0), 128: (9.0, 6.0), 64: (0.8, 0.0)}
 BUDGETS = ("keep", "keep_at", "flops_share", "cache_bytes")  # the settings that say how much is pruned
+_DECIDING = ("keep_at", "keep", "flops_share", "cache_bytes", "ratio")  # the first that is set
 _RECYCLING = {"recycle_ratio": "ratio", "recycle_group": "group"}  # flat names of `Recycling`'s fields
 
 Part = TypeVar("Part")
@@ -35,7 +36,8 @@ class Budget:
         each layer. Their "192" is 192.03.
       keep_at: (layer, count) pairs: after that layer (0-based) keep min(count, visual tokens - 1).
       flops_share: FLOPs of the decoder's prefill by the paper's formula, as a share of dense.
-      cache_bytes: bytes of keys and values after the prefill, at two bytes a value.
+      cache_bytes: bytes of keys and values after the prefill, at two bytes a value. Both count text tokens too: as many
+        as the bucket has that a row's own text is padded to when it is asked alone.
       ratio: keep this share of what is left at every pruning layer.
       layers: pruning layers where `keep_at` does not name them; -1 is before the first. None scales
         `published_layers`, which are those of a 32-layer decoder, to the model's depth.
@@ -58,6 +60,16 @@ class Budget:
         for option, share in (("flops_share", self.flops_share), ("ratio", self.ratio)):
             if share is not None and not 0 < share <= 1:
                 raise UserError(f"{option}={share}: a share in (0, 1] is expected")
+
+    @property
+    def decided_by(self) -> str:
+        """The setting that the counts come from."""
+        return next((name for name in _DECIDING if getattr(self, name) is not None), "keep")
+
+    @property
+    def counts_text(self) -> bool:
+        """Whether what it leaves to visual tokens depends on how many others there are."""
+        return self.decided_by in ("flops_share", "cache_bytes")
 
 
 @dataclass(frozen=True)

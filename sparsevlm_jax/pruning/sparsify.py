@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from sparsevlm_jax.pruning.positions import counted
+
 EXACT = jax.lax.Precision.HIGHEST
 
 
@@ -249,12 +251,8 @@ def rebuild(
         merged = jnp.einsum("bcm,bm...->bc...", recycled.weights, pool.astype(jnp.float32), precision=EXACT)
         return merged.astype(pool.dtype)
 
-    in_row = jnp.arange(length)[None, :] < lengths[:, None]
-    if renumber:
-        counted = jnp.arange(length, dtype=jnp.int32)[None, :, None]
-        positions = jnp.broadcast_to(counted, (*in_row.shape, tokens.positions.shape[2]))
-    else:
-        positions = gather(tokens.positions, of_center)
+    in_row, axes = jnp.arange(length)[None, :] < lengths[:, None], tokens.positions.shape[2]
+    positions = counted(in_row.shape, axes) if renumber else gather(tokens.positions, of_center)
     shorter = Tokens(
         hidden=gather(tokens.hidden, lambda _, recycled: recycled.merged),
         positions=positions,

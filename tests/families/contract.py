@@ -102,10 +102,20 @@ def family(place: Path, *, large: tuple[int, int], small: tuple[int, int], **mod
         if canvases := settings.pop("canvases", None):
             top["image_grid_pinpoints"] = [[tile * down, tile * across] for down, across in canvases]
         settings |= {"layers": layers, "image_size": tile, "patch_size": patch, "top": top}
-        folder = tiny_llava(place / name, **settings)
-        shapes = (tile * 9 // 10, tile * 3 // 2), (tile * 17 // 10, tile // 2)
-        cases.append(Case(folder, sv.load(folder), (image(shapes[0], 0), image(shapes[1], 1))))
+        cases.append(case(place / name, **settings))
     return Family(*cases)
+
+
+def case(folder: Path, **model: Any) -> Case:
+    """A model, and images of two shapes.
+
+    Args:
+      model: as `tiny_llava` takes it.
+    """
+    tile = model["image_size"]
+    shapes = (tile * 9 // 10, tile * 3 // 2), (tile * 17 // 10, tile // 2)
+    tiny_llava(folder, **model)
+    return Case(folder, sv.load(folder), (image(shapes[0], 0), image(shapes[1], 1)))
 
 
 def image(size: Size, seed: int) -> Image.Image:
@@ -130,7 +140,7 @@ def torch_inputs(case: Case, row: int) -> dict[str, Any]:
 def torch_images(case: Case, shown: Sequence[int]) -> dict[str, Any]:
     own = require_processor(case.ours)([[case.images[number] for number in shown]], [QUESTIONS[0]])
     pixels = torch.from_numpy(own.pixel_values)
-    if not case.ours.config.canvases:
+    if case.ours.config.most_tiles == 1:
         return {"pixel_values": pixels}
     sizes = [(case.images[number].height, case.images[number].width) for number in shown]
     return {"pixel_values": pixels.unflatten(0, (len(shown), -1)), "image_sizes": torch.tensor(sizes)}
@@ -326,7 +336,7 @@ def new_sizes(family: Family, place: Path) -> None:
             case.answers(inputs, dense)
             encoded(case.ours.params, jax.device_put(inputs.images), config=case.ours.config)
     assert COMPILED not in seen
-    assert len(counts) > len(warm) or not case.ours.config.canvases
+    assert len(counts) > len(warm) or case.ours.config.most_tiles == 1
 
 
 def chat(selection: str, family: Family, place: Path) -> None:

@@ -23,6 +23,14 @@ def test_llava_next_keeps_what_every_family_promises(promise: Any, llava_next: c
     promise(llava_next, tmp_path)
 
 
+@pytest.mark.parametrize("decoder", ["mistral", "qwen2"])
+def test_llava_next_answers_as_transformers_does_with_another_decoder(decoder: str, tmp_path: Path) -> None:
+    top = {"image_grid_pinpoints": [[112, 224], [224, 112], [224, 224]]}
+    sizes = {"image_size": 112, "patch_size": 8, "layers": 2, "kv_heads": 2}
+    case = contract.case(tmp_path, family="llava_next", decoder=decoder, top=top, **sizes)
+    contract.logits_and_tokens(contract.Family(case, case), tmp_path)
+
+
 def test_tiles_without_their_packing_are_refused(llava_next: contract.Family) -> None:
     case = llava_next.small
     with pytest.raises(UserError, match="llava_next takes images with their packing"):

@@ -7,10 +7,10 @@ from typing import Any
 import flax.linen as nn
 
 from sparsevlm_jax.config import SiglipConfig, TowerConfig, VisionConfig
-from sparsevlm_jax.models.towers.clip import Tower
+from sparsevlm_jax.models.towers.clip import ClipTower
 from sparsevlm_jax.models.towers.siglip import SiglipTower
 
-_TOWERS: dict[type[TowerConfig], type[Any]] = {VisionConfig: Tower, SiglipConfig: SiglipTower}
+_TOWERS: dict[type[TowerConfig], type[Any]] = {VisionConfig: ClipTower, SiglipConfig: SiglipTower}
 
 
 def tower_of(config: TowerConfig, feature_layers: tuple[int, ...], name: str | None = None) -> nn.Module:

@@ -16,7 +16,7 @@ from sparsevlm_jax.ops.attention import attention_rows
 from sparsevlm_jax.ops.layers import LayerNorm
 
 
-class Tower(nn.Module):
+class ClipTower(nn.Module):
     """CLIP vision transformer; returns the hidden states that LLaVA asks for."""
 
     config: VisionConfig
@@ -32,7 +32,7 @@ class Tower(nn.Module):
         self.position_embedding = nn.Embed(c.grid**2 + 1, c.hidden_size)
         self.pre_layernorm = LayerNorm(c.layer_norm_eps)
         self.layers = [TowerLayer(c) for _ in range(c.num_hidden_layers)]
-        self.post_layernorm = LayerNorm(c.layer_norm_eps)  # in every checkpoint; LLaVA's features leave it out
+        self.post_layernorm = LayerNorm(c.layer_norm_eps)
 
     def __call__(
         self, pixel_values: Float[Array, "m 3 height width"]
@@ -42,11 +42,8 @@ class Tower(nn.Module):
 
         Images smaller than the configuration's get position embeddings interpolated to their grid.
         """
-        x, every = self.embed(pixel_values), self.is_initializing()
-        found = run_layers(self.layers, x, self.feature_layers, _look_of_class_token, every=every)
-        if every:
-            self.post_layernorm(x)
-        return found
+        parts, every = (self.layers, self.post_layernorm), self.is_initializing()
+        return run_layers(self.embed(pixel_values), *parts, self.feature_layers, _look_of_class_token, every=every)
 
     def embed(self, pixel_values: Float[Array, "m 3 height width"]) -> Float[Array, "m v d"]:
         """Patches behind the class token, plus positions, normalised ("pre_layrnorm" in Hugging Face's spelling)."""

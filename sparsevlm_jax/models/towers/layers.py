@@ -74,8 +74,9 @@ class TowerLayer(nn.Module):
 
 
 def run_layers(
-    layers: Sequence[TowerLayer],
     x: Float[Array, "m v d"],
+    layers: Sequence[TowerLayer],
+    post_layernorm: LayerNorm,
     feature_layers: Sequence[int],
     saliency: Saliency,
     *,
@@ -84,11 +85,12 @@ def run_layers(
     """Runs a tower from its embedding to the last hidden state that is asked for.
 
     Args:
-      layers: all of the tower's.
       x: its embedding, hidden state 0.
+      layers: all of the tower's.
+      post_layernorm: in every checkpoint, but no hidden state that is asked for passes through it.
       feature_layers: numbers of hidden states; negative ones count from the last layer.
       saliency: what is asked of the last layer that runs.
-      every: run all layers, to initialise them.
+      every: run all layers and the norm, to initialise them.
 
     Returns:
       Hidden states, concatenated along d, and saliency: zeros where no layer runs.
@@ -100,6 +102,8 @@ def run_layers(
         x, found = layer(x, saliency if number == run else None)
         looked_at = looked_at if found is None else found
         hidden.append(x)
+    if every:
+        post_layernorm(x)
     return jnp.concatenate([hidden[layer] for layer in wanted], axis=-1), looked_at
 
 

@@ -30,7 +30,7 @@ class SiglipTower(nn.Module):
         )
         self.position_embedding = nn.Embed(c.grid**2, c.hidden_size)
         self.layers = [TowerLayer(c) for _ in range(c.num_hidden_layers)]
-        self.post_layernorm = LayerNorm(c.layer_norm_eps)  # in every checkpoint; no hidden state passes through it
+        self.post_layernorm = LayerNorm(c.layer_norm_eps)
 
     def __call__(
         self, pixel_values: Float[Array, "m 3 height width"]
@@ -40,11 +40,8 @@ class SiglipTower(nn.Module):
 
         Images smaller than the configuration's get position embeddings interpolated to their grid.
         """
-        x, every = self.embed(pixel_values), self.is_initializing()
-        found = run_layers(self.layers, x, self.feature_layers, look_of_all_patches, every=every)
-        if every:
-            self.post_layernorm(x)
-        return found
+        parts, every = (self.layers, self.post_layernorm), self.is_initializing()
+        return run_layers(self.embed(pixel_values), *parts, self.feature_layers, look_of_all_patches, every=every)
 
     def embed(self, pixel_values: Float[Array, "m 3 height width"]) -> Float[Array, "m v d"]:
         """Patches plus positions. What a last, partial patch would hold is not seen."""

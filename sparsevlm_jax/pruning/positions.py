@@ -1,0 +1,48 @@
+"""Where rotary positions are decided: of a prompt, after a cut, and of every new token.
+
+By what angles a position turns the channels is another matter: `rotary` and `ops.rope`.
+
+Axis letters: b batch, l sequence length, a axes of a position (one for text; three, for time, height and width, in
+M-RoPE).
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from sparsevlm_jax.pruning.settings import Sparsity
+
+
+def prompt_positions(given: Int[Array, "b l a"] | None, shape: tuple[int, ...], axes: int) -> Int[Array, "b l a"]:
+    """Those that a prompt brings along (M-RoPE's), else 0, 1, 2, ... on every axis."""
+    return counted(shape, axes) if given is None else given
+
+
+def counted(shape: tuple[int, ...], axes: int) -> Int[Array, "b l a"]:
+    """0, 1, 2, ...: also after a cut where survivors are renumbered (v1, v1.5). Where positions are kept (v2.0),
+    `sparsify.rebuild` takes them along, those of a cluster's centre for a merged token.
+
+    Args:
+      shape: rows and columns.
+    """
+    return jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32)[None, :, None], (*shape, axes))
+
+
+def next_positions(
+    held: Int[Array, "b"], lengths: Int[Array, "b"], given: Int[Array, "b"] | None, sparsity: Sparsity
+) -> Int[Array, "b"]:
+    """Of the first new token in the layers of a stage; every further one stands one behind.
+
+    Args:
+      held: tokens in these layers: the position of the next one where survivors are renumbered.
+      lengths: tokens of the prompt as it was: the position where they are kept,
+      given: unless the prompt says what stands behind it.
+    """
+    behind = lengths if given is None else given
+    return held if sparsity.positions == "renumber" else behind.astype(jnp.int32)
+
+
+def on_all_axes(positions: Int[Array, "b"], axes: int) -> Int[Array, "b 1 a"]:
+    """A decoded token stands at the same position on every axis."""
+    return jnp.broadcast_to(positions[:, None, None], (len(positions), 1, axes))
