@@ -83,7 +83,7 @@ def ask(
         loaded.config,
         inputs.ids,
         inputs.images,
-        every=1 if stream else max_new_tokens,
+        every=None if stream else max_new_tokens,
         **settings_for(loaded, sparsity, max_new_tokens, temperature, top_p, seed),
     )
     result = None

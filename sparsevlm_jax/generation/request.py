@@ -40,6 +40,10 @@ from sparsevlm_jax.pruning.settings import Sparsity
 LOG = logging.getLogger("sparsevlm_jax")  # "compiling" and "compiled", at level INFO, around every compilation
 
 
+FIRST_CHUNK = 4  # tokens of a paced stream's second piece; the first is the prefill's token
+PACE = 0.1  # seconds between its other pieces
+
+
 class Settings(TypedDict):
     """How to answer.
 
@@ -125,15 +129,21 @@ class GenerationRequest:
         self.compile_seconds = self.prefill_seconds = self.decode_seconds = 0.0
         self._compiled: dict[Any, Any] = {}
 
-    def chunks(self, every: int) -> Iterator[Generation]:
-        """The answers so far: after the prefill, and after every so many tokens."""
+    def chunks(self, every: int | None) -> Iterator[Generation]:
+        """The answers so far: after the prefill, and after every so many tokens.
+
+        None is paced: a few tokens first, then as many as take `PACE` seconds. To start and to read the compiled loop
+        costs a small model as much as decoding a token.
+        """
         state = self.prefill()
         yield self.result(state)
-        for limit in range(1 + every, self.max_new_tokens + every, every):
-            if np.all(jax.device_get(state.done)):
-                return
-            state = self.decode(state, min(limit, self.max_new_tokens))
+        limit, tokens = 1, every or FIRST_CHUNK
+        while limit < self.max_new_tokens and not np.all(jax.device_get(state.done)):
+            before, limit = self.decode_seconds, min(limit + tokens, self.max_new_tokens)
+            state = self.decode(state, limit)
             yield self.result(state)
+            if every is None:
+                tokens = max(1, int(tokens * PACE / (self.decode_seconds - before)))
 
     def prefill(self) -> DecodeState:
         ids, lengths = jax.device_put((self.packed.input_ids, self.packed.lengths))
