@@ -15,7 +15,7 @@ NEWLINE = -1  # in `ImageLayout.index`: not a patch but the newline token
 
 
 class ImageLayout(NamedTuple):
-    """The visual tokens of one image, in the order of the prompt.
+    """The visual tokens of one image or video, in the order of the prompt.
 
     Attributes:
       tiles: squares of pixels that the vision tower sees.
@@ -23,7 +23,8 @@ class ImageLayout(NamedTuple):
       weight: what share of each of them is in it; None where a token is one patch.
       line: of each token the newline that closes its line; of a newline, and of a token in no such line, itself.
       places: tile, y and x of each token, in patches. Where tiles are parts of one canvas, tile is the first of them
-        and y and x count through the canvas.
+        and y and x count through the canvas. A class token stands at y = x = -1.
+      is_video: the tiles are the frames of a video.
     """
 
     tiles: int
@@ -31,6 +32,7 @@ class ImageLayout(NamedTuple):
     weight: Float[np.ndarray, "v k"] | None
     line: Int[np.ndarray, "v"]
     places: Int[np.ndarray, "v 3"]
+    is_video: bool = False
 
     @property
     def tokens(self) -> int:
@@ -46,12 +48,12 @@ def one_tile(grid: int, class_tokens: int, dropped: int) -> ImageLayout:
     return ImageLayout(1, order[:, None], None, order, places)
 
 
-def whole_tiles(tiles: int, grid: int, class_tokens: int) -> ImageLayout:
-    """Tiles one after the other, each patch by patch behind its class token: the frames of a video."""
+def whole_frames(frames: int, grid: int, class_tokens: int) -> ImageLayout:
+    """The frames of a video one after the other, each patch by patch behind its class token."""
     one = one_tile(grid, class_tokens, 0)
-    order = np.arange(tiles * one.tokens)
-    places = np.tile(one.places, (tiles, 1)) + np.array([1, 0, 0]) * (order // one.tokens)[:, None]
-    return ImageLayout(tiles, order[:, None], None, order, places)
+    order = np.arange(frames * one.tokens)
+    places = np.tile(one.places, (frames, 1)) + np.array([1, 0, 0]) * (order // one.tokens)[:, None]
+    return ImageLayout(frames, order[:, None], None, order, places, is_video=True)
 
 
 def square(tile: int, height: int, width: int) -> Int[np.ndarray, "v 3"]:

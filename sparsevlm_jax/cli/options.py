@@ -16,10 +16,13 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from sparsevlm_jax import bounds
 from sparsevlm_jax.checkpoints.load import Model, load
 from sparsevlm_jax.data import demo_model
 from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.files import open_regular
 from sparsevlm_jax.inputs.images import open_image
+from sparsevlm_jax.inputs.video import RULES, SAMPLING, Sampling, frame_indices
 from sparsevlm_jax.pruning.methods import METHODS, sparsity
 from sparsevlm_jax.pruning.settings import BUDGETS, Sparsity
 from sparsevlm_jax.text import printable
@@ -37,7 +40,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print everything as one JSON
 # What the library calls its settings in its messages, `name` or name=value, where an option has that name.
 _SETTINGS = (
     "method|keep|keep_at|flops_share|cache_bytes|scale|bias|heads|dtype|vision_tower|visual_tokens|sides|device|ladder"
-    "|image|aspect|frames|sampling"
+    "|image|video|aspect|frames|sampling"
 )
 _SETTING = re.compile(rf"`({_SETTINGS})`|\b({_SETTINGS})=(\"[^\"]*\"|\([^)]*\)|[^\s:,;]+)")
 
@@ -60,6 +63,40 @@ class ModelOptions:
         if self.model is None:
             return load(demo_model.path(), dtype=self.dtype or demo_model.DTYPE)
         return load(self.model, revision=self.revision, dtype=self.dtype, check=self.check)
+
+
+@dataclass(frozen=True)
+class VideoOptions:
+    """Which videos, and which of their frames."""
+
+    video: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="A video; repeat it for several.")] = None
+    frames: Annotated[
+        int, typer.Option(metavar="N", min=1, max=bounds.FRAMES, help="Frames that are taken of each video.")
+    ] = SAMPLING.frames
+    sampling: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(RULES), help="linspace: first frame to last; arange: the first of N equal parts."
+        ),
+    ] = SAMPLING.rule
+
+    @property
+    def files(self) -> list[Path]:
+        return self.video or []
+
+    @property
+    def rule(self) -> Sampling:
+        return Sampling(self.frames, self.sampling)
+
+    def require_readable(self) -> None:
+        """Looks at the files first, as `require_readable` does at images.
+
+        Raises:
+          UserError: a file that cannot be opened, or no such rule.
+        """
+        for file in self.files:
+            open_regular(file).close()
+        frame_indices(self.frames, *self.rule)
 
 
 @dataclass(frozen=True)

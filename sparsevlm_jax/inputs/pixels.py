@@ -25,7 +25,6 @@ class Visual(NamedTuple):
 
     pixels: np.ndarray  # float32 [t, 3, S, S]
     layout: ImageLayout
-    is_video: bool
 
 
 class Preparation:
@@ -49,13 +48,13 @@ class Preparation:
         image, name = open_image(source), image_name(source)
         layout, tiles = self.config.image_layout((image.height, image.width)), self.config.most_tiles
         if tiles is None or not self.config.canvases:
-            return Visual(self._square(image, name, aspect)[None], layout, is_video=False)
+            return Visual(self._square(image, name, aspect)[None], layout)
         if aspect is not None:
             raise UserError(f"{name}: {self.config.model_type} shows an image in its own shape: leave `aspect` out")
         canvases = {"image_grid_pinpoints": [list(canvas) for canvas in self.config.canvases]}
         pixels = self._processed(image, name, canvases, layout.tiles)
         padded = np.pad(pixels, ((0, tiles - layout.tiles), *[(0, 0)] * 3))
-        return Visual(padded, layout, is_video=False)
+        return Visual(padded, layout)
 
     def video(self, source: VideoLike, sampling: Sampling, aspect: str | None) -> Visual:
         """Some frames of a video, each prepared as an image.
@@ -66,7 +65,7 @@ class Preparation:
         layout, name = self.config.video_layout(sampling.frames), video_name(source)
         frames = read_video(source, *sampling)
         pixels = [self._square(Image.fromarray(frame), name, aspect) for frame in frames]
-        return Visual(np.stack(pixels), layout, is_video=True)
+        return Visual(np.stack(pixels), layout)
 
     def _square(self, image: Image.Image, name: str, aspect: str | None) -> np.ndarray:
         """An image of one tile, float32 [3, S, S]."""
@@ -117,8 +116,8 @@ def pack_visuals(by_row: Sequence[Sequence[Visual]], config: ModelConfig) -> Ima
     flat = [visual for visuals in by_row for visual in visuals]
     if config.most_tiles is None or not flat:
         return None
-    patches = [v.layout.tokens if v.is_video else len(v.pixels) * config.tile_tokens for v in flat]
-    order = sorted(range(len(flat)), key=lambda number: flat[number].is_video)  # stable
+    patches = [v.layout.tokens if v.layout.is_video else len(v.pixels) * config.tile_tokens for v in flat]
+    order = sorted(range(len(flat)), key=lambda number: flat[number].layout.is_video)  # stable
     before = np.cumsum([0, *(patches[number] for number in order)]).tolist()
     starts = [before[order.index(number)] for number in range(len(flat))]
     longest = max(sum(visual.layout.tokens for visual in visuals) for visuals in by_row)

@@ -223,14 +223,16 @@ class Processor:
             rows.append(self._tokenized(self.prompt(question, len(own), len(own_videos)), own, own_videos))
         ids = [self._expanded(row, [visual.layout for visual in visuals]) for row, visuals in rows]
         by_row = [visuals for _, visuals in rows]
-        kinds = [[visual.is_video for visual in visuals] for visuals in by_row]
+        kinds = [[visual.layout.is_video for visual in visuals] for visuals in by_row]
         # The same images and videos stand in the result once, if they have the same order in every prompt.
         return self._inputs(ids, by_row[:1] if together and all(kind == kinds[0] for kind in kinds) else by_row)
 
     def _inputs(self, ids: list[np.ndarray], by_row: Sequence[Sequence[Visual]]) -> Inputs:
         """What the model takes of these rows."""
         flat = [visual for visuals in by_row for visual in visuals]
-        pixels, frames = ([visual.pixels for visual in flat if visual.is_video == video] for video in (False, True))
+        pixels, frames = (
+            [visual.pixels for visual in flat if visual.layout.is_video == video] for video in (False, True)
+        )
         side = self.config.vision.image_size
         return Inputs(
             ids,
@@ -250,11 +252,12 @@ class Processor:
         """
         last, mark = talk.earlier[-1], "\ue000"
         marked = talk._replace(earlier=(*talk.earlier[:-1], (last[0], mark)))
-        text, tail = (self.prompt(each, len(layouts)) for each in (talk, marked))
+        images, videos = ([layout for layout in layouts if layout.is_video == video] for video in (False, True))
+        text, tail = (self.prompt(each, len(images), len(videos)) for each in (talk, marked))
         tail = tail.rpartition(mark)[2]
         if not text.endswith(tail):
             raise UserError("the chat template writes what follows an answer differently from answer to answer")
-        both = (self._tokenized(each, layouts) for each in (text, text.removesuffix(tail)))
+        both = (self._tokenized(each, images, videos) for each in (text, text.removesuffix(tail)))
         whole, head = (self._expanded(row, ordered) for row, ordered in both)
         if np.array_equal(whole[: len(head)], head):
             return whole, whole[len(head) :]

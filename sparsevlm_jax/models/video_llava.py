@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from sparsevlm_jax.config import token_id
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.layout import ImageLayout, whole_tiles
+from sparsevlm_jax.layout import ImageLayout, whole_frames
 from sparsevlm_jax.models.decoder import Llama
 from sparsevlm_jax.models.llava import LlavaConfig, Projector, encode_by
 from sparsevlm_jax.models.names import (
@@ -69,7 +69,7 @@ class VideoLlavaConfig(LlavaConfig):
 
     def video_layout(self, frames: int) -> ImageLayout:
         """Frame by frame, 257 tokens each for a tower of 224 pixels: the class token, then the patches row by row."""
-        return whole_tiles(frames, self.vision.grid, self.vision.class_tokens)
+        return whole_frames(frames, self.vision.grid, self.vision.class_tokens)
 
     @classmethod
     def own_fields(cls, full: dict[str, Any], source: str) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def torch_inputs(case: Case, name: str) -> dict[str, Any]:
     inputs, config = inputs_of(case, name), case.ours.config
     ids, marker = inputs.ids[0].astype(np.int64), inputs.ids[0] == config.image_token_id
     assert config.video_token_id is not None
-    kinds = np.repeat([layout.tiles > 1 for layout in inputs.layouts], [layout.tokens for layout in inputs.layouts])
+    kinds = np.repeat([layout.is_video for layout in inputs.layouts], [layout.tokens for layout in inputs.layouts])
     ids[marker] = np.where(kinds, config.video_token_id, config.image_token_id)
     found = {"input_ids": torch.from_numpy(ids)[None], "attention_mask": torch.ones((1, len(ids)), dtype=torch.long)}
     if len(inputs.pixel_values):
