@@ -63,7 +63,8 @@ class View(NamedTuple):
     @property
     def numbers(self) -> Int[np.ndarray, "n"]:
         """All its visual tokens, the class token and newlines among them."""
-        return np.append(self.tokens[self.tokens != ABSENT], [self.class_token] * (self.class_token != ABSENT))
+        placed = self.tokens[self.tokens != ABSENT]
+        return placed if self.class_token == ABSENT else np.append(placed, self.class_token)
 
 
 def values_at(
