@@ -69,7 +69,7 @@ def values(integers: Any, scale: Any, norm: bool, to_float: Callable[[Any], Any]
 
 def pixels(cell: Cell) -> np.ndarray:
     """Images of all rows, in order: float32 [batch * images, 3, S, S], about as wide as normalised photographs; of
-    a family with tiles, all tiles of each."""
+    a family with tiles, all tiles of each; of videos, their frames."""
     vision, tiles = cell.config.vision, cell.config.most_tiles or 1
     shape = (cell.batch * cell.images * tiles, vision.num_channels, vision.image_size, vision.image_size)
     return values(_host_numbers("pixels", shape), 1.75, False, lambda x: x.astype(np.float32))
@@ -80,8 +80,11 @@ def images(cell: Cell) -> np.ndarray | TiledImages:
     config, layouts = cell.config, cell.layouts
     if config.most_tiles is None:
         return pixels(cell)
-    rows = [layouts[row * cell.images : (row + 1) * cell.images] for row in range(cell.batch)]
-    tokens = sum(layout.tokens for layout in layouts)
+    tokens, each = sum(layout.tokens for layout in layouts), len(layouts) // cell.batch
+    rows = [layouts[row * each : (row + 1) * each] for row in range(cell.batch)]
+    if cell.video:
+        frames = pixels(cell)
+        return TiledImages(frames[:0], pack_images(rows, cell.images, cell.tokens_each, tokens), frames)
     return TiledImages(pixels(cell), pack_images(rows, config.most_tiles, config.tile_tokens, tokens))
 
 

@@ -33,6 +33,8 @@ def load(config: LlavaConfig, dtype: str, device: torch.device, attention: str) 
     }
     if config.canvases:
         settings["image_grid_pinpoints"] = [list(canvas) for canvas in config.canvases]
+    if config.video_token_id is not None:
+        settings["video_token_index"] = config.video_token_id
     described = AutoConfig.for_model(config.model_type, **settings)
     with no_init_weights(), device:
         described._attn_implementation = attention
