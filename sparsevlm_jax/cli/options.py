@@ -115,6 +115,10 @@ class PruningOptions:
         str | None,
         typer.Option(metavar="L:K,...", help="After layer L (from 0; -1: before the first) keep K visual tokens."),
     ] = None
+    layers: Annotated[
+        str | None,
+        typer.Option(metavar="L,...", help="Prune after these layers (from 0) instead of the method's own."),
+    ] = None
     flops_share: Annotated[
         float | None, typer.Option(metavar="S", help="Or a budget: this share of the dense decoder's FLOPs, as 0.5.")
     ] = None
@@ -131,14 +135,20 @@ class PruningOptions:
         """The settings that the options ask for, with further ones of the command's own.
 
         Raises:
-          UserError: more than one budget, or one that is malformed or not the method's.
+          UserError: more than one budget, one that is malformed or not the method's, or layers where none prunes.
         """
         budgets = {name: getattr(self, name) for name in BUDGETS}
         given = [f"--{name.replace('_', '-')}" for name, value in budgets.items() if value is not None]
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} are different budgets: give one of them")
+        if self.layers is not None and self.keep_at is not None:
+            raise UserError("--keep-at names its layers itself: leave --layers out")
         budgets["keep_at"] = _parse_keep_at(self.keep_at)
-        return sparsity(self.method, **budgets, scale=self.scale, bias=self.bias, heads=self.heads, **settings)
+        own = {"layers": _parse_layers(self.layers), "scale": self.scale, "bias": self.bias, "heads": self.heads}
+        made = sparsity(self.method, **budgets, **own, **settings)
+        if self.layers is not None and METHODS[self.method].score is None:
+            raise UserError(f"--layers: {self.method} prunes after no layer")
+        return made
 
 
 def spread_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -218,3 +228,12 @@ def _parse_keep_at(text: str | None) -> tuple[tuple[int, int], ...] | None:
         return tuple((int(layer), int(count)) for layer, count in pairs)
     except ValueError:
         raise UserError(f'--keep-at "{text}": expected LAYER:COUNT,LAYER:COUNT,... as in 2:300,6:200,15:110') from None
+
+
+def _parse_layers(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(layer) for layer in text.split(","))
+    except ValueError:
+        raise UserError(f'--layers "{text}": expected L,L,... as in 2,6,15') from None

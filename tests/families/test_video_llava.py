@@ -366,7 +366,7 @@ def test_a_conversation_about_a_video_goes_on_with_the_first_selection(case: Cas
     run = GenerationRequest(case.ours.params, config, first.ids, first.images, **contract.settings(chat.sparsity))
     ids, lengths = jnp.asarray(run.packed.input_ids), jnp.asarray(run.packed.lengths)
     prompt = contract.embedded(run.params, ids, lengths, run.images, config=config)
-    logits, _, _ = models.forced_logits(run.params, config, run.plan, prompt, chat.ids[None, length:])
+    logits, _ = models.forced_logits(run.params, config, run.plan, prompt, chat.ids[None, length:])
     likeliest = logits[0].argmax(-1).tolist()
     for end in ends:
         stop = end - length
