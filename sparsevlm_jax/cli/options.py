@@ -40,7 +40,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print everything as one JSON
 # What the library calls its settings in its messages, `name` or name=value, where an option has that name.
 _SETTINGS = (
     "method|keep|keep_at|flops_share|cache_bytes|scale|bias|heads|dtype|vision_tower|visual_tokens|sides|device|ladder"
-    "|image|video|aspect|frames|sampling"
+    "|per_frame|image|video|aspect|frames|sampling"
 )
 _SETTING = re.compile(rf"`({_SETTINGS})`|\b({_SETTINGS})=(\"[^\"]*\"|\([^)]*\)|[^\s:,;]+)")
 
@@ -131,6 +131,10 @@ class PruningOptions:
         None
     )
 
+    per_frame: Annotated[
+        bool, typer.Option("--per-frame", help="Spread what stays evenly over a video's frames; not in the papers.")
+    ] = False
+
     def sparsity(self, **settings: float | int | None) -> Sparsity:
         """The settings that the options ask for, with further ones of the command's own.
 
@@ -144,6 +148,7 @@ class PruningOptions:
         if self.layers is not None and self.keep_at is not None:
             raise UserError("--keep-at names its layers itself: leave --layers out")
         budgets["keep_at"] = _parse_keep_at(self.keep_at)
+        settings["per_frame"] = self.per_frame or None
         own = {"layers": _parse_layers(self.layers), "scale": self.scale, "bias": self.bias, "heads": self.heads}
         made = sparsity(self.method, **budgets, **own, **settings)
         if self.layers is not None and METHODS[self.method].score is None:
