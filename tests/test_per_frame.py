@@ -88,3 +88,12 @@ def test_a_batch_is_spread_row_by_row() -> None:
 def test_without_videos_there_are_no_frames_to_spread_over() -> None:
     with pytest.raises(UserError, match="`per_frame`: llava takes images only, no videos"):
         sv.make_plan(sv.sparsity("v1.5", per_frame=True), sv.tiny(), 16)
+
+
+def test_the_ladder_spreads_as_the_one_program_does() -> None:
+    how = sv.Sparsity.video().changed(per_frame=True)
+    found = [
+        sv.generate(model(), None, "what is it?", videos=clip(0), frames=FRAMES, sparsity=each, max_new_tokens=4)
+        for each in (how, how.changed(ladder=True), sv.Sparsity.video())
+    ]
+    assert found[0] == found[1] != found[2]
