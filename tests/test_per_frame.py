@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ import sparsevlm_jax as sv
 from sparsevlm_jax import UserError
 from sparsevlm_jax.explain import summary
 from sparsevlm_jax.explain.trace_run import Explanation, explain
+from sparsevlm_jax.generation.api import require_processor
+from sparsevlm_jax.generation.ladder import prefill_stage_by_stage
 from sparsevlm_jax.inputs.video import Sampling
 from sparsevlm_jax.pruning.sparsify import take_turns
 from tests.test_explain_video import FRAMES, clip, model
@@ -91,9 +94,14 @@ def test_without_videos_there_are_no_frames_to_spread_over() -> None:
 
 
 def test_the_ladder_spreads_as_the_one_program_does() -> None:
-    how = sv.Sparsity.video().changed(per_frame=True)
-    found = [
-        sv.generate(model(), None, "what is it?", videos=clip(0), frames=FRAMES, sparsity=each, max_new_tokens=4)
-        for each in (how, how.changed(ladder=True), sv.Sparsity.video())
-    ]
-    assert found[0] == found[1] != found[2]
+    inputs = require_processor(model())([[]], ["what is it?"], videos=[[clip(0)]], sampling=Sampling(FRAMES))
+    params, config = model().params, model().config
+    ids, visual = jnp.asarray(inputs.ids[0])[None], int(np.sum(inputs.ids[0] == model().config.image_token_id))
+    prompt = jax.jit(partial(sv.embed, config=config))(params, ids, jnp.array([ids.shape[1]]), inputs.images)
+    found = []
+    for how in (sv.Sparsity.video().changed(per_frame=True), sv.Sparsity.video()):
+        plan = sv.make_plan(how, config, visual, ids.shape[1] - visual)
+        found.append(jax.jit(partial(sv.prefill, config=config, plan=plan, max_new_tokens=0))(params, prompt)[0])
+        laddered = prefill_stage_by_stage(params, prompt, config, plan, max_new_tokens=0)[0]
+        np.testing.assert_allclose(laddered, found[-1], atol=1e-5)
+    assert np.abs(found[0] - found[1]).max() > 1e-3
