@@ -32,7 +32,8 @@ def main() -> None:
     samples: dict[str, list[float]] = {}
     requests: dict[str, GenerationRequest] = {}
     for method in ("dense", "v1.5"):
-        settings = settings_for(model, method, options.new_tokens) | {"end_tokens": ()}
+        settings = settings_for(model, method, options.new_tokens)
+        settings["end_tokens"] = ()
         requests[method] = GenerationRequest(model.params, model.config, inputs.ids, inputs.images, **settings)
     for number in range(options.rounds + 1):
         for method, request in requests.items():

@@ -251,11 +251,12 @@ class Processor:
         """
         last, mark = talk.earlier[-1], "\ue000"
         marked = talk._replace(earlier=(*talk.earlier[:-1], (last[0], mark)))
-        text, tail = (self.prompt(each, len(layouts)) for each in (talk, marked))
+        images, videos = ([layout for layout in layouts if layout.is_video == video] for video in (False, True))
+        text, tail = (self.prompt(each, len(images), len(videos)) for each in (talk, marked))
         tail = tail.rpartition(mark)[2]
         if not text.endswith(tail):
             raise UserError("the chat template writes what follows an answer differently from answer to answer")
-        both = (self._tokenized(each, layouts) for each in (text, text.removesuffix(tail)))
+        both = (self._tokenized(each, images, videos) for each in (text, text.removesuffix(tail)))
         whole, head = (self._expanded(row, ordered) for row, ordered in both)
         if np.array_equal(whole[: len(head)], head):
             return whole, whole[len(head) :]
