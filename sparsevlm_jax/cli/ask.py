@@ -9,15 +9,16 @@ from typing import Annotated, Any
 import jax
 import typer
 
-from sparsevlm_jax import bounds
 from sparsevlm_jax.checkpoints.load import Model
 from sparsevlm_jax.cli.options import (
     Aspect,
+    Frames,
     Images,
     Json,
     MaxNewTokens,
     ModelOptions,
     PruningOptions,
+    SamplingRule,
     Seed,
     note,
     require_readable,
@@ -28,7 +29,7 @@ from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.files import open_regular
 from sparsevlm_jax.generation.api import pieces, require_processor, settings_for, stream_ids
 from sparsevlm_jax.generation.request import Generation
-from sparsevlm_jax.inputs.video import RULES, SAMPLING, Sampling, frame_indices
+from sparsevlm_jax.inputs.video import SAMPLING, Sampling, frame_indices
 
 
 @spread_options
@@ -39,15 +40,8 @@ def ask(
     ],
     image: Images = None,
     video: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="A video; repeat it for several.")] = None,
-    frames: Annotated[
-        int, typer.Option(metavar="N", min=1, max=bounds.FRAMES, help="Frames that are taken of each video.")
-    ] = SAMPLING.frames,
-    sampling: Annotated[
-        str,
-        typer.Option(
-            metavar="|".join(RULES), help="linspace: first frame to last; arange: the first of N equal parts."
-        ),
-    ] = SAMPLING.rule,
+    frames: Frames = SAMPLING.frames,
+    sampling: SamplingRule = SAMPLING.rule,
     source: ModelOptions,
     pruning: PruningOptions,
     max_new_tokens: MaxNewTokens = 128,

@@ -13,6 +13,7 @@ import typer
 
 from sparsevlm_jax import __version__
 from sparsevlm_jax.checkpoints.orbax import silence_orbax
+from sparsevlm_jax.cli.answer import answer
 from sparsevlm_jax.cli.ask import ask
 from sparsevlm_jax.cli.bench import bench
 from sparsevlm_jax.cli.convert import convert, inspect
@@ -51,6 +52,7 @@ def common(
 
 
 app.command()(ask)
+app.command()(answer)
 app.command()(plan)
 app.command()(explain)
 app.command("demo")(walk_through)

@@ -16,10 +16,12 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from sparsevlm_jax import bounds
 from sparsevlm_jax.checkpoints.load import Model, load
 from sparsevlm_jax.data import demo_model
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.inputs.images import open_image
+from sparsevlm_jax.inputs.video import RULES
 from sparsevlm_jax.pruning.methods import METHODS, sparsity
 from sparsevlm_jax.pruning.settings import BUDGETS, Sparsity
 from sparsevlm_jax.text import printable
@@ -32,12 +34,19 @@ Seed = Annotated[int, typer.Option(metavar="S", min=0, max=2**32 - 1, help="Of s
 Aspect = Annotated[
     str | None, typer.Option(metavar="pad|crop", help="How images become square; default: as the checkpoint says.")
 ]
+Frames = Annotated[
+    int, typer.Option(metavar="N", min=1, max=bounds.FRAMES, help="Frames that are taken of each video.")
+]
+SamplingRule = Annotated[
+    str,
+    typer.Option(metavar="|".join(RULES), help="linspace: first frame to last; arange: the first of N equal parts."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")]
 
 # What the library calls its settings in its messages, `name` or name=value, where an option has that name.
 _SETTINGS = (
     "method|keep|keep_at|flops_share|cache_bytes|scale|bias|heads|dtype|vision_tower|visual_tokens|sides|device|ladder"
-    "|image|aspect|frames|sampling"
+    "|image|aspect|frames|sampling|shard|suffix|batch_size|max_new_tokens"
 )
 _SETTING = re.compile(rf"`({_SETTINGS})`|\b({_SETTINGS})=(\"[^\"]*\"|\([^)]*\)|[^\s:,;]+)")
 
