@@ -33,7 +33,11 @@ from sparsevlm_jax.text import count, in_si
 def answer(
     *,
     questions: Annotated[
-        Path, typer.Option(metavar="Q.jsonl", help="A question a line, as LLaVA's evaluation has them.")
+        Path,
+        typer.Option(
+            metavar="Q.jsonl",
+            help="Questions as LLaVA's evaluation has them; ScienceQA's .json, MMBench's .tsv.",
+        ),
     ],
     images: Annotated[Path, typer.Option(metavar="DIR", help="The folder of their images and videos.")],
     answers: Annotated[Path, typer.Option(metavar="A.jsonl", help="The file to write, or to go on with.")],
@@ -59,8 +63,8 @@ def answer(
     sparsity = pruning.sparsity(seed=seed)
     frame_indices(frames, frames, sampling)
     job = Job(questions, images, answers, limit, _shard(shard), suffix, strict)
-    asked = job.read()
     files.require_writable(answers)
+    asked = job.read()
     batcher = Batcher(
         source.load(),
         sparsity=sparsity,
@@ -97,7 +101,7 @@ def _in_words(summary: dict[str, Any], method: str) -> str:
     return (
         f"{count(summary['answers'], 'answer')}, {summary['answered']} of them now; {method}: of "
         f"{summary['visual_in_prompt'] / whole:.1f} visual tokens {summary['entering_tokens'] / whole:.1f} entered a "
-        f"layer on average, {in_si(summary['flops'])} multiply-adds ({saved:.1%} less than dense); {seconds:.1f} s: compile "
-        f"{summary['compile_seconds']:.1f}, prefill {summary['prefill_seconds']:.1f}, decode "
+        f"layer on average, {in_si(summary['flops'])} multiply-adds ({saved:.1%} less than dense); {seconds:.1f} s: "
+        f"compile {summary['compile_seconds']:.1f}, prefill {summary['prefill_seconds']:.1f}, decode "
         f"{summary['decode_seconds']:.1f}; {summary['answered'] / seconds:.2f} answers a second"
     )

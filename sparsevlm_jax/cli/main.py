@@ -21,6 +21,7 @@ from sparsevlm_jax.cli.demo import walk_through
 from sparsevlm_jax.cli.explain import explain
 from sparsevlm_jax.cli.options import as_flags, note
 from sparsevlm_jax.cli.plan import plan
+from sparsevlm_jax.cli.score import score, submit
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.inputs.images import silence_pillow
 
@@ -53,6 +54,8 @@ def common(
 
 app.command()(ask)
 app.command()(answer)
+app.command()(score)
+app.command()(submit)
 app.command()(plan)
 app.command()(explain)
 app.command("demo")(walk_through)

@@ -11,6 +11,7 @@ from typing import Any
 
 from sparsevlm_jax import bounds
 from sparsevlm_jax.errors import UserError, shown
+from sparsevlm_jax.evaluate import mmbench
 from sparsevlm_jax.files import parse_document, read_bytes, read_json_lines
 from sparsevlm_jax.inputs.messages import Asked, Conversation
 
@@ -76,11 +77,15 @@ def locate(folder: Path, name: str) -> Path:
     return file
 
 
-def read_questions(file: Path) -> list[Question]:
+def read_questions(file: Path, folder: Path | None = None) -> list[Question]:
     """The questions of a file in its order.
 
     A line of JSON lines has `question_id`, `text`, and `image` or `video`: a name, a list of names, or none for text
-    alone. An entry of a JSON list has `id`, `image` and `conversations`, whose first message is the question.
+    alone. An entry of a JSON list has `id`, `image` and `conversations`, whose first message is the question. A table
+    (.tsv) is MMBench's, which holds the images themselves.
+
+    Args:
+      folder: where images go that the file holds itself; None leaves them in it.
 
     Raises:
       UserError: the file is neither, or asks the same question twice about different things.
@@ -88,7 +93,7 @@ def read_questions(file: Path) -> list[Question]:
     seen: Counter[tuple[Id, str]] = Counter()
     shows: dict[tuple[Id, str], Any] = {}
     found = []
-    for name, row in _rows(file):
+    for name, row in _rows(file, folder):
         question_id, text = _id(row, name), _text(row, name)
         images, videos = (_names(row, kind, name) for kind in ("image", "video"))
         if "conversations" in row and images:
@@ -137,8 +142,11 @@ def read_text(row: dict[str, Any], key: str, name: str) -> str:
     return value
 
 
-def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _rows(file: Path, folder: Path | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """The questions of a file, and what to call each in errors."""
+    if file.suffix == ".tsv":
+        yield from mmbench.questions(file, folder)
+        return
     if file.suffix != ".json":
         yield from read_json_lines(file)
         return

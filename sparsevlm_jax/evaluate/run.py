@@ -54,7 +54,7 @@ class Job:
 
     def read(self) -> list[Question]:
         """All questions of this shard; the limit counts before."""
-        return read_questions(self.questions)[self.shard[0] :: self.shard[1]]
+        return read_questions(self.questions, self.images)[self.shard[0] :: self.shard[1]]
 
     def wanted(self, questions: Sequence[Question]) -> Sequence[Question]:
         """Those of a shard that are asked."""

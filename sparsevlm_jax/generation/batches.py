@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import jax
 import numpy as np
@@ -25,7 +26,7 @@ from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.generation.answer import Answer, read_answers
 from sparsevlm_jax.generation.api import Images, Videos, asked_about, non_finite, require_processor, settings_for
-from sparsevlm_jax.generation.request import GenerationRequest, Programs, require_limit, require_room
+from sparsevlm_jax.generation.request import GenerationRequest, Programs, Settings, require_limit, require_room
 from sparsevlm_jax.inputs.images import image_size
 from sparsevlm_jax.inputs.messages import Asked
 from sparsevlm_jax.inputs.packing import TEXT_BUCKETS, TiledImages, bucket
@@ -160,11 +161,8 @@ class Batcher:
         found: Numbered = [(number, Answer(error=error)) for number, error in prepared.errors.items()]
         if prepared.inputs is None:
             return found
-        model, inputs = self.model, prepared.inputs
-        settings = self.settings
-        if not inputs.layouts:
-            settings = {**settings, "sparsity": Sparsity.dense()}
-        compiled = self._programs.compile_seconds
+        model, inputs, compiled = self.model, prepared.inputs, self._programs.compile_seconds
+        settings = self._settings_of(inputs)
         images, seconds = self._encoded(inputs, prepared.order)
         request = GenerationRequest(model.params, model.config, inputs.ids, images, **settings)
         generation = request.result(request.decode(request.prefill(), settings["max_new_tokens"]))
@@ -198,6 +196,16 @@ class Batcher:
                 following = ahead.submit(self.prepare, [rows[i] for i in later]) if later else None
                 answered = [(batch[number], answer) for number, answer in self.run(prepared)]
                 yield [(number, answer) for number, answer in answered if number not in done]
+
+    def _settings_of(self, inputs: Inputs) -> Settings:
+        """Of one batch: text alone is not pruned, and batches that are sampled do not draw the same numbers."""
+        settings = self.settings.copy()
+        if not inputs.layouts:
+            settings["sparsity"] = Sparsity.dense()
+        key = settings.get("key")
+        if settings.get("temperature") and key is not None:
+            settings["key"] = jax.random.fold_in(key, crc32(b"".join(row.tobytes() for row in inputs.ids)))
+        return settings
 
     def _filled(self, rows: list[Any]) -> list[Any]:
         return rows + rows[:1] * (self.batch_size - len(rows))

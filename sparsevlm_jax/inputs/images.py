@@ -74,7 +74,8 @@ def image_size(source: Any) -> tuple[int, int]:
       UserError: as `open_image` does before it decodes.
     """
     with _looked_at(source) as image:
-        return image.size if _turn(image) in _ON_ITS_SIDE else image.size[::-1]
+        width, height = image.size
+        return (width, height) if _turn(image) in _ON_ITS_SIDE else (height, width)
 
 
 def check_pixels(width: int, height: int) -> None:
