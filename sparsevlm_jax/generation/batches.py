@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
@@ -191,7 +192,7 @@ class Batcher:
         batches = [batch for batch in batches if not all(number in done for number in batch)]
         with ThreadPoolExecutor(1) as ahead:
             following = None
-            for batch, later in zip(batches, [*batches[1:], []], strict=True):
+            for batch, later in zip_longest(batches, batches[1:], fillvalue=[]):
                 prepared = self.prepare([rows[i] for i in batch]) if following is None else following.result()
                 following = ahead.submit(self.prepare, [rows[i] for i in later]) if later else None
                 answered = [(batch[number], answer) for number, answer in self.run(prepared)]
