@@ -67,6 +67,17 @@ class Given:
             found[answer.question_id] = answer
         return found
 
+    def by_name(self, wanted: Iterable[object]) -> list[Answered]:
+        """`one_each` for truths whose ids are texts, whatever they are among the answers.
+
+        Raises:
+          UserError: as `one_each`.
+        """
+        found = {str(key): answer for key, answer in self.by_id().items()}
+        keys = [str(key) for key in wanted]
+        self.require_match(found, keys)
+        return [found[key] for key in keys]
+
     def one_each(self, wanted: Iterable[Id]) -> list[Answered]:
         """The answer to each of these questions.
 

@@ -12,10 +12,9 @@ def score(given: Given) -> Scores:
       UserError: answers and truth do not belong together.
     """
     truth = read_document(given.truth, dict)
-    answered = given.one_each(truth)
     right = []
-    for answer in answered:
-        name = f"{given.truth}: {answer.question_id}"
-        true = entry(truth[answer.question_id], dict, name).get("answer")
+    for key, answer in zip(truth, given.by_name(truth), strict=True):
+        name = f"{given.truth}: {key}"
+        true = entry(truth[key], dict, name).get("answer")
         right.append(answer.text.rstrip(".").lower() == entry(true, str, f"{name}: `answer`"))
     return {"accuracy": share(right), "answers": float(len(right))}

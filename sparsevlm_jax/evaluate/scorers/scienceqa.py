@@ -23,18 +23,15 @@ def score(given: Given) -> Scores:
     problems = read_document(given.truth / "problems.json", dict)
     splits = given.truth / "pid_splits.json"
     wanted = entry(read_document(splits, dict).get(SPLIT), list, f"{splits}: `{SPLIT}`")
-    answered = {str(key): answer for key, answer in given.by_id().items()}
-    given.require_match(answered, [str(key) for key in wanted])
     right: dict[bool, list[bool]] = {True: [], False: []}
-    for key in map(str, wanted):
+    for key, answer in zip(map(str, wanted), given.by_name(wanted), strict=True):
         name = f"{given.truth / 'problems.json'}: {key}"
         problem: dict[str, Any] = entry(problems.get(key), dict, name)
         choices = len(entry(problem.get("choices"), list, f"{name}: `choices`"))
         true = entry(problem.get("answer"), int, f"{name}: `answer`")
         if not 0 <= true < min(choices, len(LETTERS)):
             raise UserError(f"{name}: `answer` is {true}, which of {choices} choices is no letter")
-        said = letter(answered[key].text)
-        right[bool(problem.get("image"))].append(said == LETTERS[true])
+        right[bool(problem.get("image"))].append(letter(answer.text) == LETTERS[true])
     return {
         "accuracy with image": share(right[True]),
         "accuracy without": share(right[False]),

@@ -17,12 +17,10 @@ def score(given: Given) -> Scores:
     listed = entry(truth.get("questions"), list, f"{given.truth}: `questions`")
     rows = [entry(row, dict, f"{given.truth}: an entry of `questions`") for row in listed]
     types = {number: name for name, number in entry(truth.get("question_type", {}), dict, str(given.truth)).items()}
-    answered = {str(key): answer for key, answer in given.by_id().items()}
-    keys = [str(row.get("question_id")) for row in rows]
-    given.require_match(answered, keys)
+    keys = [row.get("question_id") for row in rows]
     right: dict[str, list[bool]] = defaultdict(list)
-    for key, row in zip(keys, rows, strict=True):
-        found = answered[key].text == entry(row.get("answer"), str, f"{given.truth}: question_id {key}: `answer`")
+    for key, row, answer in zip(keys, rows, given.by_name(keys), strict=True):
+        found = answer.text == entry(row.get("answer"), str, f"{given.truth}: question_id {key}: `answer`")
         for part in ("accuracy", row.get("data_type"), types.get(row.get("question_type_id"))):
             if part is not None:
                 right[str(part)].append(found)
