@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import csv
 import io
 from collections.abc import Iterator, Mapping
@@ -13,7 +12,7 @@ from typing import Any
 from sparsevlm_jax import bounds
 from sparsevlm_jax.errors import UserError, shown
 from sparsevlm_jax.evaluate.sheet import write_sheet
-from sparsevlm_jax.files import open_regular
+from sparsevlm_jax.files import open_regular, write
 
 OPTIONS = ("A", "B", "C", "D")
 NOT_SENT = ("hint", "category", "source", "image", "comment", "l2-category")
@@ -51,6 +50,8 @@ def questions(file: Path, folder: Path | None) -> Iterator[tuple[str, dict[str, 
     Raises:
       UserError: a row that is no question, or an image that cannot be written.
     """
+    if folder is not None:
+        _make(folder)
     for row in rows(file):
         name = f"{file}: index {shown(row['index'])}"
         number = _index(row, name)
@@ -102,12 +103,18 @@ def _is_nothing(value: str | None) -> bool:
     return value is None or value.lower() in _NOTHING
 
 
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made: {error.strerror}") from error
+
+
 def _unpack(encoded: str, file: Path, name: str) -> None:
     if file.exists():
         return
     try:
-        file.write_bytes(base64.b64decode(encoded, validate=True))
-    except (binascii.Error, ValueError) as error:
+        content = base64.b64decode(encoded, validate=True)
+    except ValueError as error:
         raise UserError(f"{name}: `image` is no base64: {error}") from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written: {error.strerror}") from error
+    write(file, content)  # whole or not at all: other shards look for it too

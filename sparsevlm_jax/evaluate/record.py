@@ -60,7 +60,7 @@ def checksum(params: Params) -> str:
     """Of all parameters, wherever they are: the sum of each one's bits, which no order of adding changes."""
     found = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        found.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {int(_sum_of_bits(leaf))}\n".encode())
+        found.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {jax.device_get(_sum_of_bits(leaf))}\n".encode())
     return found.hexdigest()[:16]
 
 

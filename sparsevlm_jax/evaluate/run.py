@@ -49,11 +49,15 @@ class Job:
         number, count = self.shard
         if not 0 <= number < count:
             raise UserError(f"shard {number}/{count}: the first of n parts is 0/n, the last n-1/n")
-        if not self.images.is_dir():
-            raise UserError(f"{self.images}: no such folder")
 
     def read(self) -> list[Question]:
-        """All questions of this shard; the limit counts before."""
+        """All questions of this shard; the limit counts before. MMBench's images go into the folder, which is made.
+
+        Raises:
+          UserError: questions that cannot be read, or no such folder.
+        """
+        if self.questions.suffix != ".tsv" and not self.images.is_dir():
+            raise UserError(f"{self.images}: no such folder")
         return read_questions(self.questions, self.images)[self.shard[0] :: self.shard[1]]
 
     def wanted(self, questions: Sequence[Question]) -> Sequence[Question]:

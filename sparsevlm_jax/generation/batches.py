@@ -205,7 +205,8 @@ class Batcher:
             settings["sparsity"] = Sparsity.dense()
         key = settings.get("key")
         if settings.get("temperature") and key is not None:
-            settings["key"] = jax.random.fold_in(key, crc32(b"".join(row.tobytes() for row in inputs.ids)))
+            number = crc32(b"".join(row.tobytes() for row in inputs.ids))
+            settings["key"] = _fold_in(key, jax.device_put(np.uint32(number)))
         return settings
 
     def _filled(self, rows: list[Any]) -> list[Any]:
@@ -302,6 +303,9 @@ def _once(inputs: Inputs, visuals: Sequence[Visual], config: ModelConfig) -> tup
         own = np.where(index < 0, index, order[index // patches] * patches + index % patches)
         inputs = inputs._replace(packing=inputs.packing._replace(index=own.astype(np.int32)))
     return inputs, order
+
+
+_fold_in = jax.jit(jax.random.fold_in)
 
 
 @partial(jax.jit, static_argnames=("config",))

@@ -283,7 +283,8 @@ def test_the_command_prints_a_summary_and_counts_errors_in_its_exit_code(
     def call(*more: object) -> tuple[Any, str, str]:
         with pytest.raises(SystemExit) as stop:
             main.main([*map(str, [*options, *more])])
-        return stop.value.code, *capsys.readouterr()
+        printed = capsys.readouterr()
+        return stop.value.code, printed.out, printed.err
 
     code, out, err = call("--json")
     assert code == 1 and json.loads(out)["errors"] == 1

@@ -75,6 +75,13 @@ def test_batches_are_sorted_by_bucket_filled_and_of_one_shape(
     assert found[0][0][1].visual_tokens == (0,)
 
 
+def test_nothing_is_moved_to_the_device_on_the_side(model: Model, images: list[Path]) -> None:
+    batcher = sets.batcher(model, temperature=1.0)
+    with batches.jax.transfer_guard("disallow"):
+        found = list(batcher.answers([asked("it", images[0]), asked("what")]))
+    assert [len(batch) for batch in found] == [1, 1]
+
+
 def test_a_row_that_is_done_changes_nothing_for_those_that_are_not(model: Model, images: list[Path]) -> None:
     rows = [asked(text, image) for text in ("it", "in") for image in images]
     batcher = sets.batcher(model)

@@ -109,8 +109,7 @@ def test_mmbench_is_a_table_with_its_images(tmp_path: Path) -> None:
     image = base64.b64encode(b"pixels").decode()
     row = {"index": "12", "question": "Which?", "A": "x", "B": "y", "image": image}
     rows = [row, {**row, "index": "13", "hint": '"two\nlines"', "C": "nan", "D": "z"}]
-    table, folder = write_table(tmp_path / "mmbench.tsv", rows), tmp_path / "images"
-    folder.mkdir()
+    table, folder = write_table(tmp_path / "mmbench.tsv", rows), tmp_path / "new" / "images"
     found = read_questions(table, folder)
     assert found == [
         Question((12, "Which?\nA. x\nB. y", 0), ("12.jpg",)),
@@ -183,7 +182,8 @@ def test_mmvet_needs_no_questions_and_the_command_says_who_does(
     def call(*arguments: object) -> tuple[Any, str, str]:
         with pytest.raises(SystemExit) as stop:
             main.main(["submit", *map(str, arguments)])
-        return stop.value.code, *capsys.readouterr()
+        printed = capsys.readouterr()
+        return stop.value.code, printed.out, printed.err
 
     assert call("mmvet", "--answers", answers, "-o", out)[:2] == (0, f"{out}\n")
     assert json.loads(out.read_text()) == {"v1_0": "It is."}

@@ -335,7 +335,8 @@ def test_the_command_prints_numbers_and_says_what_it_needs(tmp_path: Path, capsy
     def call(*arguments: object) -> tuple[Any, str, str]:
         with pytest.raises(SystemExit) as stop:
             main.main(["score", *map(str, arguments)])
-        return stop.value.code, *capsys.readouterr()
+        printed = capsys.readouterr()
+        return stop.value.code, printed.out, printed.err
 
     assert call("exact", "--answers", file, "--truth", truth)[:2] == (0, "accuracy     100.00\nanswers        1.00\n")
     code, out, _ = call("exact", "--answers", file, "--truth", truth, "--json")
