@@ -99,6 +99,8 @@ def read_questions(file: Path, folder: Path | None = None) -> list[Question]:
         if "conversations" in row and images:
             text = f"{MARKER}\n{text}"
         pair = (question_id, text)
+        if len(str(question_id)) + len(text) > bounds.QUESTION_CHARACTERS:
+            raise UserError(f"{name}: {len(text):,} characters, expected at most {bounds.QUESTION_CHARACTERS:,}")
         if shows.setdefault(pair, (images, videos)) != (images, videos):
             raise UserError(
                 f"{name}: question_id {shown(question_id)} is there with the same text and another image: "

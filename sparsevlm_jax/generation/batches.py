@@ -73,7 +73,7 @@ class Batcher:
     """Answers questions in batches of one size.
 
     Prepared images are taken as well as files (`Asked`); a row that cannot be answered gets an `Answer` with an error
-    and disturbs no other. Text alone is never pruned.
+    and disturbs no other.
     """
 
     def __init__(
@@ -199,10 +199,8 @@ class Batcher:
                 yield [(number, answer) for number, answer in answered if number not in done]
 
     def _settings_of(self, inputs: Inputs) -> Settings:
-        """Of one batch: text alone is not pruned, and batches that are sampled do not draw the same numbers."""
+        """Of one batch: those that are sampled do not all draw the same numbers."""
         settings = self.settings.copy()
-        if not inputs.layouts:
-            settings["sparsity"] = Sparsity.dense()
         key = settings.get("key")
         if settings.get("temperature") and key is not None:
             number = crc32(b"".join(row.tobytes() for row in inputs.ids))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Callable
@@ -229,16 +230,22 @@ def test_two_processes_do_not_write_the_same_answers(model: Model, make_job: Mak
 def test_every_batch_is_on_the_disk_before_the_next(
     model: Model, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[int] = []
-    run = Batcher.run
+    job, written, synced = make_job(), [], []
+    run, fsync = Batcher.run, os.fsync
 
-    def watched(self: Batcher, prepared: Any) -> Any:
-        seen.append(make_job().answers.read_bytes().count(b"\n"))
+    def watched_run(self: Batcher, prepared: Any) -> Any:
+        written.append(job.answers.read_bytes().count(b"\n"))
         return run(self, prepared)
 
-    monkeypatch.setattr(Batcher, "run", watched)
-    answer(model, make_job())
-    assert seen == [0, 1, 3, 5, 7]
+    def watched_fsync(stream: int) -> None:
+        fsync(stream)
+        if os.path.samestat(os.fstat(stream), job.answers.stat()):
+            synced.append(job.answers.read_bytes().count(b"\n"))
+
+    monkeypatch.setattr(Batcher, "run", watched_run)
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    answer(model, job)
+    assert written == [0, *synced[:-1]] and synced == [1, 3, 5, 7, 9]
 
 
 def test_a_file_that_cannot_be_written_any_more_is_one_line(
@@ -248,7 +255,7 @@ def test_a_file_that_cannot_be_written_any_more_is_one_line(
         raise OSError(28, "No space left on device")
 
     job = make_job()
-    monkeypatch.setattr("sparsevlm_jax.evaluate.answers_file.os.fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="cannot be written: No space left on device"):
         answer(model, job)
 

@@ -6,14 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import sparsevlm_jax as sv
 from sparsevlm_jax import Answer, Model, UserError
-from sparsevlm_jax.generation import batches
-from sparsevlm_jax.generation.batches import Batcher, Bucket
+from sparsevlm_jax.generation.batches import Batcher, Bucket, Prepared
 from sparsevlm_jax.generation.request import GenerationRequest
 from sparsevlm_jax.inputs.images import image_size, open_image
 from sparsevlm_jax.inputs.messages import Asked, Conversation
@@ -77,7 +77,7 @@ def test_batches_are_sorted_by_bucket_filled_and_of_one_shape(
 
 def test_nothing_is_moved_to_the_device_on_the_side(model: Model, images: list[Path]) -> None:
     batcher = sets.batcher(model, temperature=1.0)
-    with batches.jax.transfer_guard("disallow"):
+    with jax.transfer_guard("disallow"):
         found = list(batcher.answers([asked("it", images[0]), asked("what")]))
     assert [len(batch) for batch in found] == [1, 1]
 
@@ -98,13 +98,23 @@ def test_the_tower_sees_an_image_once_that_many_rows_show(
     monkeypatch.setattr("sparsevlm_jax.inputs.pixels.open_image", lambda file: opened.append(file) or open_image(file))
     one = batcher.prepare([asked(text, images[1]) for text in ("it", "in", "on")])
     assert one.inputs is not None and len(one.inputs.pixel_values) == 1 and opened == images[1:2]
-    prepared = batcher.prepare([asked(text, image) for text in ("it", "in") for image in images[:2]])
-    assert prepared.inputs is not None and prepared.order is not None
-    assert len(prepared.inputs.pixel_values) == 4 and prepared.order.tolist() == [0, 1, 0, 1]  # of 4 and 1
-    found = [[answer.text for _, answer in batcher.run(each)] for each in (one, prepared)]
-    rows = [(images[1], "it"), (images[1], "in"), (images[0], "it"), (images[0], "in")]
-    alone = dict(sv.answer_all(model, *map(list, zip(*rows, strict=True)), batch_size=2, **SETTINGS))
-    assert [found[0][0], found[0][1], found[1][0], found[1][2]] == [alone[i].text for i in range(4)]
+    two = batcher.prepare([asked(text, image) for text in ("it", "in") for image in images[:2]])
+    assert two.inputs is not None and two.order is not None
+    assert len(two.inputs.pixel_values) == 4 and two.order.tolist() == [0, 1, 0, 1]  # of 4 and 1 images
+    for prepared, shown in ((one, [images[1]] * 4), (two, images[:2] * 2)):
+        assert_encoded(batcher, prepared, [[image] for image in shown])
+
+
+def assert_encoded(batcher: Batcher, prepared: Prepared, shown: list[list[Path]]) -> None:
+    """The visual tokens of all rows are those of each row's own images."""
+    model = batcher.model
+    assert prepared.inputs is not None and model.processor is not None
+    pixels = model.processor(shown, ["it"] * len(shown)).images
+    wanted = sv.encode_images(model.params, pixels, model.config)
+    found, _ = batcher._encoded(prepared.inputs, prepared.order)
+    count = len(wanted.tokens) if wanted.rows is None else int(wanted.rows.sum())
+    np.testing.assert_allclose(found.tokens[:count], wanted.tokens[:count], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.saliency[:count], wanted.saliency[:count], rtol=1e-4, atol=1e-5)
 
 
 def test_images_of_tiles_are_shared_too(tmp_path: Path) -> None:
@@ -121,6 +131,7 @@ def test_images_of_tiles_are_shared_too(tmp_path: Path) -> None:
     mixed = [asked("it", wide[0]), asked("in", wide[1]), asked("on", wide[1]), asked("at", wide[0])]
     prepared = batcher.prepare(mixed)
     assert prepared.order is not None and prepared.order.tolist() == [0, 1, 1, 0]
+    assert_encoded(batcher, prepared, [row.images for row in mixed])
     said = [answer.text for _, answer in batcher.run(prepared)]
     assert said == sv.generate(model, [row.images for row in mixed], ["it", "in", "on", "at"], **SETTINGS)
 
@@ -158,7 +169,8 @@ def test_sampled_batches_do_not_draw_the_same_numbers(model: Model, images: list
     for text in ("it", "in", "it"):
         prepared = batcher.prepare([asked(text, images[0])])
         assert prepared.inputs is not None
-        keys.append(np.asarray(batches.jax.random.key_data(batcher._settings_of(prepared.inputs)["key"])).tolist())
+        key: Any = batcher._settings_of(prepared.inputs).get("key")
+        keys.append(np.asarray(jax.random.key_data(key)).tolist())
     assert keys[0] == keys[2] != keys[1]
 
 

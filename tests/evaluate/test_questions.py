@@ -59,6 +59,7 @@ def test_lines_become_questions_in_their_order(tmp_path: Path) -> None:
             [{"question_id": 1, "text": "a", "image": "a.png"}, {"question_id": 1, "text": "a", "image": "b.png"}],
             "line 2: question_id 1 is there with the same text and another image",
         ),
+        ([{"question_id": 1, "text": "a" * 100_000}], "line 1: 100,000 characters, expected at most 100,000"),
         ([{"id": 1, "conversations": []}], "line 1: `conversations` is"),
     ],
 )

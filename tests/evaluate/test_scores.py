@@ -136,7 +136,7 @@ def test_pope_of_another_release_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text, expected",
     [("Yes", "yes"), ("No.", "no"), ("No, it is", "no"), (" yes", "yes"), ("It is", "other"), ("", "other")]
-    + [("Nobody", "no"), ("eyes", "yes"), ("Answer: yes", "other")],
+    + [("Nobody", "no"), ("eyes", "yes"), ("is no", "other"), ("A yes", "other"), ("Answer: yes", "other")],
 )
 def test_an_mme_answer_is_read_from_its_first_letters(text: str, expected: str) -> None:
     assert verdict(text) == expected
