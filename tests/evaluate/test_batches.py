@@ -105,11 +105,11 @@ def test_the_tower_sees_an_image_once_that_many_rows_show(
         assert_encoded(batcher, prepared, [[image] for image in shown])
 
 
-def assert_encoded(batcher: Batcher, prepared: Prepared, shown: list[list[Path]]) -> None:
+def assert_encoded(batcher: Batcher, prepared: Prepared, shown: list[list[Any]]) -> None:
     """The visual tokens of all rows are those of each row's own images."""
     model = batcher.model
     assert prepared.inputs is not None and model.processor is not None
-    pixels = model.processor(shown, ["it"] * len(shown)).images
+    pixels: Any = jax.device_put(model.processor(shown, ["it"] * len(shown)).images)
     wanted = sv.encode_images(model.params, pixels, model.config)
     found, _ = batcher._encoded(prepared.inputs, prepared.order)
     count = len(wanted.tokens) if wanted.rows is None else int(wanted.rows.sum())
