@@ -53,12 +53,12 @@ def common(
 
 
 app.command()(ask)
-app.command()(answer)
-app.command()(score)
-app.command()(submit)
 app.command()(plan)
 app.command()(explain)
 app.command("demo")(walk_through)
+app.command()(answer)
+app.command()(score)
+app.command()(submit)
 app.command()(convert)
 app.command()(inspect)
 app.command()(bench)

@@ -72,8 +72,8 @@ class Prepared(NamedTuple):
 class Batcher:
     """Answers questions in batches of one size.
 
-    Prepared images are taken as well as files (`Asked`); a row that cannot be answered gets an `Answer` with an error
-    and disturbs no other.
+    `answers` does it all; `cut`, `prepare` (on the host) and `run` (on the device) are its parts, for loops of another
+    kind. A row that cannot be answered gets an `Answer` with an error and disturbs no other.
     """
 
     def __init__(
@@ -228,8 +228,6 @@ class Batcher:
 
     def _visual_tokens(self, image: Any) -> int:
         config = self.model.config
-        if isinstance(image, Visual):
-            return image.layout.tokens
         return config.image_layout(image_size(image)).tokens if config.canvases else config.tokens_per_image
 
     def _encodes_apart(self) -> bool:
