@@ -199,8 +199,8 @@ class Processor:
 
         Args:
           images: the images of each question, in the order of its markers, or what `preparation` made of them; an
-            empty list for text alone. One list
-            for several questions goes with each of them: its images are prepared, and stand in the result, once.
+            empty list for text alone. One list for several questions goes with each of them: its images are prepared,
+            and stand in the result, once.
           questions: as many, each by itself or with what was said before it.
           aspect: "crop" scales the shorter side to S and cuts out the middle, "pad" fills up to a square with the
             processor's mean colour and scales that (as the authors of LLaVA do), None is the checkpoint's own choice.
