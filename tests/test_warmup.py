@@ -40,7 +40,7 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Programs]:
         with pytest.raises(SystemExit) as stop:
             main.main([str(argument) for argument in arguments])
         assert stop.value.code == 0
-        return {(program.__name__, *key) for request in found for program, *key in request._compiled}
+        return {(program.__name__, *key) for request in found for program, *key in request._programs._compiled}
 
     return run
 

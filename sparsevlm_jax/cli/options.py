@@ -35,12 +35,19 @@ Seed = Annotated[int, typer.Option(metavar="S", min=0, max=2**32 - 1, help="Of s
 Aspect = Annotated[
     str | None, typer.Option(metavar="pad|crop", help="How images become square; default: as the checkpoint says.")
 ]
+Frames = Annotated[
+    int, typer.Option(metavar="N", min=1, max=bounds.FRAMES, help="Frames that are taken of each video.")
+]
+SamplingRule = Annotated[
+    str,
+    typer.Option(metavar="|".join(RULES), help="linspace: first frame to last; arange: the first of N equal parts."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")]
 
 # What the library calls its settings in its messages, `name` or name=value, where an option has that name.
 _SETTINGS = (
     "method|keep|keep_at|flops_share|cache_bytes|scale|bias|heads|dtype|vision_tower|visual_tokens|sides|device|ladder"
-    "|per_frame|image|video|aspect|frames|sampling"
+    "|per_frame|image|video|aspect|frames|sampling|shard|suffix|batch_size|max_new_tokens"
 )
 _SETTING = re.compile(rf"`({_SETTINGS})`|\b({_SETTINGS})=(\"[^\"]*\"|\([^)]*\)|[^\s:,;]+)")
 
@@ -70,15 +77,8 @@ class VideoOptions:
     """Which videos, and which of their frames."""
 
     video: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="A video; repeat it for several.")] = None
-    frames: Annotated[
-        int, typer.Option(metavar="N", min=1, max=bounds.FRAMES, help="Frames that are taken of each video.")
-    ] = SAMPLING.frames
-    sampling: Annotated[
-        str,
-        typer.Option(
-            metavar="|".join(RULES), help="linspace: first frame to last; arange: the first of N equal parts."
-        ),
-    ] = SAMPLING.rule
+    frames: Frames = SAMPLING.frames
+    sampling: SamplingRule = SAMPLING.rule
 
     @property
     def files(self) -> list[Path]:

@@ -12,6 +12,7 @@ import numpy as np
 from sparsevlm_jax.checkpoints.load import Model
 from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.generation.answer import Answer, read_answers
 from sparsevlm_jax.generation.request import Generation, GenerationRequest, Settings, key_of, require_limit
 from sparsevlm_jax.inputs.images import ImageLike
 from sparsevlm_jax.inputs.messages import Asked, read_prompts
@@ -115,6 +116,33 @@ def generate(
     return answers[0] if alone else answers
 
 
+def answer(
+    model: Model,
+    images: Images,
+    prompts: str | Sequence[Any],
+    *,
+    sparsity: Sparsity | str | None = None,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    aspect: str | None = None,
+    videos: Videos = None,
+    frames: int = SAMPLING.frames,
+    sampling: str = SAMPLING.rule,
+) -> Answer | list[Answer]:
+    """`generate`, with what each answer took: tokens, visual tokens in every stage, FLOPs, seconds.
+
+    All prompts are one batch; `answer_all` takes any number of them.
+    """
+    asked, alone = read_prompts(prompts)
+    batch = _in_ids(model, images, videos, asked, aspect, Sampling(frames, sampling))
+    settings = settings_for(model, sparsity, max_new_tokens, temperature, top_p, seed)
+    generation = require_finite(generate_ids(*batch, **settings), model.params)
+    answers = read_answers(generation, require_processor(model), model.config, batch[2])
+    return answers[0] if alone else answers
+
+
 def stream(
     model: Model,
     images: Images,
@@ -170,14 +198,26 @@ def require_finite(generation: Generation, params: Params) -> Generation:
     Raises:
       UserError: logits that are NaN or infinite chose some of its tokens.
     """
-    if all(generation.finite):
-        return generation
+    if not all(generation.finite):
+        raise UserError(non_finite(params))
+    return generation
+
+
+def non_finite(params: Params) -> str:
+    """What is wrong where logits are NaN or infinite."""
     dtype = jax.tree.leaves(params)[0].dtype.name
     wider = {"float16": "bfloat16 or float32", "bfloat16": "float32"}.get(dtype)
-    raise UserError(
-        f"the logits are not finite, so there is no answer: in {dtype} something in this model overflows"
-        + (f"; load it with `dtype` {wider}" if wider else ", or its weights are spoilt")
-    )
+    mend = f"; load it with `dtype` {wider}" if wider else ", or its weights are spoilt"
+    return f"the logits are not finite, so there is no answer: in {dtype} something in this model overflows{mend}"
+
+
+def asked_about(images: Images, videos: Videos, prompts: str | Sequence[Any]) -> tuple[list[Asked], bool]:
+    """Every question with its own images and videos, and whether there is just one, not a list."""
+    asked, alone = read_prompts(prompts)
+    shown = _in_one_place([one.images for one in asked], images, "images")
+    filmed = _in_one_place([one.videos for one in asked], videos, "videos")
+    shown, filmed = (lists * len(asked) if len(lists) == 1 else lists for lists in (shown, filmed))
+    return [Asked(one.conversation, *own) for one, *own in zip(asked, shown, filmed, strict=True)], alone
 
 
 def _in_ids(
