@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from sparsevlm_jax.cli import main, waiting
-from sparsevlm_jax.generation.request import LOG, GenerationRequest
+from sparsevlm_jax.generation.programs import LOG
+from sparsevlm_jax.generation.request import GenerationRequest
 from tests.hf import tiny_llava
 
 Programs = set[tuple[Any, ...]]

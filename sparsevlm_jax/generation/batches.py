@@ -27,7 +27,8 @@ from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.generation.answer import Answer, read_answers
 from sparsevlm_jax.generation.api import Images, Videos, asked_about, non_finite, require_processor, settings_for
-from sparsevlm_jax.generation.request import GenerationRequest, Programs, Settings, require_limit, require_room
+from sparsevlm_jax.generation.programs import Programs
+from sparsevlm_jax.generation.request import GenerationRequest, Settings, require_limit, require_room
 from sparsevlm_jax.inputs.images import image_size
 from sparsevlm_jax.inputs.messages import Asked
 from sparsevlm_jax.inputs.packing import TEXT_BUCKETS, TiledImages, bucket

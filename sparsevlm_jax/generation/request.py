@@ -6,8 +6,6 @@ compiles nothing.
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
@@ -21,6 +19,7 @@ from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.generation.ladder import prefill_stage_by_stage
 from sparsevlm_jax.generation.loop import DecodeState, LoopConfig, SamplingParams, decode, first_token, start
+from sparsevlm_jax.generation.programs import Programs
 from sparsevlm_jax.inputs.packing import (
     NEW_TOKEN_BUCKETS,
     Packed,
@@ -37,7 +36,6 @@ from sparsevlm_jax.pruning.methods import METHODS, as_sparsity
 from sparsevlm_jax.pruning.plan import Plan
 from sparsevlm_jax.pruning.settings import Sparsity
 
-LOG = logging.getLogger("sparsevlm_jax")  # "compiling" and "compiled", at level INFO, around every compilation
 FIRST_CHUNK = 4  # tokens of a paced stream's second piece; the first is the prefill's token
 PACE = 0.1  # seconds between its other pieces
 
@@ -75,35 +73,6 @@ class Generation:
     prefill_seconds: float
     decode_seconds: float
     steps: int  # calls of decode_step
-
-
-class Programs:
-    """Compiled programs, each by what it was compiled for, and the seconds that compiling them took.
-
-    What is compiled is kept, so that the next piece of an answer neither lowers nor looks for it again.
-    """
-
-    def __init__(self) -> None:
-        self.compile_seconds = 0.0
-        self._compiled: dict[Any, Any] = {}
-
-    def timed(self, program: Any, *args: Any, **static: Any) -> tuple[Any, float]:
-        """Runs a jitted program and returns its seconds; compiling comes before, on a clock of its own.
-
-        The first argument, the parameters, is the same every time.
-        """
-        began = time.perf_counter()
-        leaves, structure = jax.tree.flatten(args[1:])
-        shapes = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
-        key = (program, tuple(static.items()), structure, shapes)
-        if key not in self._compiled:
-            LOG.info("compiling %s", program.__name__)
-            self._compiled[key] = program.lower(*args, **static).compile()
-            LOG.info("compiled %s", program.__name__)
-        compiled = time.perf_counter()
-        self.compile_seconds += compiled - began
-        out = jax.block_until_ready(self._compiled[key](*args))
-        return out, time.perf_counter() - compiled
 
 
 class GenerationRequest:
