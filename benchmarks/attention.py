@@ -1,4 +1,4 @@
-"""Attention of the prefill alone: ours, XLA's written-out one, and PyTorch's sdpa.
+"""Attention of the prefill alone: ours for CPUs ("tiled"), XLA's written-out one, and PyTorch's sdpa.
 
     python -m benchmarks.attention --out benchmarks/results/attention.json
 
