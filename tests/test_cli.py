@@ -266,7 +266,7 @@ def test_missing_question_is_an_error(run):
 
 
 def test_unknown_command_is_an_error(run):
-    assert "answer" in error_of(run("answer"))
+    assert "reply" in error_of(run("reply"))
 
 
 def test_decompression_bomb_is_an_error(ask, tmp_path):

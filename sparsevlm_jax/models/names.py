@@ -1,4 +1,4 @@
-"""Hugging Face tensor names and parameter paths: a table per family, made of blocks that families share.
+"""Hugging Face tensor names and parameter paths: the blocks of which families' tables (`NAMES`) are made.
 
 A canonical name is the one that published checkpoints use (transformers 4.x): `vision_tower.vision_model. ...`,
 `language_model.model. ...`. A table's rows say what the names are, its spellings how other writers begin them.
