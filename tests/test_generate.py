@@ -136,7 +136,7 @@ def test_streaming_lowers_and_compiles_each_program_once(
 
     class Counted:
         def __init__(self, program: Any) -> None:
-            self.program = program
+            self.program, self.__name__ = program, program.__name__
 
         def lower(self, *args: Any, **static: Any) -> Any:
             lowered.append(self.program.__name__)
@@ -144,7 +144,7 @@ def test_streaming_lowers_and_compiles_each_program_once(
 
     for name in ("start", "decode"):
         monkeypatch.setattr(request, name, Counted(getattr(request, name)))
-    pieces = list(sv.stream(model, images[0], QUESTION, sparsity=V15, max_new_tokens=6))
+    pieces = list(sv.stream(model, images[0], QUESTION, sparsity=V15, max_new_tokens=6, every=1))
     assert len(pieces) == 7  # one per token, and the end
     assert lowered == ["start", "decode"]
 
