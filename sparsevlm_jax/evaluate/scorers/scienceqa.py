@@ -1,5 +1,5 @@
-"""ScienceQA: the letter of an option, by itself, in front of the option, or behind "The answer is". The paper's number
-is that of questions with an image."""
+"""ScienceQA: the letter of an option, by itself, in front of the option, or behind "The answer is", said once and with
+something behind it. The paper's number is that of questions with an image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.evaluate.scorers.base import Given, Scores, entry, read_document, share
 
 LETTERS = "ABCDE"
-_SAID = (re.compile(r"The answer is ([A-E])\."), re.compile(r"The answer is ([A-E])"))
+_SAID = re.compile(r"The answer is ([A-Z]).")  # the last one is any character, as released
 SPLIT = "test"
 
 
@@ -41,9 +41,7 @@ def score(given: Given) -> Scores:
 
 def letter(text: str) -> str | None:
     """The option that an answer names; None where it names none."""
-    text = text.replace("\n", ". ")
-    if len(text.strip()) == 1 and text.strip() in LETTERS:
-        return text.strip()
-    if text[:1] in tuple(LETTERS) and text[1:3] == ". ":
+    if text in tuple(LETTERS) or (text[:1] in tuple(LETTERS) and text[1:3] == ". "):
         return text[0]
-    return next((match[1] for pattern in _SAID if (match := pattern.search(text))), None)
+    said = _SAID.findall(text)
+    return said[0] if len(said) == 1 else None
