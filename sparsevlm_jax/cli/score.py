@@ -4,6 +4,7 @@ takes. Neither loads a model."""
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -55,7 +56,6 @@ def submit(
     print(output)
 
 
-def _require_known(kind: str, known: object) -> None:
-    names = list(known) if isinstance(known, dict) else []
-    if kind not in names:
-        raise UserError(f"{kind}: expected one of {', '.join(names)}")
+def _require_known(kind: str, known: Collection[str]) -> None:
+    if kind not in known:
+        raise UserError(f"{kind}: expected one of {', '.join(known)}")

@@ -12,7 +12,7 @@ from typing import Any
 from sparsevlm_jax import bounds
 from sparsevlm_jax.errors import UserError, shown
 from sparsevlm_jax.evaluate.sheet import write_sheet
-from sparsevlm_jax.files import open_regular, write
+from sparsevlm_jax.files import open_regular, read_bytes, write
 
 OPTIONS = ("A", "B", "C", "D")
 NOT_SENT = ("hint", "category", "source", "image", "comment", "l2-category")
@@ -33,7 +33,7 @@ def rows(file: Path) -> Iterator[dict[str, str]]:
             header = next(table, [])
             if not {"index", "question"} <= set(header):
                 raise UserError(f"{file}: no columns `index` and `question` in its first line: no table of MMBench")
-            for row in table:
+            for row in filter(None, table):  # an empty line is no row
                 if len(row) != len(header):
                     raise UserError(f"{file}: line {table.line_num}: {len(row)} columns, the first has {len(header)}")
                 yield dict(zip(header, row, strict=True))
@@ -48,7 +48,7 @@ def questions(file: Path, folder: Path | None) -> Iterator[tuple[str, dict[str, 
       folder: where the images go that are not there yet; None leaves them in the table.
 
     Raises:
-      UserError: a row that is no question, or an image that cannot be written.
+      UserError: a row that is no question, an image that cannot be written, or another one in its place.
     """
     if folder is not None:
         _make(folder)
@@ -111,10 +111,13 @@ def _make(folder: Path) -> None:
 
 
 def _unpack(encoded: str, file: Path, name: str) -> None:
-    if file.exists():
-        return
     try:
         content = base64.b64decode(encoded, validate=True)
     except ValueError as error:
         raise UserError(f"{name}: `image` is no base64: {error}") from None
-    write(file, content)  # whole or not at all: other shards look for it too
+    if not content:
+        raise UserError(f"{name}: has no `image`")
+    if not file.exists():
+        write(file, content)  # whole or not at all: other shards look for it too
+    elif read_bytes(file, bounds.FIELD_BYTES) != content:
+        raise UserError(f"{name}: {file} is there already, another image: give this table a folder of its own")

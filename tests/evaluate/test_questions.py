@@ -111,13 +111,18 @@ def test_mmbench_is_a_table_with_its_images(tmp_path: Path) -> None:
     row = {"index": "12", "question": "Which?", "A": "x", "B": "y", "image": image}
     rows = [row, {**row, "index": "13", "hint": '"two\nlines"', "C": "nan", "D": "z"}]
     table, folder = write_table(tmp_path / "mmbench.tsv", rows), tmp_path / "new" / "images"
+    table.write_text(table.read_text() + "\n")
     found = read_questions(table, folder)
     assert found == [
         Question((12, "Which?\nA. x\nB. y", 0), ("12.jpg",)),
         Question((13, "two\nlines\nWhich?\nA. x\nB. y", 0), ("13.jpg",)),
     ]
     assert (folder / "13.jpg").read_bytes() == b"pixels"
+    assert read_questions(table, folder) == found
+    other = base64.b64encode(b"of another table").decode()
     for rows, header, message in (
+        ([{**row, "image": other}], None, 'index "12": .*12.jpg is there already, another image'),
+        ([{**row, "index": "14", "image": ""}], None, 'index "14": has no `image`'),
         ([{**row, "index": "../x"}], None, r'index "../x": is no whole number'),
         ([{**row, "index": "14", "image": "?"}], None, "`image` is no base64"),
         ([row], ["question", "A"], "no columns `index` and `question`"),
