@@ -309,6 +309,17 @@ def test_exact_takes_one_of_the_true_answers(tmp_path: Path) -> None:
 # Files
 
 
+def test_answers_that_are_errors_are_counted_beside_the_scores(tmp_path: Path) -> None:
+    truth = write_lines(tmp_path / "t.jsonl", [{"question_id": i, "answer": "a"} for i in range(3)])
+    errors = [{"error": "no such file"}, {"new_tokens": 1}, None]
+    rows = [{"question_id": i, "text": "a" if i else "", "metadata": each} for i, each in enumerate(errors)]
+    found = score("exact", write_lines(tmp_path / "a.jsonl", rows), truth)
+    assert found == {"accuracy": pytest.approx(200 / 3), "answers": 3, "errors": 1}
+    assert "errors" not in score(
+        "exact", write_lines(tmp_path / "a.jsonl", [*rows[1:], rows[2] | {"question_id": 0}]), truth
+    )
+
+
 @pytest.mark.parametrize(
     "content, message",
     [

@@ -37,9 +37,11 @@ SCORERS = {
 
 
 def score(kind: str, answers: Path, truth: Path, questions: Path | None = None) -> Scores:
-    """A benchmark's numbers.
+    """A benchmark's numbers, and how many answers are errors, if some are.
 
     Raises:
       UserError: files that cannot be used, answers that are missing, or to other questions.
     """
-    return SCORERS[kind].score(Given.read(answers, truth, questions))
+    given = Given.read(answers, truth, questions)
+    scores = SCORERS[kind].score(given)
+    return scores | {"errors": float(given.errors)} if given.errors else scores

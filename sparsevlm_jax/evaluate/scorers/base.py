@@ -17,7 +17,7 @@ Value = TypeVar("Value")
 
 
 class Answered(NamedTuple):
-    """An answer that is scored. One with an error is an empty text, as wrong as any."""
+    """An answer that is scored. An error is an empty text: wrong, except to POPE, whose rule makes it a yes."""
 
     question_id: Id
     prompt: str
@@ -32,12 +32,14 @@ class Given:
       source: the file of answers, for errors.
       truth: a file or folder, as the benchmark has it.
       questions: in their order, where they were given.
+      errors: answers that are none, see `Answer.error`.
     """
 
     source: Path
     answers: list[Answered]
     truth: Path
     questions: list[Question] | None = None
+    errors: int = 0
 
     @classmethod
     def read(cls, answers: Path, truth: Path, questions: Path | None = None) -> Given:
@@ -46,13 +48,15 @@ class Given:
         Raises:
           UserError: no answers, or a file that cannot be used.
         """
-        found = []
+        found, errors = [], 0
         for name, row in read_json_lines(answers):
             prompt = read_text(row, "prompt", name) if "prompt" in row else ""
             found.append(Answered(read_id(row, "question_id", name), prompt, read_text(row, "text", name)))
+            metadata = row.get("metadata")
+            errors += isinstance(metadata, dict) and "error" in metadata
         if not found:
             raise UserError(f"{answers}: no answers in it")
-        return cls(answers, found, truth, None if questions is None else read_questions(questions))
+        return cls(answers, found, truth, None if questions is None else read_questions(questions), errors)
 
     def by_id(self) -> dict[Id, Answered]:
         """Answers by their question's id.
