@@ -28,7 +28,7 @@ from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.generation.answer import Answer, read_answers
 from sparsevlm_jax.generation.api import Images, Videos, asked_about, non_finite, require_processor, settings_for
 from sparsevlm_jax.generation.programs import Programs
-from sparsevlm_jax.generation.request import GenerationRequest, Settings, require_limit, require_room
+from sparsevlm_jax.generation.request import GenerationRequest, Settings, plan_for, require_limit, require_room
 from sparsevlm_jax.inputs.images import image_size
 from sparsevlm_jax.inputs.messages import Asked
 from sparsevlm_jax.inputs.packing import TEXT_BUCKETS, TiledImages, bucket
@@ -107,6 +107,7 @@ class Batcher:
         self.processor = require_processor(model)
         self.settings = settings_for(model, sparsity, max_new_tokens, temperature, top_p, seed)
         self._programs = Programs()
+        self._too_dear: dict[tuple[int, int], str | None] = {}  # why, by visual tokens and room for text
         self._words = Lock()  # a tokenizer serves one thread at a time
 
     def bucket(self, asked: Asked) -> Bucket:
@@ -121,10 +122,15 @@ class Batcher:
         visual += sum(config.video_layout(self.sampling.frames).tokens for _ in videos)
         require_room(config, text + visual, self.settings["max_new_tokens"])
         room = bucket(text, TEXT_BUCKETS, "the prompt's text")
+        self._require_budget(visual, room)
         return Bucket(room, config.visual_bucket(visual) if visual else 0, len(images), len(videos))
 
     def cut(self, rows: Sequence[Asked]) -> tuple[list[list[int]], Numbered]:
-        """The rows' numbers in batches, sorted stably by bucket, and those that cannot be asked."""
+        """The rows' numbers in batches, sorted stably by bucket, and those that cannot be asked.
+
+        Raises:
+          UserError: a budget that no row can meet.
+        """
         buckets: dict[Bucket, list[int]] = {}
         refused: Numbered = []
         for number, row in enumerate(rows):
@@ -132,6 +138,8 @@ class Batcher:
                 buckets.setdefault(self.bucket(row), []).append(number)
             except UserError as error:
                 refused.append((number, Answer(error=str(error))))
+        if self._too_dear and None not in self._too_dear.values():
+            raise UserError(next(filter(None, self._too_dear.values())))
         size = self.batch_size
         sorted_rows = [numbers for _, numbers in sorted(buckets.items())]
         return [numbers[i : i + size] for numbers in sorted_rows for i in range(0, len(numbers), size)], refused
@@ -207,6 +215,23 @@ class Batcher:
             number = crc32(b"".join(row.tobytes() for row in inputs.ids))
             settings["key"] = _fold_in(key, jax.device_put(np.uint32(number)))
         return settings
+
+    def _require_budget(self, visual: int, text: int) -> None:
+        """Refuses a row whose budget is too small for it by itself: in its batch it would refuse all others.
+
+        Raises:
+          UserError: it is.
+        """
+        config, kind = self.model.config, (visual, text)
+        if kind not in self._too_dear:
+            self._too_dear[kind] = None
+            sparsity = replace(as_sparsity(self.settings["sparsity"]), seed=None)
+            try:
+                plan_for(sparsity, config, [kind], config.visual_bucket(visual) if visual else 0, text)
+            except UserError as error:
+                self._too_dear[kind] = str(error)
+        if why := self._too_dear[kind]:
+            raise UserError(why)
 
     def _filled(self, rows: list[Any]) -> list[Any]:
         return rows + rows[:1] * (self.batch_size - len(rows))

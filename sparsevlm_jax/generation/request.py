@@ -6,7 +6,7 @@ compiles nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
 from typing import Any, NotRequired, TypedDict
@@ -210,31 +210,42 @@ def key_of(seed: int) -> Array:
 
 
 def _plan_of_rows(sparsity: Sparsity, config: ModelConfig, packed: Packed) -> Plan:
+    """The plan of a batch, see `plan_for`."""
+    visual = np.sum(packed.input_ids == config.image_token_id, axis=1, where=packed.valid)
+    rows = {(v, text_bucket(length - v)) for v, length in zip(visual.tolist(), packed.lengths.tolist(), strict=True)}
+    return plan_for(sparsity, config, rows, packed.visual, packed.text)
+
+
+def plan_for(
+    sparsity: Sparsity, config: ModelConfig, rows: Collection[tuple[int, int]], visual: int, text: int
+) -> Plan:
     """A plan under which rows of different numbers of visual tokens keep what each would alone.
 
     One program serves whatever rows a family with tiles may have; elsewhere rows differ by whole images, if they do.
     A budget that counts text counts each row's own, in the bucket that it would have alone.
 
+    Args:
+      rows: the visual tokens of each, and the bucket of its text.
+      visual, text: columns that they are padded to.
+
     Raises:
       UserError: a budget that a row cannot meet.
     """
-    visual = np.sum(packed.input_ids == config.image_token_id, axis=1, where=packed.valid)
-    rows = {(v, text_bucket(length - v)) for v, length in zip(visual.tolist(), packed.lengths.tolist(), strict=True)}
-    counts, texts = {count for count, _ in rows}, sorted({text for _, text in rows})
+    counts, texts = {count for count, _ in rows}, sorted({own_text for _, own_text in rows})
     most, keep, row_counts = max(counts), sparsity.budget.keep, None
     if keep is not None and 0 < most < keep:  # a bucket may have room for more
         raise UserError(f"keep={keep}: the prompt has only {most} visual tokens")
     if config.packs_images:
-        row_counts = range(packed.visual + 1)
+        row_counts = range(visual + 1)
     elif len(counts) > 1:
         step = config.tokens_per_image
-        row_counts = None if any(count % step for count in counts) else range(0, packed.visual + 1, step)
+        row_counts = None if any(count % step for count in counts) else range(0, visual + 1, step)
     elif len(texts) > 1:
         row_counts = range(most, most + 1)
     row_texts = None if row_counts is None else texts
-    plan = make_plan(sparsity, config, packed.visual, packed.text, row_counts=row_counts, row_texts=row_texts)
-    for count, text in rows:
-        plan_of_row(plan, count, text)
+    plan = make_plan(sparsity, config, visual, text, row_counts=row_counts, row_texts=row_texts)
+    for count, own_text in rows:
+        plan_of_row(plan, count, own_text)
     return plan
 
 

@@ -155,6 +155,18 @@ def test_answer_all_gives_every_question_its_number(model: Model, images: list[P
         next(sv.answer_all(model, images[:2], texts))
 
 
+def test_a_row_whose_budget_is_too_small_for_it_refuses_no_other(model: Model, images: list[Path]) -> None:
+    rows, two = [asked(LONG, images[0]), asked("it", images[0])], [asked("it", *images[:2])]
+    share = sets.batcher(model, sparsity=sv.sparsity("v1.5", flops_share=0.957))
+    (refused, answered) = share.answers(rows)
+    assert refused[0][0] == 0 and "flops_share=0.957: not possible" in str(refused[0][1].error)
+    assert [(number, answer.error) for number, answer in answered] == [(1, None)]
+    keep = sets.batcher(model, sparsity=sv.sparsity("v1.5", keep=20))
+    assert [[number for number, _ in batch] for batch in keep.answers(rows + two)] == [[0, 1], [2]]
+    with pytest.raises(UserError, match="keep=20: the prompt has only 16 visual tokens"):
+        next(sets.batcher(model, sparsity=sv.sparsity("v1.5", keep=20)).answers(rows))
+
+
 def test_logits_that_are_not_finite_are_an_error_of_their_row(model: Model, images: list[Path]) -> None:
     head = model.params["language_model"]["lm_head"]["kernel"]
     decoder = {**model.params["language_model"], "lm_head": {"kernel": jnp.full_like(head, jnp.nan)}}
