@@ -61,7 +61,7 @@ def test_a_prompt_is_never_shorter_than_its_template(
     programs: Callable[..., Programs], model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for count, said in (
-        ("20", "--text 32: around an empty question a prompt has "),
+        ("20", "--text 20: around an empty question a prompt has "),
         ("5000", "--text has 5000 tokens"),
     ):
         with pytest.raises(SystemExit) as stop:

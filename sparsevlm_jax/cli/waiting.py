@@ -40,7 +40,7 @@ class _Notice(logging.Handler):
 
 @contextmanager
 def compilation_notice() -> Iterator[None]:
-    handler, level = _Notice(), LOG.level
+    handler, level, propagate = _Notice(), LOG.level, LOG.propagate
     LOG.addHandler(handler)
     LOG.setLevel(logging.INFO)
     LOG.propagate = False  # some libraries print whatever reaches the root
@@ -49,5 +49,5 @@ def compilation_notice() -> Iterator[None]:
     finally:
         LOG.removeHandler(handler)
         LOG.setLevel(level)
-        LOG.propagate = True
+        LOG.propagate = propagate
         handler.close()

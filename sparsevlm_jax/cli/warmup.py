@@ -7,7 +7,15 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from sparsevlm_jax.cli.options import ImageFiles, MaxNewTokens, ModelOptions, PruningOptions, note, spread_options
+from sparsevlm_jax.cli.options import (
+    ImageFiles,
+    MaxNewTokens,
+    ModelOptions,
+    PruningOptions,
+    note,
+    require_readable,
+    spread_options,
+)
 from sparsevlm_jax.cli.waiting import compilation_notice
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.generation.api import require_processor, settings_for
@@ -36,6 +44,7 @@ def warmup(
     a model cuts them into tiles by their size: --image stands for those to come (default: one square).
     """
     wanted = {bucket(count, TEXT_BUCKETS, "--text") for count in text or ()}
+    require_readable(image or [], [])
     loaded = source.load()
     settings = settings_for(loaded, pruning.sparsity(), max_new_tokens)
     side = loaded.config.vision.image_size
@@ -44,7 +53,7 @@ def warmup(
     words = int(np.sum(ids != loaded.config.image_token_id))
     possible = [count for count in TEXT_BUCKETS if count >= words]
     if wanted and min(wanted) < words:
-        raise UserError(f"--text {min(wanted)}: around an empty question a prompt has {words} text tokens already")
+        raise UserError(f"--text {min(text or ())}: around an empty question a prompt has {words} text tokens already")
     for count in sorted(wanted) or possible[:3]:
         longer = np.concatenate([ids, np.full(count - words, ids[-1], ids.dtype)])
         with compilation_notice():
