@@ -48,6 +48,12 @@ def test_frames_take_turns_best_first(seed: int) -> None:
         )
 
 
+def test_turns_are_told_apart_where_a_methods_scores_have_16_bits() -> None:
+    ones = jnp.ones((1, 2056))
+    found = take_turns(ones.astype(jnp.bfloat16), ones > 0, jnp.zeros((1, 2056), jnp.int32))
+    assert found[0].tolist() == [-place for place in range(2056)]
+
+
 @cache
 def explained(per_frame: bool, keep: int = 10, method: str = "fastv") -> Explanation:
     how = sv.sparsity(method, keep_at=((0, keep), (1, keep // 2)), per_frame=per_frame)

@@ -155,7 +155,7 @@ def take_turns(
         first = jnp.concatenate([jnp.ones(1, bool), jnp.diff(frame[by_frame]) != 0])
         turn = places - jax.lax.cummax(jnp.where(first, places, 0))
         order = jnp.lexsort((falling, jnp.zeros_like(places).at[by_frame].set(turn), ~visual))
-        return jnp.zeros_like(scores).at[order].set(-places.astype(scores.dtype))
+        return jnp.zeros(len(scores), jnp.float32).at[order].set(-places.astype(jnp.float32))  # 16 bit count to 256
 
     return jax.vmap(of_row)(scores, visual, frame)
 
