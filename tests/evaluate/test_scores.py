@@ -130,6 +130,13 @@ def test_pope_of_another_release_is_refused(tmp_path: Path) -> None:
         score("pope", *files)
 
 
+def test_pope_without_the_labels_of_a_category_is_refused(tmp_path: Path) -> None:
+    files = pope(tmp_path, ["Yes"] * 2, ["yes"] * 2, ["random", "popular"])
+    (files[1] / "coco_pope_popular.json").unlink()
+    with pytest.raises(UserError, match="no coco_pope_popular.json, a category of the questions"):
+        score("pope", *files)
+
+
 # MME
 
 
@@ -222,6 +229,8 @@ def test_textvqa_is_the_mean_over_its_questions(tmp_path: Path) -> None:
         score("textvqa", answers(tmp_path, rows[:1]), truth)
     with pytest.raises(UserError, match="1 answers are to questions that .*val.json does not have"):
         score("textvqa", answers(tmp_path, [*rows, ("x2", "What is it?\nAnswer.", "a")]), truth)
+    with pytest.raises(UserError, match=r"two answers to .*what is it\?"):
+        score("textvqa", answers(tmp_path, [*rows, rows[0]]), truth)
 
 
 # Sets with one true answer

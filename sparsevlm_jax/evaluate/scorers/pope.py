@@ -27,8 +27,11 @@ def score(given: Given) -> Scores:
     """
     assert given.questions is not None
     answered = given.one_each(question.question_id for question in given.questions)
-    scores, f1 = {}, []
-    for category, file in _categories(given.truth).items():
+    scores, f1, files = {}, [], _categories(given.truth)
+    unknown = {question.category for question in given.questions} - files.keys()
+    if unknown:
+        raise UserError(f"{given.truth}: no coco_pope_{min(unknown, key=str)}.json, a category of the questions")
+    for category, file in files.items():
         own = [i for i, question in enumerate(given.questions) if question.category == category]
         labels = _labels(file, [given.questions[i] for i in own])
         found = _rates([says_yes(answered[i].text) for i in own], labels)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from sparsevlm_jax.errors import shown
+from sparsevlm_jax.errors import UserError, shown
 from sparsevlm_jax.evaluate.normalize import normalize
 from sparsevlm_jax.evaluate.scorers.base import Given, Scores, entry, read_document
 
@@ -23,13 +23,16 @@ def score(given: Given) -> Scores:
     Raises:
       UserError: answers and truth do not belong together.
     """
-    people = {}
+    people, asked = {}, Counter()
     for row in entry(read_document(given.truth, dict).get("data"), list, f"{given.truth}: `data`"):
         row = entry(row, dict, f"{given.truth}: an entry of `data`")
         key = str(row.get("image_id")), str(row.get("question")).lower()
+        asked[key] += 1
         people[key] = entry(row.get("answers"), list, f"{given.truth}: {shown(key[1])}: `answers`")
     keys = [(str(answer.question_id), question_of(answer.prompt).lower()) for answer in given.answers]
     given.require_match(dict.fromkeys(keys), list(people))
+    if twice := Counter(keys) - asked:
+        raise UserError(f"{given.source}: two answers to {shown(min(twice))}")
     said = [
         accuracy(answer.text, [str(each) for each in people[key]])
         for key, answer in zip(keys, given.answers, strict=True)
