@@ -114,9 +114,9 @@ def _unpack(encoded: str, file: Path, name: str) -> None:
     try:
         content = base64.b64decode(encoded, validate=True)
     except ValueError as error:
-        raise UserError(f"{name}: `image` is no base64: {error}") from None
+        raise UserError(f"{name}: its image is no base64: {error}") from None
     if not content:
-        raise UserError(f"{name}: has no `image`")
+        raise UserError(f"{name}: has no image")
     if not file.exists():
         write(file, content)  # whole or not at all: other shards look for it too
     elif read_bytes(file, bounds.FIELD_BYTES) != content:

@@ -176,5 +176,6 @@ def _names(row: dict[str, Any], kind: str, name: str) -> tuple[str, ...]:
     value = row.get(kind)
     names = value if isinstance(value, list) else [] if value in (None, "") else [value]
     if not all(isinstance(each, str) for each in names):
-        raise UserError(f"{name}: `{kind}` is {shown(value)}, expected the name of a file or a list of names")
+        # Without the marks of a setting: this is no option of the command line.
+        raise UserError(f"{name}: its {kind} is {shown(value)}, expected the name of a file or a list of names")
     return tuple(names)

@@ -53,8 +53,8 @@ def test_lines_become_questions_in_their_order(tmp_path: Path) -> None:
         ([{"question_id": 1}], "line 1: `text` is None, expected a text"),
         ([{"text": "a"}], "line 1: `question_id` is None"),
         ([{"question_id": [1], "text": "a"}], r"line 1: `question_id` is \[1\]"),
-        ([{"question_id": 1, "text": "a", "image": 7}], "line 1: `image` is 7, expected the name of a file"),
-        ([{"question_id": 1, "text": "a", "image": [None]}], "line 1: `image` is"),
+        ([{"question_id": 1, "text": "a", "image": 7}], "line 1: its image is 7, expected the name of a file"),
+        ([{"question_id": 1, "text": "a", "image": [None]}], "line 1: its image is"),
         (
             [{"question_id": 1, "text": "a", "image": "a.png"}, {"question_id": 1, "text": "a", "image": "b.png"}],
             "line 2: question_id 1 is there with the same text and another image",
@@ -122,9 +122,9 @@ def test_mmbench_is_a_table_with_its_images(tmp_path: Path) -> None:
     other = base64.b64encode(b"of another table").decode()
     for rows, header, message in (
         ([{**row, "image": other}], None, 'index "12": .*12.jpg is there already, another image'),
-        ([{**row, "index": "14", "image": ""}], None, 'index "14": has no `image`'),
+        ([{**row, "index": "14", "image": ""}], None, 'index "14": has no image'),
         ([{**row, "index": "../x"}], None, r'index "../x": is no whole number'),
-        ([{**row, "index": "14", "image": "?"}], None, "`image` is no base64"),
+        ([{**row, "index": "14", "image": "?"}], None, "its image is no base64"),
         ([row], ["question", "A"], "no columns `index` and `question`"),
         ([{**row, "A": "x\ty"}], None, "line 2: 15 columns, the first has 14"),
     ):
