@@ -71,6 +71,12 @@ def test_frames_keep_as_many_as_each_other(keep: int) -> None:
     assert max(competing) - min(competing) > 1, "as released, frames compete"
 
 
+def test_the_page_says_how_frames_share_what_stays() -> None:
+    turns, pool = (" ".join(summary.notes(explained(per_frame))) for per_frame in (True, False))
+    assert "Frames take turns" in turns and "one pool" not in turns
+    assert "one pool" in pool and "Frames take turns" not in pool
+
+
 def test_each_frame_keeps_the_best_of_its_own() -> None:
     explanation = explained(True)
     pruning = explanation.stages[0].pruning

@@ -253,9 +253,13 @@ def _frames(explanation: Explanation) -> str:
     view = next(view for view in explanation.views if view.is_frame)
     frames = sum(view.is_frame for view in explanation.views)
     subject = "The video is" if explanation.videos == 1 else "The videos are"
+    if explanation.pruned.plan.sparsity.per_frame:
+        shared = "Frames take turns, each giving its best token that is left"
+    else:
+        shared = "Their tokens are one pool: a frame may keep many of them, and another none"
     return (
         f"{subject} shown to the model as {frames} frames of {' by '.join(map(str, view.shape))} patches, one after "
-        "the other. Their tokens are one pool: a frame may keep many of them, and another none."
+        f"the other. {shared}."
     )
 
 
