@@ -211,8 +211,8 @@ def write(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def require_writable(path: Path) -> None:
-    """Finds out before a long computation that its file could not be written.
+def require_writable(path: Path) -> Path:
+    """Finds out before a long computation that its file could not be written; returns where it will be, `~` resolved.
 
     Raises:
       UserError: its folder is not there or closed, or the name is that of anything but a file, or none at all.
@@ -226,6 +226,7 @@ def require_writable(path: Path) -> None:
         raise UserError(f"{path}: there is no folder {path.parent}, make it first")
     if not os.access(path.parent, os.W_OK):
         raise UserError(f"{path}: the folder {path.parent} cannot be written")
+    return path
 
 
 def _open_at_once(file: str, flags: int) -> int:

@@ -62,8 +62,8 @@ def answer(
     """Answers a file of questions, greedily. Interrupted at any moment, the same command goes on."""
     sparsity = pruning.sparsity(seed=seed)
     frame_indices(frames, frames, sampling)
-    job = Job(questions, images, answers, limit, _shard(shard), suffix, strict)
-    files.require_writable(answers)
+    answers = files.require_writable(answers)
+    job = Job(files.user_path(questions), files.user_path(images), answers, limit, _shard(shard), suffix, strict)
     asked = job.read()
     batcher = Batcher(
         source.load(),

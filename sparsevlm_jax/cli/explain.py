@@ -47,7 +47,7 @@ def explain(
     sparsity = pruning.sparsity(seed=seed)
     if output.suffix not in (".html", ".htm"):
         raise UserError(f"-o {output}: a page is written, give a name that ends in .html")
-    files.require_writable(output)
+    output = files.require_writable(output)
     require_readable(image or [], [question])
     videos.require_readable()
     require_shown(image or [], videos.files)

@@ -33,7 +33,8 @@ def score(
     _require_known(kind, SCORERS)
     if SCORERS[kind].needs_questions and questions is None:
         raise UserError(f"score {kind}: --questions is needed too")
-    if not files.user_path(truth).exists():
+    answers, truth, questions = files.user_path(answers), files.user_path(truth), _user_path(questions)
+    if not truth.exists():
         raise UserError(f"--truth {truth}: is not there; expected {SCORERS[kind].truth}")
     scores = run_score(kind, answers, truth, questions)
     if as_json:
@@ -51,9 +52,13 @@ def submit(
 ) -> None:
     """Writes the file that a benchmark's server takes; only the server knows the true answers."""
     _require_known(kind, SUBMISSIONS)
-    files.require_writable(output)
-    run_submit(kind, answers, questions, output)
+    output = files.require_writable(output)
+    run_submit(kind, files.user_path(answers), _user_path(questions), output)
     print(output)
+
+
+def _user_path(file: Path | None) -> Path | None:
+    return None if file is None else files.user_path(file)
 
 
 def _require_known(kind: str, known: Collection[str]) -> None:

@@ -181,7 +181,7 @@ def test_vqav2_and_vizwiz_get_evalais_spelling_in_the_order_of_the_questions(tmp
 
 
 def test_mmvet_needs_no_questions_and_the_command_says_who_does(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answers, out = write_lines(tmp_path / "a.jsonl", [{"question_id": 0, "text": "It is."}]), tmp_path / "out.json"
 
@@ -193,6 +193,9 @@ def test_mmvet_needs_no_questions_and_the_command_says_who_does(
 
     assert call("mmvet", "--answers", answers, "-o", out)[:2] == (0, f"{out}\n")
     assert json.loads(out.read_text()) == {"v1_0": "It is."}
+    monkeypatch.setenv("HOME", str(tmp_path))  # a shell leaves ~ alone behind --answers=
+    out.unlink()
+    assert call("mmvet", "--answers=~/a.jsonl", "--output=~/out.json")[:2] == (0, f"{out}\n") and out.exists()
     code, _, err = call("vizwiz", "--answers", answers, "-o", out)
     assert code == 2 and "vizwiz: the file of questions is needed too" in err
     code, _, err = call("pope", "--answers", answers, "-o", out)
