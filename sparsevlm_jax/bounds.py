@@ -1,7 +1,8 @@
 """How much a file may ask for. Everything beyond is refused before it costs memory or time.
 
 Each bound lies well above what any published LLaVA checkpoint holds, and low enough that what is refused, or just
-accepted, takes less than two seconds and a gigabyte.
+accepted, takes less than two seconds and a gigabyte. Files of questions, answers and truths are the user's own and
+may be large: their bounds only end what has no end.
 """
 
 from __future__ import annotations

@@ -128,3 +128,6 @@ def _lock(stream: Any, file: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
             raise UserError(f"{file}: cannot be locked: {error.strerror}") from error
+    if not file.exists() or not os.path.samestat(os.fstat(stream.fileno()), os.stat(file)):
+        # Sorted, and so replaced, between opening and locking: what is written here would be nowhere.
+        raise UserError(f"{file}: another process has just written it: give the same command again")

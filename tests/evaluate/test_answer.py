@@ -18,6 +18,7 @@ import pytest
 import sparsevlm_jax as sv
 from sparsevlm_jax import Model, UserError
 from sparsevlm_jax.cli import main
+from sparsevlm_jax.evaluate import answers_file
 from sparsevlm_jax.evaluate.record import checksum, record_file
 from sparsevlm_jax.evaluate.run import Job
 from sparsevlm_jax.generation.batches import Batcher
@@ -225,6 +226,17 @@ def test_two_processes_do_not_write_the_same_answers(model: Model, make_job: Mak
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(UserError, match="another process is writing answers there"):
             answer(model, job)
+
+
+def test_a_file_that_is_replaced_between_opening_and_locking_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, sorted_file = tmp_path / "a.jsonl", tmp_path / "sorted"
+    file.touch()
+    sorted_file.touch()
+    monkeypatch.setattr(fcntl, "flock", lambda *_: sorted_file.replace(file))
+    with pytest.raises(UserError, match="another process has just written it"), answers_file.writing(file):
+        pass
 
 
 def test_every_batch_is_on_the_disk_before_the_next(
