@@ -18,6 +18,7 @@ from sparsevlm_jax.cli.options import (
     require_readable,
     spread_options,
 )
+from sparsevlm_jax.cli.waiting import compilation_notice
 from sparsevlm_jax.errors import UserError
 
 
@@ -52,7 +53,9 @@ def explain(
     videos.require_readable()
     require_shown(image or [], videos.files)
     shown = {"aspect": aspect, "videos": videos.files, "sampling": videos.rule}
-    explanation = record(source.load(), image or [], question, sparsity, max_new_tokens=max_new_tokens, **shown)
+    model = source.load()
+    with compilation_notice():
+        explanation = record(model, image or [], question, sparsity, max_new_tokens=max_new_tokens, **shown)
     written = [output]
     files.write(output, render(explanation).encode())
     if png:
