@@ -136,7 +136,7 @@ def test_streaming_lowers_and_compiles_each_program_once(
 
     class Counted:
         def __init__(self, program: Any) -> None:
-            self.program, self.__name__ = program, program.__name__
+            self.program = program
 
         def lower(self, *args: Any, **static: Any) -> Any:
             lowered.append(self.program.__name__)

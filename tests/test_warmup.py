@@ -76,9 +76,9 @@ def test_a_long_compilation_is_named_once_and_a_short_one_never(
     monkeypatch.setattr(waiting, "PATIENCE", 0.05)
 
     def compilation(seconds: float) -> None:
-        LOG.info("compiling start")
+        LOG.info("compiling")
         time.sleep(seconds)
-        LOG.info("compiled start")
+        LOG.info("compiled")
 
     with waiting.compilation_notice():
         compilation(0.0)

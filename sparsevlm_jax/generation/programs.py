@@ -31,9 +31,9 @@ class Programs:
         shapes = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
         key = (program, tuple(static.items()), structure, shapes)
         if key not in self._compiled:
-            LOG.info("compiling %s", program.__name__)
+            LOG.info("compiling")
             self._compiled[key] = program.lower(*args, **static).compile()
-            LOG.info("compiled %s", program.__name__)
+            LOG.info("compiled")
         compiled = time.perf_counter()
         self.compile_seconds += compiled - began
         out = jax.block_until_ready(self._compiled[key](*args))
