@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,9 +19,13 @@ from sparsevlm_jax.aot.roofline import COLLECTIVES, Kernel, kernels
 from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.pruning.settings import Sparsity
+from sparsevlm_jax.text import in_bytes
 
-# There is nothing to time kernels on.
-_OPTIONS = {"cuda": {"xla_gpu_autotune_level": 0}, "tpu": {}}
+# There is nothing to time kernels on. XLA writes the kernels of products itself then, with fixed tiles; where these do
+# not go with a product's shape it says so, and cuBLAS, which a device often prefers, takes all products.
+_NO_TIMING = {"xla_gpu_autotune_level": 0}
+_OPTIONS = {"cuda": (_NO_TIMING, {**_NO_TIMING, "xla_gpu_enable_triton_gemm": False}), "tpu": ({},)}
+_NO_TILES = "Couldn't find output tile sizes"
 _TRIES = 3  # compilations that look for the largest batch, besides the two that its search begins with
 _SECOND = 8  # batch
 
@@ -97,6 +101,8 @@ def compile_for(config: ModelConfig, sparsity: Sparsity, prompts: Prompts, dtype
       TooLargeError: the compiler says that the device's memory does not hold it.
     """
     programs = lowered(config, sparsity, prompts, dtype, chips(device)[0], device.platform)
+    if programs.parameters + programs.cache > device.memory:
+        raise _too_large(device)
     prefill, decode = (
         _compiled(program, device, only_loop)
         for program, only_loop in ((programs.start, False), (programs.decode, True))
@@ -105,91 +111,71 @@ def compile_for(config: ModelConfig, sparsity: Sparsity, prompts: Prompts, dtype
 
 
 def largest_batch(
-    config: ModelConfig, sparsity: Sparsity, prompts: Prompts, dtype: str, device: Device, known: Sequence[Answer] = ()
+    config: ModelConfig, sparsity: Sparsity, prompts: Prompts, dtype: str, device: Device, known: Sequence[Answer]
 ) -> int:
     """The largest batch of such prompts that the device's memory holds, found by compiling a few.
 
     Args:
       prompts: their own batch does not matter.
-      known: has been compiled before, for other batches.
+      known: what has been compiled before, at least one.
     """
-    found = {_batch(answer): answer.memory for answer in known}
 
     def memory(batch: int) -> int | None:
-        if batch not in found:
-            try:
-                found[batch] = compile_for(config, sparsity, replace(prompts, batch=batch), dtype, device).memory
-            except TooLargeError:
-                return None
-        return found[batch]
+        try:
+            return compile_for(config, sparsity, replace(prompts, batch=batch), dtype, device).memory
+        except TooLargeError:
+            return None
 
-    if known:
-        first = known[0].programs
-        bound = (device.memory - first.parameters) // (first.cache // _batch(known[0]))
-    else:
-        bound = 2 * _SECOND
-    return search(memory, device.memory, max(2, min(_SECOND, bound // 2)))
+    first = known[0].programs
+    bound = (device.memory - first.parameters) // (first.cache // first.batch)
+    found = {answer.programs.batch: answer.memory for answer in known}
+    return search(memory, device.memory, max(2, min(_SECOND, bound // 2)), found)
 
 
-def search(memory: Callable[[int], int | None], limit: int, second: int) -> int:
+def search(memory: Callable[[int], int | None], limit: int, second: int, known: Mapping[int, int]) -> int:
     """The largest batch whose memory is within the limit, where memory grows about linearly.
 
     Two batches, 1 and `second`, say where it would be; that is looked at, and looked for again on the line through
-    what was found.
+    what was found, a few times.
 
     Args:
       memory: bytes of a batch; None where they are more than can be.
+      known: bytes of batches that need not be looked at.
 
     Returns:
       A batch that was looked at and fits; 0 where not even one row does.
     """
-    fits: dict[int, int] = {}
-    high: int | None = None  # the smallest that does not
-
-    def look(batch: int) -> None:
-        nonlocal high
-        taken = memory(batch)
-        if taken is None or taken > limit:
-            high = batch if high is None else min(high, batch)
-        else:
-            fits[batch] = taken
-
-    look(1)
-    if not fits:
-        return 0
-    look(second)
+    found: dict[int, int | None] = dict(known)
+    for batch in (1, second):
+        if len(found) < 2 and batch not in found and None not in found.values():
+            found[batch] = memory(batch)
     for _ in range(_TRIES):
-        low, guess = max(fits), _guess(fits, limit)
-        guess = (low + high) // 2 if high is not None and not low < guess < high else guess
-        if guess <= low:
+        guess = _guess(found, limit)
+        if guess in found:
             break
-        look(guess)
-    return max(fits)
+        found[guess] = memory(guess)
+    return max((batch for batch, taken in found.items() if taken is not None and taken <= limit), default=0)
 
 
-def _guess(fits: dict[int, int], limit: int) -> int:
-    """Where the line through the two largest batches meets the limit; 2 where there is but one."""
-    if len(fits) == 1:
-        return 2
-    small, large = sorted(fits)[-2:]
-    each = max((fits[large] - fits[small]) / (large - small), 1)
-    return large + int((limit - fits[large]) / each)
-
-
-def _batch(answer: Answer) -> int:
-    return answer.programs.start.out_info.tokens.shape[0]
+def _guess(found: Mapping[int, int | None], limit: int) -> int:
+    """The next batch to look at: where a line through two that are known meets the limit; one that is known, where no
+    other can be better."""
+    fits = sorted((batch, taken) for batch, taken in found.items() if taken is not None and taken <= limit)
+    high = min(set(found) - {batch for batch, _ in fits}, default=None)
+    if not fits:
+        return 1
+    low, taken = fits[-1]
+    above = None if high is None else found[high]
+    if high is not None and above is None:
+        return (low + high) // 2
+    before = fits[-2] if len(fits) > 1 else (0, 0)
+    batch, other = before if high is None or above is None else (high, above)
+    guess = low + int((limit - taken) / max((other - taken) / (batch - low), 1))
+    return guess if high is None else min(guess, high - 1)
 
 
 def _compiled(program: Any, device: Device, only_loop: bool) -> Compiled:
-    began = time.perf_counter()
-    with _uncached():
-        try:
-            made = program.compile(compiler_options=_OPTIONS[device.platform])
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise TooLargeError(f"--compile-for {device.name}: more than its memory holds") from error
-    seconds = time.perf_counter() - began
+    made, seconds = _compile(program, device)
     taken = made.memory_analysis()
     return Compiled(
         seconds,
@@ -200,6 +186,34 @@ def _compiled(program: Any, device: Device, only_loop: bool) -> Compiled:
         made.as_text(),
         only_loop,
     )
+
+
+def _compile(program: Any, device: Device) -> tuple[Any, float]:
+    """The executable, and the seconds of the attempt that succeeded."""
+    *attempts, last = _OPTIONS[device.platform]
+    for options in attempts:
+        try:
+            return _timed(program, device, options)
+        except jax.errors.JaxRuntimeError as error:
+            if _NO_TILES not in str(error):
+                raise
+    return _timed(program, device, last)
+
+
+def _timed(program: Any, device: Device, options: dict[str, Any]) -> tuple[Any, float]:
+    began = time.perf_counter()
+    try:
+        with _uncached():
+            made = program.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise _too_large(device) from error
+    return made, time.perf_counter() - began
+
+
+def _too_large(device: Device) -> TooLargeError:
+    return TooLargeError(f"{device.name}: its memory, {in_bytes(device.memory)}, does not hold the programs")
 
 
 @contextmanager

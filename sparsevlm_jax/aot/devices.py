@@ -150,16 +150,6 @@ _COMPILERS = {
 }
 
 
-def device_named(name: str) -> Device:
-    """
-    Raises:
-      UserError: none is called so.
-    """
-    if name not in DEVICES:
-        raise UserError(f"--compile-for {name}: expected one of {', '.join(DEVICES)}")
-    return DEVICES[name]
-
-
 def require_compiler(device: Device) -> None:
     """Makes XLA's compiler for a device loadable where no such device is: to be called before JAX looks for its
     backends, which it does once in a process.
@@ -170,12 +160,11 @@ def require_compiler(device: Device) -> None:
     what, extra, modules = _COMPILERS[device.platform]
     if not any(map(_installed, modules)):
         raise UserError(
-            f"--compile-for {device.name}: XLA's compiler for {what} is not installed; in an environment of its own: "
+            f"{device.name}: XLA's compiler for {what} is not installed; in an environment of its own: "
             f"pip install 'sparsevlm_jax[{extra}]'"
         )
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # the plugin asks for a driver
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu asks the cloud which machine this is
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if "JAX_PLATFORMS" not in os.environ:
         jax.config.update("jax_platforms", "cpu")
 
@@ -196,7 +185,7 @@ def chips(device: Device) -> list[Any]:
             )
     except Exception as error:  # which ones depends on the plugin
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"--compile-for {device.name}: XLA's compiler cannot be used: {said}") from error
+        raise UserError(f"{device.name}: XLA's compiler cannot be used: {said}") from error
     return list(found.devices)
 
 

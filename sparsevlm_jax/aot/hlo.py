@@ -24,7 +24,7 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
 class Shape(NamedTuple):
-    """An array. `space` is where it is held: 0 the device's memory, others are of its own kind, such as a TPU's VMEM."""
+    """An array. `space` says where: 0 is the device's memory, others are its own kinds, such as a TPU's VMEM."""
 
     dtype: str
     dims: tuple[int, ...]

@@ -55,6 +55,7 @@ class Programs:
       start, decode: prefill with the first token, and the decoding loop.
     """
 
+    batch: int
     plan: Plan
     lengths: tuple[int, ...]
     parameters: int
@@ -88,14 +89,12 @@ def lowered(
     arguments = (placed(_shape(packed.input_ids)), placed(_shape(packed.lengths)), placed(_images(config, prompts)))
     keys = placed(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts.batch)))
     with target(platform):
-        begun = start.lower(
-            params, *arguments, keys, sampler, seed, config=config, plan=plan, decoding=decoding
-        )
+        begun = start.lower(params, *arguments, keys, sampler, seed, config=config, plan=plan, decoding=decoding)
         state: DecodeState = placed(begun.out_info)
         limit = placed(jax.ShapeDtypeStruct((), jnp.int32))
         looped = decode.lower(params, state, limit, sampler, config=config, stops=plan.stops, decoding=decoding)
     lengths = tuple(packed.text + stage.visual for stage in plan.stages)
-    return Programs(plan, lengths, _bytes(params), _bytes(state.cache), begun, looped)
+    return Programs(prompts.batch, plan, lengths, _bytes(params), _bytes(state.cache), begun, looped)
 
 
 def _bytes(tree: Any) -> int:

@@ -132,7 +132,9 @@ def _bytes(program: Program, within: Computation, instruction: Instruction, fetc
         read += size if fused is None else _read(program, fused, fused.parameters[number].name, size)
     if fused is None and instruction.opcode in (*_PARTIAL, *_IN_PLACE):
         return _sparse_bytes(within, instruction)
-    slow = instruction.shapes if not instruction.opcode.endswith("-start") else instruction.shapes[:1]
+    # A transfer returns its source, too, and a library's kernel its workspace.
+    first = instruction.opcode == "custom-call" or instruction.opcode.endswith("-start")
+    slow = instruction.shapes[:1] if first else instruction.shapes
     if fused is not None and not any(shape.space for shape in slow):
         return read + _written(program, fused, fused.root)
     return read + sum(shape.bytes for shape in slow if not shape.space)
