@@ -3,7 +3,9 @@
 from sparsevlm_jax.checkpoints.load import Model, load
 from sparsevlm_jax.config import ModelConfig, SiglipConfig, TextConfig, VisionConfig
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.generation.api import generate, generate_ids, stream, stream_ids
+from sparsevlm_jax.generation.answer import Answer
+from sparsevlm_jax.generation.api import answer, generate, generate_ids, stream, stream_ids
+from sparsevlm_jax.generation.batches import answer_all
 from sparsevlm_jax.generation.chat import Chat
 from sparsevlm_jax.inputs.packing import TiledImages
 from sparsevlm_jax.models.embedding import embed, encode_images
@@ -24,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "METHODS",
     "PRESETS",
+    "Answer",
     "Budget",
     "Cache",
     "Chat",
@@ -44,6 +47,8 @@ __all__ = [
     "VipLlavaConfig",
     "VisionConfig",
     "abstract_params",
+    "answer",
+    "answer_all",
     "config_from_hf",
     "decode_step",
     "embed",

@@ -17,6 +17,13 @@ TOKENIZER_BYTES = 20_000_000  # Vicuna's tokenizer.json has 1.8 MB, Llama 3's 17
 TOKENIZER_GROWTH = 1_000  # times that a text may get longer before it is tokens
 TOKENIZER_FRAME = 256  # tokens that are put around a text
 
+# Questions and answers, and what they are scored by.
+LINE_BYTES = 1_000_000  # of one question or answer; those of TextVQA, with the words on an image, have 2 kB
+QUESTION_CHARACTERS = 100_000  # with its id: an answer repeats both, each at most six bytes, and has to fit a line
+LINES = 2_000_000  # the test questions of VQAv2 are 447,793
+FIELD_BYTES = 20_000_000  # of one field of a table, such as an image in base64
+TRUTH_BYTES = 400_000_000  # of a file of true answers; GQA's balanced validation questions have 90 MB
+
 # Tensors of one safetensors header.
 DIMENSIONS = 8  # a convolution's kernel has 4
 

@@ -6,6 +6,7 @@ import json
 import os
 import stat
 import uuid
+from collections.abc import Iterator
 from io import BufferedReader
 from itertools import chain
 from pathlib import Path
@@ -44,6 +45,14 @@ def parse_json(content: bytes, name: str, most: int = bounds.JSON_BYTES) -> dict
     Raises:
       UserError: it is anything else.
     """
+    found = parse_document(content, name, most)
+    if not isinstance(found, dict):
+        raise UserError(f"{name}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
+def parse_document(content: bytes, name: str, most: int) -> Any:
+    """Any JSON document, otherwise as `parse_json`."""
     try:
         if len(content) > most:
             raise ValueError(f"{len(content):,} bytes, expected at most {most:,}")
@@ -57,9 +66,35 @@ def parse_json(content: bytes, name: str, most: int = bounds.JSON_BYTES) -> dict
         raise UserError(f"{name}: cannot be read as JSON: {_TOO_DEEP}") from None
     except ValueError as error:  # no UTF-8, no JSON, or one of ours
         raise UserError(f"{name}: cannot be read as JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{name}: expected a JSON object, found {type(found).__name__}")
     return found
+
+
+def read_lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file with their numbers from 1, within `bounds`; a last one without its end has none here either.
+
+    Raises:
+      UserError: the file cannot be read, or has longer or more lines than are taken.
+    """
+    with open_regular(file) as stream:
+        number = 0
+        while line := stream.readline(bounds.LINE_BYTES + 1):
+            number += 1
+            if len(line) > bounds.LINE_BYTES or number > bounds.LINES:
+                more = f"more than {bounds.LINE_BYTES:,} bytes" if len(line) > bounds.LINE_BYTES else "too many lines"
+                raise UserError(f"{file}: line {number}: {more}")
+            yield number, line
+
+
+def read_json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The JSON object of every line that is not empty, and what to call it in errors.
+
+    Raises:
+      UserError: the file cannot be read, or a line is anything else.
+    """
+    for number, line in read_lines(file):
+        if line.strip():
+            name = f"{file}: line {number}"
+            yield name, parse_json(line, name, bounds.LINE_BYTES)
 
 
 def read_bytes(file: Path, most: int) -> bytes:
@@ -158,14 +193,17 @@ def refuse_pointer(start: bytes, file: Path) -> None:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes beside the file and renames; a file that is there is replaced.
+    """Writes beside the file and renames, when all of it is on the disk; a file that is there is replaced.
 
     Raises:
       UserError: the file cannot be written.
     """
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
-        temporary.write_bytes(content)
+        with open(temporary, "xb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -23,8 +23,8 @@ class ImageLayout(NamedTuple):
       weight: what share of each of them is in it; None where a token is one patch.
       line: of each token the newline that closes its line; of a newline, and of a token in no such line, itself.
       places: tile, y and x of each token, in patches. Where tiles are parts of one canvas, tile is the first of them
-        and y and x count through the canvas.
-      is_video: its tiles are frames, which have a tower of their own.
+        and y and x count through the canvas. A class token stands at y = x = -1.
+      is_video: the tiles are the frames of a video.
     """
 
     tiles: int
@@ -49,7 +49,7 @@ def one_tile(grid: int, class_tokens: int, dropped: int) -> ImageLayout:
 
 
 def whole_frames(frames: int, grid: int, class_tokens: int) -> ImageLayout:
-    """A video: frame by frame, each patch by patch behind its class token."""
+    """The frames of a video one after the other, each patch by patch behind its class token."""
     one = one_tile(grid, class_tokens, 0)
     order = np.arange(frames * one.tokens)
     places = np.tile(one.places, (frames, 1)) + np.array([1, 0, 0]) * (order // one.tokens)[:, None]

@@ -32,7 +32,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """In the process that prints, whichever ran the test."""
     if report.when == "teardown":
-        _seconds[report.nodeid] = dict(report.user_properties)[NAME]
+        _seconds[report.nodeid] = float(str(dict(report.user_properties)[NAME]))
 
 
 @pytest.hookimpl(trylast=True)

@@ -37,10 +37,13 @@ from sparsevlm_jax.bench.torch_weights import fill, load
 from sparsevlm_jax.bench.worker import Worker, WorkerError
 from sparsevlm_jax.cli.main import main
 from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.inputs.packing import TiledImages
+from sparsevlm_jax.models.cost import frame_xla_flops
 from sparsevlm_jax.models.family import family_of
 
 CELL = Cell("tiny", 1, 48, 16, "float32")
 NEXT = Cell("tiny-next", 1, 48, 88, "float32")
+VIDEO = Cell("tiny-video", 2, 48, 51, "float32")
 DENSE, PRUNED = Side("jax", "dense"), Side("jax", "v1.5", 8)
 
 
@@ -81,7 +84,7 @@ def result() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("cell, dtype", [(CELL, "float32"), (CELL, "bfloat16"), (NEXT, "float32")])
+@pytest.mark.parametrize("cell, dtype", [(CELL, "float32"), (CELL, "bfloat16"), (NEXT, "float32"), (VIDEO, "float32")])
 def test_both_sides_draw_the_same_weights_bit_for_bit(cell: Cell, dtype: str) -> None:
     params = jax_programs.draw_params(cell.config, dtype)
     flat: dict[Any, Any] = dict(traverse_util.flatten_dict(params))
@@ -160,6 +163,25 @@ def test_images_of_tiles_fill_their_largest_canvas() -> None:
         assert replace(NEXT, visual_tokens=100).config
 
 
+def test_a_video_is_frames_of_the_family_itself() -> None:
+    cell = Cell("video", 2, 118, SHAPES["video"].visual_tokens, "float32")
+    assert (cell.config.model_type, cell.images, cell.image_size) == ("video_llava", 8, (224, 224))
+    assert [layout.tokens for layout in cell.layouts] == [2056, 2056]
+    shown = hash_weights.images(VIDEO)
+    assert isinstance(shown, TiledImages) and len(shown.pixel_values) == 0
+    assert shown.frames.shape == (2 * 3, 3, 56, 56) and shown.packing.index[:, 0].tolist() == [*range(2 * 51)]
+    for visual_tokens in (2048, 576):
+        with pytest.raises(UserError, match="expected a multiple of 257, which a frame of video becomes"):
+            assert replace(cell, visual_tokens=visual_tokens).config
+
+
+@pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated")
+def test_the_dense_video_sides_agree_and_count_the_frames_tower() -> None:
+    ours, theirs = JaxRunner(VIDEO, DENSE, 16), runner(VIDEO, Side("sdpa", "dense"), 16, "cpu")
+    np.testing.assert_array_equal(ours.generate((1, 4))[0], theirs.generate((1, 4))[0])
+    assert ours.facts()["tower_xla_flops"] == pytest.approx(6 * frame_xla_flops(VIDEO.config))
+
+
 def test_given_indices_run_the_same_stages() -> None:
     """With nothing merged the prefill with given indices is the prefill."""
     side = Side("jax", "v2.0", 8)
@@ -169,9 +191,10 @@ def test_given_indices_run_the_same_stages() -> None:
     np.testing.assert_allclose(given, logits, atol=1e-4)
 
 
-@pytest.mark.parametrize("cell", [CELL, NEXT], ids=lambda cell: cell.shape)
+@pytest.mark.parametrize("cell", [CELL, NEXT, VIDEO], ids=lambda cell: cell.shape)
 def test_jax_and_pytorch_agree_from_pixels_to_tokens(cell: Cell) -> None:
-    ours, theirs = JaxRunner(cell, PRUNED, 16), runner(cell, Side("best", "v1.5", 8), 16, "cpu")
+    engine = "best" if cell.batch == 1 else "batched"
+    ours, theirs = JaxRunner(cell, PRUNED, 16), runner(cell, Side(engine, "v1.5", 8), 16, "cpu")
     tokens, seconds = ours.generate((1, 4))
     others, _ = theirs.generate((1, 4))
     np.testing.assert_array_equal(tokens, others)

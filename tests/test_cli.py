@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import sparsevlm_jax
-from sparsevlm_jax.cli import main, options
+from sparsevlm_jax.cli import main, options, waiting
 from sparsevlm_jax.data import demo_model
 from sparsevlm_jax.pruning.methods import METHODS
 from tests.hf import tiny_llava
@@ -600,3 +600,20 @@ def test_ask_answers_about_a_video(tmp_path: Path, run: Run) -> None:
     ]
     assert "missing.mp4: no such file" in error_of(run(*ask, "--video", tmp_path / "missing.mp4"))
     assert "--sampling" in error_of(run(*ask, "--video", file, "--sampling", "uniform"))
+
+
+def test_layers_are_spelt_on_the_command_line(run: Run) -> None:
+    """With v1's own options they are `Sparsity.video()`."""
+    about = ("plan", "--model", "video-llava-7b", "--video-frames", 8, "--text-tokens", 60, "--json")
+    report = succeeded(run(*about, "--method", "v1", "--scale", 1, "--bias", 0, "--layers", 1))
+    video = sparsevlm_jax.Sparsity.video(), sparsevlm_jax.PRESETS["video-llava-7b"](), 2056, 60
+    expected = sparsevlm_jax.make_plan(*video)
+    assert report["pruned"]["entering_tokens"] == expected.entering_tokens()
+    assert [stage["layers"] for stage in report["pruned"]["stages"]] == [[0, 1], [2, 31]]
+    for arguments, said in (
+        (("--layers", "one"), '--layers "one": expected L,L,... as in 2,6,15'),
+        (("--layers", "1", "--keep-at", "2:9"), "--keep-at names its layers itself: leave --layers out"),
+        (("--layers", "1", "--method", "dense"), "--layers: dense prunes after no layer"),
+        (("--layers", "40"), "pruning layer 40: the decoder has layers 0 to 31"),
+    ):
+        assert said in error_of(run(*about, *arguments))

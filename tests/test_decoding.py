@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from sparsevlm_jax import Plan, Sparsity, decode_step, embed, init_params, make_plan, prefill, sparsity, tiny
+from sparsevlm_jax.generation import request
 from sparsevlm_jax.generation.api import generate_ids, stream_ids
 from sparsevlm_jax.generation.loop import SamplingParams, sample
 from sparsevlm_jax.inputs.packing import pack
@@ -334,9 +335,18 @@ def test_streaming_gives_the_same_tokens(options: dict[str, Any], every: int) ->
         assert chunk.tokens == [row[:count] for row in whole]
 
 
+def test_a_paced_stream_gives_the_same_tokens_in_fewer_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"sparsity": FIVE, "max_new_tokens": 8, "end_tokens": ()}
+    for pace, seen in ((0.0, [1, 5, 6, 7, 8]), (1e6, [1, 5, 8])):
+        monkeypatch.setattr(request, "PACE", pace)
+        chunks = list(stream_ids(models.params(SHORT), SHORT, CONVERSATION, PIXELS, **settings))
+        assert [len(chunk.tokens[0]) for chunk in chunks] == seen
+        assert chunks[-1].tokens == answers().tokens
+
+
 def test_streaming_stops_when_every_row_has_ended() -> None:
     settings: dict[str, Any] = {"sparsity": FIVE, "max_new_tokens": 8, "end_tokens": ends(FIVE)}
-    chunks = list(stream_ids(models.params(SHORT), SHORT, CONVERSATION, PIXELS, **settings))
+    chunks = list(stream_ids(models.params(SHORT), SHORT, CONVERSATION, PIXELS, every=1, **settings))
     expected = until_end(alone(FIVE), ends(FIVE))
     assert chunks[-1].tokens == expected
     assert len(chunks) == max(map(len, expected)) + 1

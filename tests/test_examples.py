@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 import sparsevlm_jax as sv
+from sparsevlm_jax.data import demo_model
 from tests.hf import tiny_llava
 
 ROOT = Path(__file__).parent.parent
@@ -71,3 +72,16 @@ def test_the_documents_show_the_example_of_a_method_as_it_is() -> None:
     code = (ROOT / "examples" / "own_method.py").read_text()
     assert f"```python\n{code}```" in (ROOT / "docs" / "methods.md").read_text()
     assert len(code.splitlines()) <= 20
+
+
+def test_the_embedded_model_answers_about_a_clip(tmp_path: Path) -> None:
+    """By the family of videos, with real weights: all three questions about the scene right."""
+    run = subprocess.run([sys.executable, "examples/video.py", str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    clip, told = tmp_path / "clip.mkv", demo_model.samples()[0].questions
+    assert clip.stat().st_size < 300_000
+    assert run.stdout.startswith(f"sparsevlm ask --model {tmp_path / 'model'} --video {clip} --frames 4 --question '")
+    model = sv.load(tmp_path / "model", dtype="float32")
+    assert model.config.model_type == "video_llava"
+    found = sv.generate(model, None, [each.question for each in told], videos=clip, frames=4, max_new_tokens=4)
+    assert found == [each.answer for each in told]

@@ -14,6 +14,7 @@ from sparsevlm_jax.explain import summary
 from sparsevlm_jax.explain.page import render
 from sparsevlm_jax.explain.trace_run import Explanation
 from tests.explanations import QUESTION, explained
+from tests.test_explain_video import explained as explained_video
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")
@@ -111,3 +112,18 @@ def test_nothing_is_fetched_from_a_network(browser: Any, page: tuple[Explanation
     assert page[1].as_uri() in asked
     assert {url.split(":")[0] for url in asked} <= {"file", "data"}
     assert browser.get_log("browser") == []
+
+
+@pytest.mark.parametrize("size", [LAPTOP, PHONE], ids=["laptop", "phone"])
+def test_a_strip_of_frames_is_no_wider_than_the_screen(browser: Any, tmp_path: Path, size: tuple[int, int]) -> None:
+    """Beside each other on a laptop, all of them loaded."""
+    file = tmp_path / "video.html"
+    file.write_text(render(explained_video()), encoding="utf-8")
+    open_page(browser, file, size)
+    needed, tops, loaded = browser.execute_script(
+        "return [document.documentElement.scrollWidth,"
+        " [...document.querySelector('.frames').children].map(e => e.getBoundingClientRect().top),"
+        " [...document.images].every(i => i.complete && i.naturalWidth)]"
+    )
+    assert needed <= size[0] and loaded
+    assert len(tops) == 3 and (len(set(tops)) == 1 or size == PHONE)

@@ -11,7 +11,7 @@ from sparsevlm_jax.models.family import FAMILIES as FAMILY_RECORDS
 
 PACKAGE = Path(__file__).parent.parent / "sparsevlm_jax"
 ORDER = (
-    *("errors", "bounds", "process", "data", "text", "files", "layout rotary", "config", "config_json", "ops"),
+    *("errors", "bounds", "process progress", "data", "text", "files", "layout rotary", "config", "config_json", "ops"),
     *("pruning inputs", "models", "parallel checkpoints", "generation", "explain evaluate bench"),
     "methods __init__",  # names for users
     *("cli", "__main__"),

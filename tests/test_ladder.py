@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsevlm_jax import sparsity
+from sparsevlm_jax import Prompt, make_plan, sparsity
 from sparsevlm_jax.generation import ladder
 from sparsevlm_jax.generation.api import generate_ids
 from sparsevlm_jax.generation.request import Generation
-from tests import models
+from tests import models, traces
 from tests.test_compilation import events
 
+GOLDEN = Path(__file__).parent / "golden"
 MODEL = models.config(image_size=112, layers=2)
 VISUAL, NEW = 64, 4
 SHORT, LONG = 2, 20  # words after the image: they bound the rank, which decides how many tokens stay
@@ -85,3 +88,21 @@ def test_another_prompt_of_the_same_rungs_compiles_nothing() -> None:
 @pytest.mark.parametrize("needed, most, expected", [(0, 9, 0), (1, 99, 8), (8, 99, 8), (9, 99, 16), (9, 10, 10)])
 def test_rung_is_the_smallest_that_holds_what_is_needed(needed: int, most: int, expected: int) -> None:
     assert ladder.length_bucket(needed, most) == expected
+
+
+@pytest.mark.parametrize(
+    "name, planned, run, used", [("v1vid_8x17", 27, 16, 12), ("v2vid_4x26_gqa", 34, 24, 18), ("v3vid_8x37", 74, 32, 32)]
+)
+def test_recorded_videos_run_stages_far_below_the_bound(name: str, planned: int, run: int, used: int) -> None:
+    """As docs/methods.md counts them: visual tokens behind the pruning layer."""
+    case = traces.read(GOLDEN / f"{name}.npz")
+    (config, params), sizes = traces.model(case), case.settings
+    text = sizes["L"] - sizes["v_num"]
+    plan = make_plan(traces.sparsity(sizes), config, sizes["v_num"], text)
+    visual = np.zeros((1, sizes["L"]), bool)
+    visual[:, case.visual] = True
+    prompt = Prompt(jnp.asarray(case.arrays["inputs_embeds"]), jnp.asarray(visual), jnp.asarray([sizes["L"]]))
+    logits, cache, ran = ladder.prefill_stage_by_stage(params, prompt, config, plan, max_new_tokens=1)
+    held = int(cache.lengths[1, 0]) - text
+    assert (plan.stages[1].visual, ran.stages[1].visual, held) == (planned, run, used)
+    assert int(logits[0].argmax()) == case.arrays["tokens"][0]

@@ -47,7 +47,7 @@ def answers(plan: Plan, rows: tuple[int, ...]) -> list[tuple[np.ndarray, np.ndar
 def check_equal(found: tuple[np.ndarray, np.ndarray], wanted: tuple[np.ndarray, np.ndarray]) -> None:
     assert found[1].shape == wanted[1].shape
     np.testing.assert_allclose(found[1], wanted[1], atol=1e-6)
-    np.testing.assert_allclose(found[0], wanted[0], atol=1e-5, rtol=1e-5)
+    np.testing.assert_allclose(found[0], wanted[0], atol=3e-5, rtol=1e-5)  # padding changes the order of sums
 
 
 @pytest.mark.parametrize("method", BUDGETS)

@@ -96,9 +96,10 @@ def test_transparent_parts_of_frames_are_white(tmp_path: Path) -> None:
 
 def damaged(folder: Path) -> dict[str, str]:
     """Files that are no videos, each with what is said about it."""
-    whole = {suffix: write_video(folder / f"w{suffix}", ALL).read_bytes() for suffix in (".mp4", ".avi")}
+    whole = {suffix: write_video(folder / f"w{suffix}", ALL).read_bytes() for suffix in (".mp4", ".avi", ".mkv")}
     (folder / "half.mp4").write_bytes(whole[".mp4"][: len(whole[".mp4"]) // 2])
     (folder / "half.avi").write_bytes(whole[".avi"][: len(whole[".avi"]) // 2])
+    (folder / "half.mkv").write_bytes(whole[".mkv"][: len(whole[".mkv"]) // 2])
     (folder / "empty.mp4").write_bytes(b"")
     (folder / "text.mp4").write_text("no video at all " * 50)
     playlist = "#EXTM3U\n#EXT-X-VERSION:3\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nw.avi\n#EXT-X-ENDLIST\n"
@@ -110,6 +111,7 @@ def damaged(folder: Path) -> dict[str, str]:
     return {
         "half.mp4": "not a video, of a kind that is not read, or damaged",
         "half.avi": "damaged or cut short",
+        "half.mkv": "damaged or cut short: it ends after 0.4 of 0.8 seconds",
         "empty.mp4": "is empty",
         "text.mp4": "not a video, of a kind that is not read, or damaged",
         "playlist.mp4": "not a video, of a kind that is not read, or damaged",

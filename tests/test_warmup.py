@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from sparsevlm_jax.cli import main, waiting
-from sparsevlm_jax.generation.request import LOG, GenerationRequest
+from sparsevlm_jax.generation.programs import LOG
+from sparsevlm_jax.generation.request import GenerationRequest
 from tests.hf import tiny_llava
 
 Programs = set[tuple[Any, ...]]
@@ -40,7 +41,7 @@ def programs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Programs]:
         with pytest.raises(SystemExit) as stop:
             main.main([str(argument) for argument in arguments])
         assert stop.value.code == 0
-        return {(program.__name__, *key) for request in found for program, *key in request._compiled}
+        return {(program.__name__, *key) for request in found for program, *key in request._programs._compiled}
 
     return run
 

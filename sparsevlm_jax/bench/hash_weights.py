@@ -69,7 +69,7 @@ def values(integers: Any, scale: Any, norm: bool, to_float: Callable[[Any], Any]
 
 def pixels(cell: Cell) -> np.ndarray:
     """Images of all rows, in order: float32 [batch * images, 3, S, S], about as wide as normalised photographs; of
-    a family with tiles, all tiles of each."""
+    a family with tiles, all tiles of each; of videos, their frames."""
     vision, tiles = cell.config.vision, cell.config.most_tiles
     shape = (cell.batch * cell.images * tiles, vision.num_channels, vision.image_size, vision.image_size)
     return values(_host_numbers("pixels", shape), 1.75, False, lambda x: x.astype(np.float32))
@@ -80,8 +80,12 @@ def images(cell: Cell) -> np.ndarray | TiledImages:
     config, layouts = cell.config, cell.layouts
     if not config.packs_images:
         return pixels(cell)
-    rows = [layouts[row * cell.images : (row + 1) * cell.images] for row in range(cell.batch)]
-    return TiledImages(pixels(cell), pack_images(rows, config))
+    each = len(layouts) // cell.batch
+    packing = pack_images([layouts[row * each : (row + 1) * each] for row in range(cell.batch)], config)
+    if cell.video:
+        frames = pixels(cell)
+        return TiledImages(frames[:0], packing, frames)
+    return TiledImages(pixels(cell), packing)
 
 
 def input_ids(cell: Cell) -> np.ndarray:

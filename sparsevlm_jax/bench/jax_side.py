@@ -17,7 +17,7 @@ from sparsevlm_jax.bench.timing import timed
 from sparsevlm_jax.generation.loop import LoopConfig, SamplingParams, decode, start
 from sparsevlm_jax.inputs.packing import TiledImages, shrink_markers
 from sparsevlm_jax.models import stages
-from sparsevlm_jax.models.cost import tower_xla_flops, xla_flops
+from sparsevlm_jax.models.cost import frame_xla_flops, tower_xla_flops, xla_flops
 from sparsevlm_jax.models.embedding import embed, encode_images
 from sparsevlm_jax.models.stages import Prompt
 from sparsevlm_jax.ops.attention import exact
@@ -138,9 +138,13 @@ class JaxRunner:
             "decoder_bytes": _bytes(decoder),
             "cache_bytes": _bytes((cache.keys, cache.values)),
             "xla_flops": self.cell.batch * xla_flops(self.config, self.plan, self.cell.text_tokens),
-            "tower_xla_flops": self.cell.batch * self.cell.images * tower_xla_flops(self.config, self.plan),
+            "tower_xla_flops": self.cell.batch * self.cell.images * self._tower_flops(),
             "device": jax.devices()[0].device_kind,
         }
+
+    def _tower_flops(self) -> float:
+        """Of an image or a frame."""
+        return frame_xla_flops(self.config) if self.cell.video else tower_xla_flops(self.config, self.plan)
 
     def calibrate(self, size: int, buffer_bytes: int) -> dict[str, float]:
         """What this device reaches: FLOP/s of a matrix product in this dtype, bytes per second of reading once.
@@ -220,7 +224,8 @@ class JaxRunner:
 def _on_device(images: np.ndarray | TiledImages, dtype: str) -> Any:
     if isinstance(images, TiledImages):
         packing = jax.tree.map(jnp.asarray, images.packing)
-        return TiledImages(jnp.asarray(images.pixel_values, dtype), packing)
+        frames = None if images.frames is None else jnp.asarray(images.frames, dtype)
+        return TiledImages(jnp.asarray(images.pixel_values, dtype), packing, frames)
     return jnp.asarray(images, dtype)
 
 

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from math import isqrt
+from typing import Any
 
 from sparsevlm_jax.config import TextConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.layout import ImageLayout, Size
 from sparsevlm_jax.models.llava import LlavaConfig
 from sparsevlm_jax.models.llava_next import LlavaNextConfig
-from sparsevlm_jax.models.presets import llava_15_7b, llava_15_13b, llava_next_7b, tiny
+from sparsevlm_jax.models.presets import llava_15_7b, llava_15_13b, llava_next_7b, tiny, video_llava_7b
+from sparsevlm_jax.models.video_llava import VideoLlavaConfig
 from sparsevlm_jax.pruning.methods import METHODS, sparsity
 from sparsevlm_jax.pruning.settings import PRUNING_LAYERS, PUBLISHED_VISUAL_TOKENS, Sparsity
 from sparsevlm_jax.rotary import plain_rope
@@ -29,6 +31,7 @@ class Shape:
       visual_tokens, text_tokens: of a prompt; text is everything that is not visual.
       published: budgets mean the published counts after layers 2, 6 and 15, whatever the depth.
       budgets: equivalent tokens that are measured by default, from many to few.
+      video: the prompt shows a video, and no images.
     """
 
     config: LlavaConfig
@@ -36,11 +39,12 @@ class Shape:
     text_tokens: int
     published: bool
     budgets: tuple[int, ...]
+    video: bool = False
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A point of the matrix. `visual_tokens` are those of one prompt, all its images together."""
+    """A point of the matrix. `visual_tokens` are those of one prompt, all its images or frames together."""
 
     shape: str
     batch: int
@@ -57,11 +61,16 @@ class Cell:
         """The shape's model; its images have another size where that is what the visual tokens ask for.
 
         Raises:
-          UserError: no images give that many visual tokens.
+          UserError: no images, or frames, give that many visual tokens.
         """
         config = SHAPES[self.shape].config
-        if self.visual_tokens % config.tokens_per_image == 0:
+        if self.visual_tokens % self.tokens_each == 0:
             return config
+        if self.video:
+            raise UserError(
+                f"visual_tokens={self.visual_tokens}: expected a multiple of {self.tokens_each}, which a frame of "
+                f"{self.shape} becomes"
+            )
         if config.most_tiles > 1:
             raise UserError(
                 f"visual_tokens={self.visual_tokens}: expected a multiple of {config.tokens_per_image}, which an image "
@@ -75,9 +84,20 @@ class Cell:
         return replace(config, vision=replace(config.vision, image_size=side * config.vision.patch_size))
 
     @property
+    def video(self) -> bool:
+        """Whether a prompt shows a video, and no images."""
+        return SHAPES[self.shape].video
+
+    @property
+    def tokens_each(self) -> int:
+        """Visual tokens of an image of the shape's own size, or of a frame."""
+        config = SHAPES[self.shape].config
+        return config.video_layout(1).tokens if self.video else config.tokens_per_image
+
+    @property
     def images(self) -> int:
-        """Of one prompt."""
-        return self.visual_tokens // self.config.tokens_per_image
+        """Of one prompt, or frames of its video."""
+        return self.visual_tokens // (self.tokens_each if self.video else self.config.tokens_per_image)
 
     @property
     def image_size(self) -> Size:
@@ -86,7 +106,9 @@ class Cell:
 
     @property
     def layouts(self) -> list[ImageLayout]:
-        """What the visual tokens of all rows are, image by image."""
+        """What the visual tokens of all rows are, image by image, or video by video."""
+        if self.video:
+            return [self.config.video_layout(self.images)] * self.batch
         return [self.config.image_layout(self.image_size)] * (self.batch * self.images)
 
     @property
@@ -161,16 +183,17 @@ def _quick() -> LlavaConfig:
     return replace(full, vision=vision, text=text, image_token_id=4000)
 
 
-def _video() -> LlavaConfig:
-    """Frames of 224 pixels: 256 visual tokens each, as in Video-LLaVA."""
-    full = llava_15_7b()
-    return replace(full, vision=replace(full.vision, image_size=224))
+def _tiny(**own: Any) -> dict[str, Any]:
+    """The tower, projector and decoder of `tiny`, with what a family has of its own."""
+    return {field.name: getattr(tiny(), field.name) for field in fields(LlavaConfig)} | own
 
 
-def _next(base: LlavaConfig, canvases: tuple[Size, ...]) -> LlavaNextConfig:
-    """LLaVA-NeXT of the same tower, projector and decoder."""
-    same = {field.name: getattr(base, field.name) for field in fields(base)}
-    return LlavaNextConfig(**same | {"model_type": "llava_next", "canvases": canvases})
+def _tiny_next() -> LlavaNextConfig:
+    return LlavaNextConfig(**_tiny(model_type="llava_next", canvases=((56, 112), (112, 112))))
+
+
+def _tiny_video() -> VideoLlavaConfig:
+    return VideoLlavaConfig(**_tiny(model_type="video_llava", video_token_id=191))
 
 
 def _decoder(text: TextConfig, layers: int, width: int, ffn: int, heads: int) -> TextConfig:
@@ -192,10 +215,11 @@ SHAPES = {
     "llava-1.5-7b": Shape(llava_15_7b(), 576, 118, published=True, budgets=(192, 128, 64)),
     "llava-1.5-13b": Shape(llava_15_13b(), 576, 118, published=False, budgets=(192, 128, 64)),
     "llava-next-7b": Shape(llava_next_7b(), 2928, 118, published=False, budgets=(960, 640, 320)),
-    "video": Shape(_video(), 2048, 118, published=False, budgets=(640, 320, 194)),
+    "video": Shape(video_llava_7b(), 2056, 118, published=False, budgets=(640, 320, 194), video=True),
     # For tests.
     "tiny": Shape(tiny(), 16, 48, published=False, budgets=(8,)),
-    "tiny-next": Shape(_next(tiny(), ((56, 112), (112, 112))), 88, 48, published=False, budgets=(30,)),
+    "tiny-next": Shape(_tiny_next(), 88, 48, published=False, budgets=(30,)),
+    "tiny-video": Shape(_tiny_video(), 51, 48, published=False, budgets=(20,), video=True),
 }
 _PYTORCH_SPARSE = ("v1", "v1.5", "v2.0")  # what the port in PyTorch knows
 ENGINES = {

@@ -36,7 +36,9 @@ class TorchRunner:
         dtype = self.model.dtype
         self.pixels = torch.from_numpy(hash_weights.pixels(cell)).to(self.device, dtype)
         self.sizes: dict[str, Tensor] = {}  # of the images, where their layout follows from them
-        if cell.config.most_tiles > 1:
+        if cell.video:
+            self.pixels = self.pixels.unflatten(0, (cell.batch, cell.images))
+        elif cell.config.most_tiles > 1:
             self.pixels = self.pixels.unflatten(0, (-1, cell.config.most_tiles))
             self.sizes = {"image_sizes": torch.tensor([cell.image_size] * len(self.pixels), device=self.device)}
         self.ids = torch.from_numpy(hash_weights.input_ids(cell)).to(self.device, torch.long)
@@ -63,9 +65,11 @@ class TorchRunner:
         return {"cold_s": 0.0, "warm_s": 0.0, "program_bytes": {}}
 
     def encode(self) -> Tensor:
-        """Vision tower and projector: [images, v, d]."""
-        config = self.model.config
-        found = self.model.model.get_image_features(
+        """Vision tower and projector: [images or frames, v, d]."""
+        config, model = self.model.config, self.model.model
+        if self.cell.video:
+            return model.get_video_features(self.pixels, vision_feature_layer=config.vision_feature_layer).pooler_output
+        found = model.get_image_features(
             self.pixels,
             vision_feature_layer=config.vision_feature_layer,
             vision_feature_select_strategy=config.vision_feature_select_strategy,

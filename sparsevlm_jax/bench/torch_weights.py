@@ -31,6 +31,8 @@ def load(config: LlavaConfig, dtype: str, device: torch.device, attention: str) 
         "projector_hidden_act": config.projector_hidden_act,
         "multimodal_projector_bias": config.projector_bias,
     }
+    if config.video_token_id is not None:
+        settings["video_token_index"] = config.video_token_id
     described = AutoConfig.for_model(config.model_type, **settings, **config.image_options)
     with no_init_weights(), device:
         described._attn_implementation = attention

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated, Any
 
 import jax
 import typer
 
-from sparsevlm_jax import bounds
 from sparsevlm_jax.checkpoints.load import Model
 from sparsevlm_jax.cli.options import (
     Aspect,
@@ -19,6 +17,7 @@ from sparsevlm_jax.cli.options import (
     ModelOptions,
     PruningOptions,
     Seed,
+    VideoOptions,
     note,
     require_readable,
     spread_options,
@@ -26,10 +25,8 @@ from sparsevlm_jax.cli.options import (
 from sparsevlm_jax.cli.plan import plan_report
 from sparsevlm_jax.cli.waiting import compilation_notice
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.files import open_regular
 from sparsevlm_jax.generation.api import pieces, require_processor, settings_for, stream_ids
 from sparsevlm_jax.generation.request import Generation
-from sparsevlm_jax.inputs.video import RULES, SAMPLING, Sampling, frame_indices
 
 
 @spread_options
@@ -39,16 +36,7 @@ def ask(
         list[str], typer.Option(metavar="TEXT", help="Repeat it for a batch of questions about the same images.")
     ],
     image: ImageFiles = None,
-    video: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="A video; repeat it for several.")] = None,
-    frames: Annotated[
-        int, typer.Option(metavar="N", min=1, max=bounds.FRAMES, help="Frames that are taken of each video.")
-    ] = SAMPLING.frames,
-    sampling: Annotated[
-        str,
-        typer.Option(
-            metavar="|".join(RULES), help="linspace: first frame to last; arange: the first of N equal parts."
-        ),
-    ] = SAMPLING.rule,
+    videos: VideoOptions,
     source: ModelOptions,
     pruning: PruningOptions,
     max_new_tokens: MaxNewTokens = 128,
@@ -72,18 +60,16 @@ def ask(
     if stream and (len(question) > 1 or as_json):
         raise UserError("--stream prints one answer as text: give one --question and no --json")
     require_readable(image or [], question)
-    for file in video or []:
-        open_regular(file).close()
-    frame_indices(frames, frames, sampling)
+    videos.require_readable()
     loaded = source.load()
     processor = require_processor(loaded)
-    inputs = processor([image or []], question, aspect, [video or []], Sampling(frames, sampling))
+    inputs = processor([image or []], question, aspect, [videos.files], videos.rule)
     chunks = stream_ids(
         loaded.params,
         loaded.config,
         inputs.ids,
         inputs.images,
-        every=1 if stream else max_new_tokens,
+        every=None if stream else max_new_tokens,
         **settings_for(loaded, sparsity, max_new_tokens, temperature, top_p, seed),
     )
     result = None

@@ -14,6 +14,7 @@ from sparsevlm_jax.cli.options import (
     ModelOptions,
     PruningOptions,
     Seed,
+    VideoOptions,
     require_readable,
     spread_options,
 )
@@ -23,11 +24,12 @@ from sparsevlm_jax.errors import UserError
 @spread_options
 def explain(
     *,
-    question: Annotated[str, typer.Option(metavar="TEXT", help="The question about the image or images.")],
+    question: Annotated[str, typer.Option(metavar="TEXT", help="The question about the images or videos.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="OUT.html", help="The page to write.")],
     image: Annotated[
         list[Path] | None, typer.Option(metavar="FILE", help="An image; repeat it for several in one prompt.")
     ] = None,
+    videos: VideoOptions,
     png: Annotated[bool, typer.Option("--png", help="Also write the same as one image, OUT.png.")] = False,
     source: ModelOptions,
     pruning: PruningOptions,
@@ -35,20 +37,22 @@ def explain(
     seed: Seed = 0,
     aspect: Aspect = None,
 ) -> None:
-    """Shows on one page what was kept, merged and dropped of an image, and why."""
+    """Shows on one page what was kept, merged and dropped of an image or a video, and why."""
     from sparsevlm_jax.explain.drawing import png as encode_png
     from sparsevlm_jax.explain.figure import draw_figure
     from sparsevlm_jax.explain.page import render
     from sparsevlm_jax.explain.trace_run import explain as record
-    from sparsevlm_jax.explain.trace_run import require_image
+    from sparsevlm_jax.explain.trace_run import require_shown
 
     sparsity = pruning.sparsity(seed=seed)
     if output.suffix not in (".html", ".htm"):
         raise UserError(f"-o {output}: a page is written, give a name that ends in .html")
     files.require_writable(output)
     require_readable(image or [], [question])
-    require_image(image or [])
-    explanation = record(source.load(), image or [], question, sparsity, max_new_tokens=max_new_tokens, aspect=aspect)
+    videos.require_readable()
+    require_shown(image or [], videos.files)
+    shown = {"aspect": aspect, "videos": videos.files, "sampling": videos.rule}
+    explanation = record(source.load(), image or [], question, sparsity, max_new_tokens=max_new_tokens, **shown)
     written = [output]
     files.write(output, render(explanation).encode())
     if png:

@@ -13,6 +13,7 @@ import typer
 
 from sparsevlm_jax import __version__
 from sparsevlm_jax.checkpoints.orbax import silence_orbax
+from sparsevlm_jax.cli.answer import answer
 from sparsevlm_jax.cli.ask import ask
 from sparsevlm_jax.cli.bench import bench
 from sparsevlm_jax.cli.convert import convert, inspect
@@ -20,6 +21,7 @@ from sparsevlm_jax.cli.demo import walk_through
 from sparsevlm_jax.cli.explain import explain
 from sparsevlm_jax.cli.options import as_flags, note
 from sparsevlm_jax.cli.plan import plan
+from sparsevlm_jax.cli.score import score, submit
 from sparsevlm_jax.cli.warmup import warmup
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.inputs.images import silence_pillow
@@ -56,6 +58,9 @@ app.command()(plan)
 app.command()(warmup)
 app.command()(explain)
 app.command("demo")(walk_through)
+app.command()(answer)
+app.command()(score)
+app.command()(submit)
 app.command()(convert)
 app.command()(inspect)
 app.command()(bench)

@@ -16,10 +16,13 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from sparsevlm_jax import bounds
 from sparsevlm_jax.checkpoints.load import Model, load
 from sparsevlm_jax.data import demo_model
 from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.files import open_regular
 from sparsevlm_jax.inputs.images import open_image
+from sparsevlm_jax.inputs.video import RULES, SAMPLING, Sampling, frame_indices
 from sparsevlm_jax.pruning.methods import METHODS, sparsity
 from sparsevlm_jax.pruning.settings import BUDGETS, Sparsity
 from sparsevlm_jax.text import printable
@@ -32,12 +35,19 @@ Seed = Annotated[int, typer.Option(metavar="S", min=0, max=2**32 - 1, help="Of s
 Aspect = Annotated[
     str | None, typer.Option(metavar="pad|crop", help="How images become square; default: as the checkpoint says.")
 ]
+Frames = Annotated[
+    int, typer.Option(metavar="N", min=1, max=bounds.FRAMES, help="Frames that are taken of each video.")
+]
+SamplingRule = Annotated[
+    str,
+    typer.Option(metavar="|".join(RULES), help="linspace: first frame to last; arange: the first of N equal parts."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")]
 
 # What the library calls its settings in its messages, `name` or name=value, where an option has that name.
 _SETTINGS = (
     "method|keep|keep_at|flops_share|cache_bytes|scale|bias|heads|dtype|vision_tower|visual_tokens|sides|device|ladder"
-    "|image|aspect|frames|sampling"
+    "|per_frame|image|video|aspect|frames|sampling|shard|suffix|batch_size|max_new_tokens"
 )
 _SETTING = re.compile(rf"`({_SETTINGS})`|\b({_SETTINGS})=(\"[^\"]*\"|\([^)]*\)|[^\s:,;]+)")
 
@@ -63,6 +73,33 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
+class VideoOptions:
+    """Which videos, and which of their frames."""
+
+    video: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="A video; repeat it for several.")] = None
+    frames: Frames = SAMPLING.frames
+    sampling: SamplingRule = SAMPLING.rule
+
+    @property
+    def files(self) -> list[Path]:
+        return self.video or []
+
+    @property
+    def rule(self) -> Sampling:
+        return Sampling(self.frames, self.sampling)
+
+    def require_readable(self) -> None:
+        """Looks at the files first, as `require_readable` does at images.
+
+        Raises:
+          UserError: a file that cannot be opened, or no such rule.
+        """
+        for file in self.files:
+            open_regular(file).close()
+        frame_indices(self.frames, *self.rule)
+
+
+@dataclass(frozen=True)
 class PruningOptions:
     """What is pruned, and how much of it."""
 
@@ -78,6 +115,10 @@ class PruningOptions:
         str | None,
         typer.Option(metavar="L:K,...", help="After layer L (from 0; -1: before the first) keep K visual tokens."),
     ] = None
+    layers: Annotated[
+        str | None,
+        typer.Option(metavar="L,...", help="Prune after these layers (from 0) instead of the method's own."),
+    ] = None
     flops_share: Annotated[
         float | None, typer.Option(metavar="S", help="Or a budget: this share of the dense decoder's FLOPs, as 0.5.")
     ] = None
@@ -90,18 +131,29 @@ class PruningOptions:
         None
     )
 
+    per_frame: Annotated[
+        bool, typer.Option("--per-frame", help="Spread what stays evenly over a video's frames; not in the papers.")
+    ] = False
+
     def sparsity(self, **settings: float | int | None) -> Sparsity:
         """The settings that the options ask for, with further ones of the command's own.
 
         Raises:
-          UserError: more than one budget, or one that is malformed or not the method's.
+          UserError: more than one budget, one that is malformed or not the method's, or layers where none prunes.
         """
         budgets = {name: getattr(self, name) for name in BUDGETS}
         given = [f"--{name.replace('_', '-')}" for name, value in budgets.items() if value is not None]
         if len(given) > 1:
             raise UserError(f"{' and '.join(given)} are different budgets: give one of them")
+        if self.layers is not None and self.keep_at is not None:
+            raise UserError("--keep-at names its layers itself: leave --layers out")
         budgets["keep_at"] = _parse_keep_at(self.keep_at)
-        return sparsity(self.method, **budgets, scale=self.scale, bias=self.bias, heads=self.heads, **settings)
+        settings["per_frame"] = self.per_frame or None
+        own = {"layers": _parse_layers(self.layers), "scale": self.scale, "bias": self.bias, "heads": self.heads}
+        made = sparsity(self.method, **budgets, **own, **settings)
+        if self.layers is not None and METHODS[self.method].score is None:
+            raise UserError(f"--layers: {self.method} prunes after no layer")
+        return made
 
 
 def spread_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -181,3 +233,12 @@ def _parse_keep_at(text: str | None) -> tuple[tuple[int, int], ...] | None:
         return tuple((int(layer), int(count)) for layer, count in pairs)
     except ValueError:
         raise UserError(f'--keep-at "{text}": expected LAYER:COUNT,LAYER:COUNT,... as in 2:300,6:200,15:110') from None
+
+
+def _parse_layers(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(layer) for layer in text.split(","))
+    except ValueError:
+        raise UserError(f'--layers "{text}": expected L,L,... as in 2,6,15') from None

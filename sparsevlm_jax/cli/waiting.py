@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from threading import Timer
 
 from sparsevlm_jax.cli.options import note
-from sparsevlm_jax.generation.request import LOG
+from sparsevlm_jax.generation.programs import LOG
 
 PATIENCE = 2.0  # seconds; a program from the cache takes less
 TEXT = "compiling for this model, plan and length of prompt; kept for later runs"

@@ -7,7 +7,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
-from sparsevlm_jax.cli.options import Images, MaxNewTokens, ModelOptions, PruningOptions, note, spread_options
+from sparsevlm_jax.cli.options import ImageFiles, MaxNewTokens, ModelOptions, PruningOptions, note, spread_options
 from sparsevlm_jax.cli.waiting import compilation_notice
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.generation.api import require_processor, settings_for
@@ -18,7 +18,7 @@ from sparsevlm_jax.inputs.packing import TEXT_BUCKETS, bucket
 @spread_options
 def warmup(
     *,
-    image: Images = None,
+    image: ImageFiles = None,
     text: Annotated[
         list[int] | None,
         typer.Option(

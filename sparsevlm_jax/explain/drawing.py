@@ -9,6 +9,7 @@ Axis letters: h rows and w columns of a view, v values.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped, UInt8
@@ -16,9 +17,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from sparsevlm_jax.explain.provenance import ABSENT, DROPPED
 from sparsevlm_jax.explain.trace_run import Explanation, Pruning, Stage
-from sparsevlm_jax.explain.views import View
+from sparsevlm_jax.explain.views import View, values_at
 
 SIDE = 480  # pixels of a drawing's longer side, about: patches are all of the same size
+FRAME_SIDE = 240  # of a frame, beside others
+MARK = 48  # of a class token
 READABLE = 14  # pixels of a patch at least, for the number in it
 RGB = tuple[int, int, int]
 # Okabe and Ito's palette, without black, ordered so that neighbours differ in lightness too.
@@ -53,22 +56,30 @@ def tint(number: int) -> RGB:
 
 def draw_view(view: View) -> Image.Image:
     """What the model saw."""
-    return _set_apart(enlarge(view.pixels, view.tokens.shape), view)
+    return _set_apart(enlarge(view.pixels, view.tokens.shape, _side(view)), view)
 
 
 def draw_stage(explanation: Explanation, stage: Stage) -> list[Image.Image]:
     """What a stage's layers see of every view; where the method shrinks images, the cells that it makes."""
     if explanation.pruned.plan.grid is not None:
         return [draw_cells(view.pixels, len(view.tokens)) for view in explanation.views]
-    return [_set_apart(draw_fates(view.pixels, view.of(stage.outcomes, ABSENT)), view) for view in explanation.views]
+
+    def draw(view: View, tokens: Int[np.ndarray, "h w"], side: int) -> Image.Image:
+        return draw_fates(view.pixels, values_at(tokens, stage.outcomes, ABSENT), side)
+
+    return [_with_class_token(view, draw) for view in explanation.views]
 
 
 def draw_pruning(explanation: Explanation, pruning: Pruning) -> tuple[list[Image.Image], float, float]:
     """Heat maps of the scores in every view, and the ends of their scale."""
-    views = explanation.views
-    low, high = score_range(np.concatenate([pruning.scores[view.tokens[view.tokens >= 0]] for view in views]))
-    maps = [draw_scores(view.of(pruning.scores, -np.inf), view.of(pruning.chosen), low, high) for view in views]
-    return [_set_apart(drawn, view) for drawn, view in zip(maps, views, strict=True)], low, high
+    low, high = score_range(pruning.scores)
+
+    def draw(view: View, tokens: Int[np.ndarray, "h w"], side: int) -> Image.Image:
+        return draw_scores(
+            values_at(tokens, pruning.scores, -np.inf), values_at(tokens, pruning.chosen), low, high, side
+        )
+
+    return [_with_class_token(view, draw) for view in explanation.views], low, high
 
 
 def draw_cells(image: UInt8[np.ndarray, "S S 3"], grid: int) -> Image.Image:
@@ -82,10 +93,12 @@ def draw_cells(image: UInt8[np.ndarray, "S S 3"], grid: int) -> Image.Image:
     return drawn
 
 
-def draw_fates(image: UInt8[np.ndarray, "height width 3"], outcomes: Int[np.ndarray, "h w"]) -> Image.Image:
+def draw_fates(
+    image: UInt8[np.ndarray, "height width 3"], outcomes: Int[np.ndarray, "h w"], side: int = SIDE
+) -> Image.Image:
     """The image with its patches as they stand: see `provenance` for the outcomes, and `ABSENT`."""
-    cell = cell_size(outcomes.shape)
-    clear = np.asarray(enlarge(image, outcomes.shape))
+    cell = cell_size(outcomes.shape, side)
+    clear = np.asarray(enlarge(image, outcomes.shape, side))
     grey = np.asarray(Image.fromarray(clear).convert("L"), np.float32)[..., None]
     outcome = _by_pixel(outcomes, cell)[..., None]
     colours = np.array([tint(n) for n in range(1, max(int(outcomes.max()), 1) + 1)], np.float32)
@@ -102,11 +115,11 @@ def draw_fates(image: UInt8[np.ndarray, "height width 3"], outcomes: Int[np.ndar
 
 
 def draw_scores(
-    scores: Float[np.ndarray, "h w"], chosen: Bool[np.ndarray, "h w"], low: float, high: float
+    scores: Float[np.ndarray, "h w"], chosen: Bool[np.ndarray, "h w"], low: float, high: float, side: int = SIDE
 ) -> Image.Image:
     """A heat map from `low` to `high`; patches that stay are framed, those dropped before struck through (nan), and
     those without a token left blank (minus infinity)."""
-    cell = cell_size(scores.shape)
+    cell = cell_size(scores.shape, side)
     gone, blank = np.isnan(scores), ~np.isfinite(scores)
     share = np.clip((np.where(blank, low, scores) - low) / max(high - low, 1e-30), 0, 1)
     colours = np.where(blank[..., None], np.array(PAPER, np.float64), colour_map(share))
@@ -131,15 +144,15 @@ def colour_map(share: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape 
     return np.stack([np.interp(share, steps, channel) for channel in np.array(CIVIDIS).T], axis=-1)
 
 
-def enlarge(image: UInt8[np.ndarray, "height width 3"], shape: tuple[int, int]) -> Image.Image:
+def enlarge(image: UInt8[np.ndarray, "height width 3"], shape: tuple[int, int], side: int = SIDE) -> Image.Image:
     """A view of so many rows and columns at the size of drawings, a whole number of pixels per patch."""
-    cell, (rows, columns) = cell_size(shape), shape
+    cell, (rows, columns) = cell_size(shape, side), shape
     return Image.fromarray(image).resize((columns * cell, rows * cell), Image.Resampling.BICUBIC)
 
 
-def cell_size(shape: tuple[int, ...]) -> int:
-    """Pixels per side of a patch in drawings of so many rows and columns."""
-    return max(round(SIDE / max(shape)), READABLE)
+def cell_size(shape: tuple[int, ...], side: int = SIDE) -> int:
+    """Pixels per side of a patch in drawings of so many rows and columns, whose longer side has about `side`."""
+    return max(round(side / max(shape)), READABLE)
 
 
 def font(size: float | int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
@@ -152,6 +165,25 @@ def png(image: Image.Image) -> bytes:
     file = io.BytesIO()
     image.save(file, "PNG")
     return file.getvalue()
+
+
+def _side(view: View) -> int:
+    return FRAME_SIDE if view.is_frame else SIDE
+
+
+def _with_class_token(view: View, draw: Callable[[View, np.ndarray, int], Image.Image]) -> Image.Image:
+    """A view as `draw` has it; its class token, above a gap, as all of the view in a small square.
+
+    Args:
+      draw: given the view, the numbers of visual tokens [h, w] and pixels of the longer side.
+    """
+    image = _set_apart(draw(view, view.tokens, _side(view)), view)
+    if view.class_token == ABSENT:
+        return image
+    whole = Image.new("RGB", (image.width, image.height + MARK + MARK // 4), (255, 255, 255))
+    whole.paste(draw(view, np.array([[view.class_token]]), MARK), (0, 0))
+    whole.paste(image, (0, MARK + MARK // 4))
+    return whole
 
 
 def _set_apart(image: Image.Image, view: View) -> Image.Image:

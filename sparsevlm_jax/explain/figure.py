@@ -13,9 +13,11 @@ from PIL import Image, ImageDraw
 from sparsevlm_jax.explain import summary
 from sparsevlm_jax.explain.drawing import INK, colour_map, draw_pruning, draw_stage, font
 from sparsevlm_jax.explain.trace_run import Explanation, Stage
+from sparsevlm_jax.explain.views import View, in_rows
 from sparsevlm_jax.explain.words import Word
 
 GAP, LETTERS, LARGE = 24, 24, 40  # pixels
+IN_A_ROW = 8  # frames
 SOFT, ACCENT, WHITE = (89, 89, 89), (0, 63, 107), (255, 255, 255)
 
 
@@ -23,12 +25,13 @@ def draw_figure(explanation: Explanation) -> Image.Image:
     """The whole of it."""
     dense, pruned = summary.answers(explanation)
     method = explanation.pruned.plan.sparsity.method
-    stages = _beside([_column(explanation, stage) for stage in explanation.stages])
+    columns = [_column(explanation, stage) for stage in explanation.stages]
+    stages = _below(columns, GAP) if explanation.videos else _beside(columns)
     width = max(stages.width, 900)
     savings = [f"{s.name}: {s.pruned} of {s.dense} ({s.change})" for s in summary.savings(explanation)]
     said = [f"Dense: {dense.text}", f"Pruned ({method}): {pruned.text}", summary.verdict(explanation)]
     key = (
-        "Framed words rate the image. Clear patches were kept, tinted and numbered ones merged, "
+        f"Framed words rate {summary.shown(explanation)}. Clear patches were kept, tinted and numbered ones merged, "
         "struck-through ones dropped. "
         f"Maps: scores ({summary.scored_by(explanation)}), the kept framed."
     )
@@ -43,30 +46,35 @@ def draw_figure(explanation: Explanation) -> Image.Image:
 
 def _column(explanation: Explanation, stage: Stage) -> Image.Image:
     """A stage from top to bottom: name, counts, images, what the pruning did, score maps."""
-    drawings = draw_stage(explanation, stage)
-    width, pruning = max(drawing.width for drawing in drawings), stage.pruning
+    views, drawings, pruning = explanation.views, draw_stage(explanation, stage), stage.pruning
+    names = [summary.view_name(view, explanation) for view in views]
+    counts = [summary.fates_of(view, stage) for view in views]
+    told = [name and f"{name}: {count}" for name, count in zip(names, counts, strict=True)]
+    drawn = _named(views, told, drawings, lines=4 if explanation.videos else 2)
+    width = max(part.width for part in drawn)
     parts = [
         _text(summary.stage_name(stage), width, 1.2 * LETTERS),
         _text(summary.entering(stage), width, colour=SOFT, lines=2),
     ]
-    names = [summary.view_name(view, explanation.images) for view in explanation.views]
-    counts = [summary.fates_of(view, stage) for view in explanation.views]
-    told = [name and f"{name}: {count}" for name, count in zip(names, counts, strict=True)]
-    parts += _named(told, drawings, width, lines=2)
+    parts += drawn
     if pruning is not None:
         maps, low, high = draw_pruning(explanation, pruning)
         parts.append(_text(f"Then {summary.outcome(pruning)}", width, lines=2))
-        parts += _named(names, maps, width)
+        parts += _named(views, names, maps, lines=1)
         parts.append(_scale(width, low, high))
     return _below(parts, gap=GAP // 3)
 
 
-def _named(names: Sequence[str], drawings: Sequence[Image.Image], width: int, lines: int = 1) -> list[Image.Image]:
-    """Drawings, each below its name where it has one."""
-    found = []
+def _named(
+    views: Sequence[View], names: Sequence[str], drawings: Sequence[Image.Image], lines: int
+) -> list[Image.Image]:
+    """Drawings, each below its name where it has one; the frames of a video beside each other."""
+    cells = []
     for name, drawing in zip(names, drawings, strict=True):
-        found += [_text(name, width, 0.75 * LETTERS, SOFT, lines), drawing] if name else [drawing]
-    return found
+        head = [_text(name, drawing.width, 0.75 * LETTERS, SOFT, lines)] if name else []
+        cells.append(_below([*head, drawing], gap=GAP // 3))
+    rows = (row[at : at + IN_A_ROW] for row in in_rows(views, cells) for at in range(0, len(row), IN_A_ROW))
+    return [_beside(row, gap=GAP // 2) for row in rows]
 
 
 def _words(words: Sequence[Word], width: int) -> Image.Image:

@@ -14,7 +14,7 @@ from sparsevlm_jax import __version__
 from sparsevlm_jax.explain import summary
 from sparsevlm_jax.explain.drawing import CIVIDIS, TINTS, draw_pruning, draw_stage, draw_view, png
 from sparsevlm_jax.explain.trace_run import Explanation, Pruning, Stage
-from sparsevlm_jax.explain.views import View
+from sparsevlm_jax.explain.views import View, in_rows
 from sparsevlm_jax.pruning.methods import METHODS
 
 _TEMPLATES = jinja2.Environment(
@@ -35,6 +35,9 @@ def render(explanation: Explanation) -> str:
         model=explanation.model.name,
         method=sparsity.method,
         views=[_view(explanation, view) for view in explanation.views],
+        shown=summary.shown(explanation),
+        frames=summary.frames_left(explanation),
+        class_tokens=explanation.class_tokens,
         newlines=explanation.newlines,
         answers={"All patches (dense)": dense}
         | ({f"Pruned by {sparsity.method}": pruned} if METHODS[sparsity.method].reduces else {}),
@@ -56,14 +59,16 @@ def render(explanation: Explanation) -> str:
 
 def _view(explanation: Explanation, view: View) -> dict[str, str]:
     """What the template shows of what the model saw."""
-    images, cells = explanation.images, "patches" if explanation.pruned.plan.grid is None else "cells"
-    rows, columns = view.shape
+    cells = "patches" if explanation.pruned.plan.grid is None else "cells"
+    (rows, columns), source = view.shape, summary.source_name(view)
+    of_its_kind = explanation.videos if view.is_frame else explanation.images
     also = f", {view.name}" if view.name else ""
+    whole = ("The image" if of_its_kind == 1 else source) + also
+    size = f"{rows} × {columns} {cells}" + (", a newline behind each row" if view.newlines else "")
     return {
         "image": _inline(draw_view(view)),
-        "alt": f"Image {view.image + 1} of {images}{also}, as the model saw it",
-        "name": ("The image" if images == 1 else f"Image {view.image + 1}") + also,
-        "size": f"{rows} × {columns} {cells}" + (", a newline behind each row" if view.newlines else ""),
+        "alt": f"{source} of {of_its_kind}{also}, as the model saw it",
+        "caption": summary.view_name(view, explanation) if view.is_frame else f"{whole}, as the model saw it: {size}",
     }
 
 
@@ -73,7 +78,7 @@ def _stage(explanation: Explanation, stage: Stage) -> dict[str, Any]:
     figures = []
     for drawing, view in zip(draw_stage(explanation, stage), explanation.views, strict=True):
         counts = summary.fates_of(view, stage)
-        caption = summary.view_name(view, explanation.images)
+        caption = summary.view_name(view, explanation)
         alt = f"{name}: {caption}{', ' if caption else ''}{counts}"
         figures.append({"image": _inline(drawing), "alt": alt, "caption": caption and f"{caption}: {counts}"})
     return {
@@ -81,7 +86,7 @@ def _stage(explanation: Explanation, stage: Stage) -> dict[str, Any]:
         "entering": summary.entering(stage),
         "visual": stage.visual,
         "share": stage.visual / explanation.stages[0].visual,
-        "figures": figures,
+        "figures": in_rows(explanation.views, figures),
         "pruning": None if stage.pruning is None else _pruning(explanation, stage.pruning, name),
     }
 
@@ -90,11 +95,16 @@ def _pruning(explanation: Explanation, pruning: Pruning, name: str) -> dict[str,
     drawings, low, high = draw_pruning(explanation, pruning)
     maps = []
     for drawing, view in zip(drawings, explanation.views, strict=True):
-        caption = summary.view_name(view, explanation.images)
+        caption = summary.view_name(view, explanation)
         of = f" in {caption[0].lower()}{caption[1:]}" if caption else ""
         alt = f"Scores at the end of {name.lower()}{of}: {_highest(view, pruning)}; outlined patches stay"
         maps.append({"image": _inline(drawing), "alt": alt, "caption": caption})
-    return {"maps": maps, "low": f"{low:.2g}", "high": f"{high:.2g}", "outcome": summary.outcome(pruning)}
+    return {
+        "maps": in_rows(explanation.views, maps),
+        "low": f"{low:.2g}",
+        "high": f"{high:.2g}",
+        "outcome": summary.outcome(pruning),
+    }
 
 
 def _highest(view: View, pruning: Pruning) -> str:

@@ -41,6 +41,14 @@ class Saving(NamedTuple):
     change: str
 
 
+class FrameCounts(NamedTuple):
+    """What stands of a frame's visual tokens on entering each stage: kept as they were, and merged."""
+
+    name: str
+    kept: list[int]
+    merged: list[int]
+
+
 class StageCost(NamedTuple):
     """What a stage's layers take in and cost; multiply-adds by the paper's formula, keys and values in 16 bit."""
 
@@ -72,11 +80,22 @@ def merged_tokens(stage: Stage) -> int:
     return len(set(stage.outcomes[stage.outcomes > 0].tolist()))
 
 
-def view_name(view: View, images: int) -> str:
-    """What a view is called beside others of the same image; empty where it is the only one."""
-    if not view.name:
-        return ""
-    return view.name.capitalize() if images == 1 else f"Image {view.image + 1}, {view.name}"
+def shown(explanation: Explanation) -> str:
+    """What the question is about."""
+    kinds = ["image"] * (explanation.images > 0) + ["video"] * (explanation.videos > 0)
+    return f"the {' and '.join(kinds)}"
+
+
+def source_name(view: View) -> str:
+    """Which image or video a view is of."""
+    return f"{'Video' if view.is_frame else 'Image'} {view.image + 1}"
+
+
+def view_name(view: View, explanation: Explanation) -> str:
+    """What a view is called beside others; empty where it is the only one."""
+    several = explanation.images + explanation.videos > 1
+    name = ", ".join([source_name(view)] * several + [view.name] * bool(view.name))
+    return name[:1].upper() + name[1:]
 
 
 def fates_of(view: View, stage: Stage) -> str:
@@ -84,9 +103,23 @@ def fates_of(view: View, stage: Stage) -> str:
     outcomes = view.of(stage.outcomes, ABSENT)
     patches = outcomes[:, : view.shape[1]]
     told = f"{np.sum(patches == KEPT)} patches kept, {np.sum(patches > 0)} merged, {np.sum(patches == DROPPED)} dropped"
-    if not view.newlines:
-        return told
-    return f"{told}; {np.sum(outcomes[:, -1] != DROPPED)} of {len(outcomes)} newlines left"
+    if view.newlines:
+        told += f"; {np.sum(outcomes[:, -1] != DROPPED)} of {len(outcomes)} newlines left"
+    if view.class_token != ABSENT:
+        fate = int(stage.outcomes[view.class_token])
+        told += f"; class token {'merged' if fate > 0 else {KEPT: 'kept', DROPPED: 'dropped'}[fate]}"
+    return told
+
+
+def frames_left(explanation: Explanation) -> list[FrameCounts]:
+    """What each frame still has at every stage."""
+    found = []
+    for view in explanation.views:
+        if view.is_frame:
+            own = [stage.outcomes[view.numbers] for stage in explanation.stages]
+            kept, merged = ([int(np.sum(fits(o))) for o in own] for fits in (lambda o: o == KEPT, lambda o: o > 0))
+            found.append(FrameCounts(view_name(view, explanation), kept, merged))
+    return found
 
 
 def outcome(pruning: Pruning) -> str:
@@ -182,6 +215,9 @@ def notes(explanation: Explanation) -> list[str]:
         )
     if explanation.newlines:
         found.append(_two_views(explanation))
+    if explanation.videos:
+        found.append(_frames(explanation))
+    if plan.visual_tokens != explanation.stages[0].visual:
         found.append(
             "Programs are made for sizes that many images share: XLA counts one whose visual tokens are padded from "
             f"{explanation.stages[0].visual} to {plan.visual_tokens}."
@@ -195,7 +231,8 @@ def notes(explanation: Explanation) -> list[str]:
     if explanation.class_tokens:
         found.append(
             f"The tower's class token is a visual token too, {explanation.class_tokens} in all: it is counted, "
-            "but it is no patch and has no place in the image."
+            "but it is no patch and has no place in the image. It is drawn apart: the small square above, in which "
+            "all of the image stands."
         )
     return found
 
@@ -209,6 +246,16 @@ def _two_views(explanation: Explanation) -> str:
         f"{every} is shown to the model twice{shown}. The base is all of it, pressed into one square; the canvas is "
         "the same in its own shape, cut into tiles without their padding. Each row of the canvas is closed by a "
         f"newline token, {explanation.newlines} in all: drawn apart at the right, pruned like any patch."
+    )
+
+
+def _frames(explanation: Explanation) -> str:
+    view = next(view for view in explanation.views if view.is_frame)
+    frames = sum(view.is_frame for view in explanation.views)
+    subject = "The video is" if explanation.videos == 1 else "The videos are"
+    return (
+        f"{subject} shown to the model as {frames} frames of {' by '.join(map(str, view.shape))} patches, one after "
+        "the other. Their tokens are one pool: a frame may keep many of them, and another none."
     )
 
 

@@ -24,6 +24,7 @@ from sparsevlm_jax.explain.words import Words, read_words
 from sparsevlm_jax.generation.api import generate_ids, require_finite, require_processor
 from sparsevlm_jax.generation.request import Generation, GenerationRequest
 from sparsevlm_jax.inputs.images import ImageLike
+from sparsevlm_jax.inputs.video import SAMPLING, Sampling, VideoLike
 from sparsevlm_jax.models.embedding import TowerImages, embed
 from sparsevlm_jax.models.stages import Cache, Params, Trace, prefill
 from sparsevlm_jax.pruning.plan import Plan, StagePlan
@@ -53,10 +54,11 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True)
 class Explanation:
-    """One question about images, answered by one model dense and pruned.
+    """One question about images and videos, answered by one model dense and pruned.
 
     Attributes:
-      views: the images as the model saw them: cropped, padded or laid out, and shrunk where the method does that.
+      views: images and frames as the model saw them: cropped, padded or laid out, and shrunk where the method does
+        that.
       text_tokens: all tokens of the prompt that are not visual.
       class_tokens: visual tokens that are no patch (the tower's class token, where the checkpoint keeps it).
     """
@@ -73,7 +75,11 @@ class Explanation:
 
     @property
     def images(self) -> int:
-        return self.views[-1].image + 1
+        return len({view.image for view in self.views if not view.is_frame})
+
+    @property
+    def videos(self) -> int:
+        return len({view.image for view in self.views if view.is_frame})
 
     @property
     def newlines(self) -> int:
@@ -89,15 +95,17 @@ def explain(
     *,
     max_new_tokens: int = 128,
     aspect: str | None = None,
+    videos: Sequence[VideoLike] = (),
+    sampling: Sampling = SAMPLING,
 ) -> Explanation:
     """Answers a question greedily, dense and pruned, and records the pruned prefill.
 
     Raises:
-      UserError: no image, or whatever `generate` refuses.
+      UserError: neither image nor video, or whatever `generate` refuses.
     """
-    require_image(images)
+    require_shown(images, videos)
     processor, config = require_processor(model), model.config
-    inputs = processor([list(images)], [question], aspect)
+    inputs = processor([list(images)], [question], aspect, [list(videos)], sampling)
     settings: Any = {"max_new_tokens": max_new_tokens, "end_tokens": model.generation.eos_token_ids}
     run = GenerationRequest(model.params, config, inputs.ids, inputs.images, sparsity=sparsity, **settings)
     pruned, trace = _run_traced(run, max_new_tokens)
@@ -105,13 +113,17 @@ def explain(
     for generation in (pruned, dense):
         require_finite(generation, model.params)
     packed = pruned.packed
-    seen, stages = as_seen(inputs.pixel_values, processor.image_processor, run.plan, config), _stages(trace, run.plan)
-    length = int(packed.lengths[0])
+    frames = inputs.pixel_values[:0] if inputs.frames is None else inputs.frames
+    tiles, frames = (
+        as_seen(pixels, processor.image_processor, run.plan, config) for pixels in (inputs.pixel_values, frames)
+    )
+    stages, length = _stages(trace, run.plan), int(packed.lengths[0])
+    prompt = processor.prompt(question, len(images), len(videos))
     return Explanation(
         model=model,
         question=question,
-        views=views_of(inputs.layouts, seen, run.plan, config),
-        words=read_words(packed.input_ids[0, :length], trace.tokens, question, len(images), processor),
+        views=views_of(inputs.layouts, tiles, frames, run.plan, config),
+        words=read_words(packed.input_ids[0, :length], trace.tokens, question, prompt, processor),
         stages=stages,
         dense=dense,
         pruned=pruned,
@@ -120,14 +132,14 @@ def explain(
     )
 
 
-def require_image(images: Sequence[ImageLike]) -> None:
+def require_shown(images: Sequence[ImageLike], videos: Sequence[VideoLike]) -> None:
     """Refuses text alone.
 
     Raises:
-      UserError: there is no image.
+      UserError: there is neither image nor video.
     """
-    if not images:
-        raise UserError("explain shows what becomes of an image's patches: give at least one `image`")
+    if not images and not videos:
+        raise UserError("explain shows what becomes of an image's patches: give at least one `image` or `video`")
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:

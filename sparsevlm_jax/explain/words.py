@@ -5,6 +5,7 @@ Axis letters: l sequence length, t text tokens behind the last image.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -14,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from sparsevlm_jax.inputs.processor import MARKER, Processor
+from sparsevlm_jax.inputs.processor import MARKER, VIDEO_MARKER, Processor
 from sparsevlm_jax.pruning.sparsify import Tokens, rate_text, text_after_image
 
 # Whole sequences with masks, as one program each: another question of the same bucket compiles nothing.
 _rate_text, _text_after_image = jax.jit(rate_text), jax.jit(text_after_image)
 
 Span = tuple[int, int]
+_MARKERS = f"{MARKER}|{VIDEO_MARKER}"
 
 
 class Word(NamedTuple):
@@ -47,18 +49,19 @@ class Words(NamedTuple):
     mean: float  # a token rates where its relevance is above this
 
 
-def read_words(ids: Int[np.ndarray, "l"], start: Tokens, question: str, num_images: int, processor: Processor) -> Words:
+def read_words(ids: Int[np.ndarray, "l"], start: Tokens, question: str, prompt: str, processor: Processor) -> Words:
     """Rates the words of a prompt of one row.
 
     Args:
       ids: the prompt, images as markers, unpadded.
       start: the sequence that enters the decoder.
       question: as it was asked; what else stands in the prompt is the template's.
+      prompt: the text that was tokenized.
     """
     behind = np.asarray(_text_after_image(start.visual, start.lengths))[0, : len(ids)]
     rates, relevance = rate(start, behind)
-    text, spans = written(ids[behind], processor.prompt(question, num_images), processor)
-    asked = spot(question.split(MARKER)[-1].strip(), text)
+    text, spans = written(ids[behind], prompt, processor)
+    asked = spot(re.split(_MARKERS, question)[-1].strip(), text)
     words = []
     for first, stop in pairwise([*word_starts(text, spans), len(spans)]):
         begin, end = spans[first][0], spans[stop - 1][1]
@@ -121,6 +124,6 @@ def spot(question: str, text: str) -> Span:
 
 
 def _in_front(text: str, spans: Sequence[Span]) -> str:
-    """The text in front of the words that may rate, without the image's marker."""
+    """The text in front of the words that may rate, without markers."""
     first = spans[0][0] if spans else len(text)
-    return text[:first].replace(MARKER, " ").strip()
+    return re.sub(_MARKERS, " ", text[:first]).strip()

@@ -1,4 +1,4 @@
-"""Several questions about the same images: prune anew for each, or go on with the first question's selection.
+"""Several questions about the same images and videos: prune anew for each, or go on with what the first selected.
 
 Both are exact: "again" answers as a fresh run of the whole conversation does, "first" as if the first question's prompt
 had been decoded on, token by token. The vision tower runs once in either case.
@@ -27,6 +27,7 @@ from sparsevlm_jax.generation.request import Generation, GenerationRequest, requ
 from sparsevlm_jax.inputs.images import ImageLike
 from sparsevlm_jax.inputs.messages import Conversation
 from sparsevlm_jax.inputs.packing import TEXT_BUCKETS, TiledImages, bucket
+from sparsevlm_jax.inputs.video import SAMPLING, Sampling, VideoLike
 from sparsevlm_jax.layout import ImageLayout
 from sparsevlm_jax.models.embedding import encode_images
 from sparsevlm_jax.models.stages import Cache, ImageFeatures, Params, decode_step
@@ -38,7 +39,7 @@ SELECTIONS = ("again", "first")
 
 
 class Chat:
-    """A conversation about some images.
+    """A conversation about some images and videos.
 
     Attributes:
       ids: the conversation so far, int32, answers included.
@@ -55,6 +56,9 @@ class Chat:
         max_new_tokens: int = 128,
         room: int = 1024,
         aspect: str | None = None,
+        videos: VideoLike | Sequence[VideoLike] | None = None,
+        frames: int = SAMPLING.frames,
+        sampling: str = SAMPLING.rule,
     ) -> None:
         """Starts a conversation; nothing runs before the first question.
 
@@ -68,6 +72,7 @@ class Chat:
           max_new_tokens: the longest answer.
           room: tokens that the cache has room for after the first prompt ("first").
           aspect: "pad", "crop", or None for what the checkpoint's processor says.
+          videos: all videos of the conversation; `frames` and `sampling` as for `generate`.
 
         Raises:
           UserError: a model without processor, another selection, or a limit that is no number of tokens.
@@ -79,6 +84,8 @@ class Chat:
         self.model = model
         self.processor = require_processor(model)
         (self.images,) = images_by_prompt(images, 1)
+        (self.videos,) = images_by_prompt(videos, 1)
+        self.sampling = Sampling(frames, sampling)
         self.sparsity = as_sparsity(sparsity)
         self.selection = selection
         self.max_new_tokens = max_new_tokens
@@ -97,14 +104,14 @@ class Chat:
         """Answers the next question.
 
         Raises:
-          UserError: an image that cannot be read, more conversation than the model or the cache has room for, or
-            logits that are not finite. The conversation is then as it was before the question; after logits that were
-            not finite, "first" selects anew.
+          UserError: an image or video that cannot be read, more conversation than the model or the cache has room for,
+            or logits that are not finite. The conversation is then as it was before the question; after logits that
+            were not finite, "first" selects anew.
         """
         if self.turns:
             ids = self._next_ids(question)
         else:
-            inputs = self.processor([self.images], [question], self.aspect)
+            inputs = self.processor([self.images], [question], self.aspect, [self.videos], self.sampling)
             ids = inputs.ids[0]
             self._layouts = inputs.layouts
             self._features = self._encode(inputs.images) if inputs.layouts else None

@@ -6,8 +6,6 @@ compiles nothing.
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from numbers import Integral, Real
@@ -21,6 +19,7 @@ from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.generation.ladder import prefill_stage_by_stage
 from sparsevlm_jax.generation.loop import DecodeState, LoopConfig, SamplingParams, decode, first_token, start
+from sparsevlm_jax.generation.programs import Programs
 from sparsevlm_jax.inputs.packing import (
     NEW_TOKEN_BUCKETS,
     Packed,
@@ -37,7 +36,8 @@ from sparsevlm_jax.pruning.methods import METHODS, as_sparsity
 from sparsevlm_jax.pruning.plan import Plan
 from sparsevlm_jax.pruning.settings import Sparsity
 
-LOG = logging.getLogger("sparsevlm_jax")  # "compiling" and "compiled", at level INFO, around every compilation
+FIRST_CHUNK = 4  # tokens of a paced stream's second piece; the first is the prefill's token
+PACE = 0.1  # seconds between its other pieces
 
 
 class Settings(TypedDict):
@@ -122,18 +122,28 @@ class GenerationRequest:
         self.keys = _split(key_of(0) if key is None else key, len(rows))
         self.images = jax.device_put(images) if self.packed.visual else None
         self.visual_tokens: list[list[int]] = []  # known after the prefill
-        self.compile_seconds = self.prefill_seconds = self.decode_seconds = 0.0
-        self._compiled: dict[Any, Any] = {}
+        self.prefill_seconds = self.decode_seconds = 0.0
+        self._programs = Programs()
 
-    def chunks(self, every: int) -> Iterator[Generation]:
-        """The answers so far: after the prefill, and after every so many tokens."""
+    @property
+    def compile_seconds(self) -> float:
+        return self._programs.compile_seconds
+
+    def chunks(self, every: int | None) -> Iterator[Generation]:
+        """The answers so far: after the prefill, and after every so many tokens.
+
+        None is paced: a few tokens first, then as many as take `PACE` seconds. To start and to read the compiled loop
+        costs a small model as much as decoding a token.
+        """
         state = self.prefill()
         yield self.result(state)
-        for limit in range(1 + every, self.max_new_tokens + every, every):
-            if np.all(jax.device_get(state.done)):
-                return
-            state = self.decode(state, min(limit, self.max_new_tokens))
+        limit, tokens = 1, every or FIRST_CHUNK
+        while limit < self.max_new_tokens and not np.all(jax.device_get(state.done)):
+            before, limit = self.decode_seconds, min(limit + tokens, self.max_new_tokens)
+            state = self.decode(state, limit)
             yield self.result(state)
+            if every is None:
+                tokens = max(1, int(tokens * PACE / (self.decode_seconds - before)))
 
     def prefill(self) -> DecodeState:
         ids, lengths = jax.device_put((self.packed.input_ids, self.packed.lengths))
@@ -142,7 +152,7 @@ class GenerationRequest:
         else:
             args = (self.params, ids, lengths, self.images, self.keys, self.sampler, self.seed)
             static = {"config": self.config, "plan": self.plan, "decoding": self.decoding}
-            state, self.prefill_seconds = self._timed(start, *args, **static)
+            state, self.prefill_seconds = self._programs.timed(start, *args, **static)
         text = np.sum((self.packed.input_ids != self.config.image_token_id) & self.packed.valid, axis=1)
         self.visual_tokens = (jax.device_get(state.cache.lengths) - text[None, :]).T.tolist()
         return state
@@ -154,13 +164,13 @@ class GenerationRequest:
     def decode(self, state: DecodeState, limit: int) -> DecodeState:
         args = (self.params, state, jax.device_put(np.int32(limit)), self.sampler)
         static = {"config": self.config, "stops": self.plan.stops, "decoding": self.decoding}
-        state, seconds = self._timed(decode, *args, **static)
+        state, seconds = self._programs.timed(decode, *args, **static)
         self.decode_seconds += seconds
         return state
 
     def _prefill_stage_by_stage(self, ids: Array, lengths: Array) -> DecodeState:
         def call(program: Callable, *args: Any, **static: Any) -> Any:
-            out, seconds = self._timed(program, *args, **static)
+            out, seconds = self._programs.timed(program, *args, **static)
             self.prefill_seconds += seconds
             return out
 
@@ -169,25 +179,6 @@ class GenerationRequest:
             self.params, prompt, self.config, self.plan, max_new_tokens=self.room, call=call
         )
         return call(first_token, logits, cache, self.keys, self.sampler, decoding=self.decoding)
-
-    def _timed(self, program: Any, *args: Any, **static: Any) -> tuple[Any, float]:
-        """Runs a jitted program and returns its seconds; compiling comes before, on a clock of its own.
-
-        What is compiled is kept, so that the next piece of an answer neither lowers nor looks for it again. The first
-        argument, the parameters, is the same every time.
-        """
-        began = time.perf_counter()
-        leaves, structure = jax.tree.flatten(args[1:])
-        shapes = tuple((leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves)
-        key = (program, tuple(static.items()), structure, shapes)
-        if key not in self._compiled:
-            LOG.info("compiling %s", program.__name__)
-            self._compiled[key] = program.lower(*args, **static).compile()
-            LOG.info("compiled %s", program.__name__)
-        compiled = time.perf_counter()
-        self.compile_seconds += compiled - began
-        out = jax.block_until_ready(self._compiled[key](*args))
-        return out, time.perf_counter() - compiled
 
     def result(self, state: DecodeState) -> Generation:
         said, counts, finite, steps = jax.device_get((state.tokens, state.counts, state.finite, state.steps))
@@ -283,9 +274,18 @@ def _check_settings(
     longest = max((len(row) for row in rows), default=0)
     if not longest:
         raise UserError("no prompt, or an empty one: nothing to answer")
-    if longest + max_new_tokens > config.text.max_position_embeddings:
+    require_room(config, longest, max_new_tokens)
+
+
+def require_room(config: ModelConfig, prompt_tokens: int, max_new_tokens: int) -> None:
+    """Refuses a prompt that leaves no room for its answer.
+
+    Raises:
+      UserError: both together are longer than the model's context.
+    """
+    if prompt_tokens + max_new_tokens > config.text.max_position_embeddings:
         raise UserError(
-            f"the prompt has {longest} tokens and the answer may take {max_new_tokens}: "
+            f"the prompt has {prompt_tokens} tokens and the answer may take {max_new_tokens}: "
             f"more than the model's {config.text.limit}; shorten the question or use fewer images"
         )
 

@@ -43,6 +43,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_ON_ITS_SIDE = {_UPRIGHT[tag] for tag in (5, 6, 7, 8)}
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/|data:")  # a Path has one slash of two left; C:/ is a drive
 _PREFIX = 64  # bytes that tell what a file is
 
@@ -62,16 +63,19 @@ def open_image(source: Any) -> Image.Image:
       UserError: no such file, not an image, damaged, more than `bounds.PIXELS`, or colours without a defined
         meaning.
     """
-    name = image_name(source)
-    try:
-        with _opened(source, name) as image:
-            check_pixels(*image.size)
-            return _rgb(_upright(image))
-    except UserError as error:
-        message = str(error)
-        raise UserError(message if message.startswith(name) else f"{name}: {message}") from None
-    except Exception as error:  # a damaged file surfaces as any of many unrelated types
-        raise UserError(f"{name}: damaged or cut short: {first_line(error)}") from error
+    with _looked_at(source) as image:
+        return _rgb(_upright(image))
+
+
+def image_size(source: Any) -> tuple[int, int]:
+    """Height and width of what `open_image` makes of a source; of a file no more is read than that takes.
+
+    Raises:
+      UserError: as `open_image` does before it decodes.
+    """
+    with _looked_at(source) as image:
+        width, height = image.size
+        return (width, height) if _turn(image) in _ON_ITS_SIDE else (height, width)
 
 
 def check_pixels(width: int, height: int) -> None:
@@ -129,6 +133,21 @@ def silence_pillow() -> None:
         library = ctypes.CDLL(Image.core.__file__)
         library.TIFFSetErrorHandler(None)
         library.TIFFSetWarningHandler(None)
+
+
+@contextmanager
+def _looked_at(source: Any) -> Iterator[Image.Image]:
+    """An image of a size that is taken, and whatever goes wrong with it an error that names it."""
+    name = image_name(source)
+    try:
+        with _opened(source, name) as image:
+            check_pixels(*image.size)
+            yield image
+    except UserError as error:
+        message = str(error)
+        raise UserError(message if message.startswith(name) else f"{name}: {message}") from None
+    except Exception as error:  # a damaged file surfaces as any of many unrelated types
+        raise UserError(f"{name}: damaged or cut short: {first_line(error)}") from error
 
 
 @contextmanager
@@ -203,11 +222,15 @@ def _is_float(dtype: np.dtype) -> bool:
 
 def _upright(image: Image.Image) -> Image.Image:
     """Turned as its orientation tag says; whatever else its EXIF data holds, damaged or not, is left alone."""
-    try:
-        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # not even a table of tags
-        turn = None
+    turn = _turn(image)
     return image if turn is None else image.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    try:
+        return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # not even a table of tags
+        return None
 
 
 def _rgb(image: Image.Image) -> Image.Image:

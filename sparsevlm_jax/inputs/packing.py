@@ -45,6 +45,7 @@ class ImagePacking(NamedTuple):
     weight: Any  # float32 [n, k]; None where every token is one patch
     line: Any  # int32 [n], see `ImageLayout`
     rows: Any  # int32 [r]: visual tokens in each row of the batch, or in one row that stands for all
+    frame: Any  # int32 [n]: a number for each frame, and for each image
 
 
 class TiledImages(NamedTuple):
@@ -69,13 +70,14 @@ def pack_images(layouts: Sequence[Sequence[ImageLayout]], config: ModelConfig) -
     Args:
       layouts: of each row's images and videos.
     """
-    index, line, weight, before = [], [], [], 0
+    index, line, weight, frame, before = [], [], [], [np.zeros(1, np.int64)], 0
     flat = [layout for row in layouts for layout in row]
     tokens = len(layouts) * config.visual_bucket(max(sum(layout.tokens for layout in row) for row in layouts))
     for start, layout in zip(_first_patches(flat, config), flat, strict=True):
         index.append(np.where(layout.index == NEWLINE, NEWLINE, start + layout.index))
         line.append(before + layout.line)
         weight += [] if layout.weight is None else [layout.weight]
+        frame.append(frame[-1][-1] + 1 + layout.places[:, 0] * layout.is_video)
         before += layout.tokens
     padding = tokens - before
     return ImagePacking(
@@ -83,6 +85,7 @@ def pack_images(layouts: Sequence[Sequence[ImageLayout]], config: ModelConfig) -
         _padded(weight, padding).astype(np.float32) if weight else None,
         np.concatenate([*line, np.arange(before, tokens)]).astype(np.int32),
         np.array([sum(layout.tokens for layout in row) for row in layouts], np.int32),
+        np.concatenate([*frame[1:], np.zeros(padding)]).astype(np.int32),
     )
 
 

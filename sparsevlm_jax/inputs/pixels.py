@@ -37,12 +37,14 @@ class Preparation:
         self.image_processor = image_processor
         self.config = config
 
-    def image(self, source: ImageLike, aspect: str | None) -> Visual:
-        """An image, in one tile or padded to the most that an image of this family has.
+    def image(self, source: ImageLike | Visual, aspect: str | None) -> Visual:
+        """An image, in one tile or padded to the most that an image of this family has; one that is prepared, as it is.
 
         Raises:
           UserError: it cannot be read, does not become [3, S, S], or the family knows no aspect.
         """
+        if isinstance(source, Visual):
+            return source
         image, name = open_image(source), image_name(source)
         layout, tiles = self.config.image_layout((image.height, image.width)), self.config.most_tiles
         if tiles == 1:
@@ -53,12 +55,14 @@ class Preparation:
         padded = np.pad(pixels, ((0, tiles - layout.tiles), *[(0, 0)] * 3))
         return Visual(padded, layout)
 
-    def video(self, source: VideoLike, sampling: Sampling, aspect: str | None) -> Visual:
-        """Some frames of a video, each prepared as an image.
+    def video(self, source: VideoLike | Visual, sampling: Sampling, aspect: str | None) -> Visual:
+        """Some frames of a video, each prepared as an image; one that is prepared, as it is.
 
         Raises:
           UserError: it cannot be read, or the family has no videos.
         """
+        if isinstance(source, Visual):
+            return source
         layout, name = self.config.video_layout(sampling.frames), video_name(source)
         frames = read_video(source, *sampling)
         pixels = [self._square(Image.fromarray(frame), name, aspect) for frame in frames]

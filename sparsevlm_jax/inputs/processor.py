@@ -96,7 +96,7 @@ class Processor:
                     f"the tokenizer's id of {marker} is {found}, but the model's {_KINDS[marker]}_token_index is "
                     f"{wanted}: tokenizer and config.json are not of the same checkpoint"
                 )
-        self._preparation = Preparation(image_processor, config)
+        self.preparation = Preparation(image_processor, config)
         self._content_in_parts = chat_template is not None and self._takes_parts()
 
     @classmethod
@@ -189,17 +189,18 @@ class Processor:
 
     def __call__(
         self,
-        images: Sequence[Sequence[ImageLike]],
+        images: Sequence[Sequence[ImageLike | Visual]],
         questions: Sequence[str | Conversation],
         aspect: str | None = None,
-        videos: Sequence[Sequence[VideoLike]] = ((),),
+        videos: Sequence[Sequence[VideoLike | Visual]] = ((),),
         sampling: Sampling = SAMPLING,
     ) -> Inputs:
         """Tokenizes the questions and prepares their images and videos.
 
         Args:
-          images: the images of each question, in the order of its markers; an empty list for text alone. One list
-            for several questions goes with each of them: its images are prepared, and stand in the result, once.
+          images: the images of each question, in the order of its markers, or what `preparation` made of them; an
+            empty list for text alone. One list for several questions goes with each of them: its images are prepared,
+            and stand in the result, once.
           questions: as many, each by itself or with what was said before it.
           aspect: "crop" scales the shorter side to S and cuts out the middle, "pad" fills up to a square with the
             processor's mean colour and scales that (as the authors of LLaVA do), None is the checkpoint's own choice.
@@ -215,8 +216,8 @@ class Processor:
                 raise UserError(f"{len(lists)} lists of {kind}s for {len(questions)} questions: give one per question")
         if aspect is not None and aspect not in ASPECTS:
             raise UserError(f'aspect is "{aspect}": expected {" or ".join(ASPECTS)}')
-        shown = [[self._preparation.image(image, aspect) for image in own] for own in images]
-        filmed = [[self._preparation.video(video, sampling, aspect) for video in own] for own in videos]
+        shown = [[self.preparation.image(image, aspect) for image in own] for own in images]
+        filmed = [[self.preparation.video(video, sampling, aspect) for video in own] for own in videos]
         rows, together = [], len(shown) == len(filmed) == 1
         for number, question in enumerate(questions):
             own, own_videos = (lists[number if len(lists) > 1 else 0] for lists in (shown, filmed))
@@ -241,6 +242,16 @@ class Processor:
             np.concatenate(videos) if videos else None,
         )
 
+    def text_tokens(self, question: str | Conversation, num_images: int, num_videos: int = 0) -> int:
+        """How many tokens of a prompt are not visual.
+
+        Raises:
+          UserError: markers and images do not match, or the template cannot be used.
+        """
+        text = self.prompt(question, num_images, num_videos)
+        row, marked = self._tokenized(text, [None] * num_images, [None] * num_videos)
+        return len(row) - len(marked)
+
     def next_turn(self, talk: Conversation, layouts: Sequence[ImageLayout]) -> tuple[np.ndarray, np.ndarray]:
         """Token ids, int32 [l], of a whole conversation, and those of them that stand behind its last answer.
 
@@ -251,11 +262,12 @@ class Processor:
         """
         last, mark = talk.earlier[-1], "\ue000"
         marked = talk._replace(earlier=(*talk.earlier[:-1], (last[0], mark)))
-        text, tail = (self.prompt(each, len(layouts)) for each in (talk, marked))
+        images, videos = ([layout for layout in layouts if layout.is_video == video] for video in (False, True))
+        text, tail = (self.prompt(each, len(images), len(videos)) for each in (talk, marked))
         tail = tail.rpartition(mark)[2]
         if not text.endswith(tail):
             raise UserError("the chat template writes what follows an answer differently from answer to answer")
-        both = (self._tokenized(each, layouts) for each in (text, text.removesuffix(tail)))
+        both = (self._tokenized(each, images, videos) for each in (text, text.removesuffix(tail)))
         whole, head = (self._expanded(row, ordered) for row, ordered in both)
         if np.array_equal(whole[: len(head)], head):
             return whole, whole[len(head) :]

@@ -30,6 +30,7 @@ FORMATS = (
     *("wav", "mp3", "flac", "aac"),  # to say that there is only sound
 )
 _START = 64  # bytes that tell what a file is
+_MISSING = 0.1  # of the length that a file says it has, which need not be exact
 
 
 class Sampling(NamedTuple):
@@ -132,12 +133,25 @@ def _decoded(file: Path, frames: int) -> Iterator[Any]:
         if stream is None:
             raise UserError("has no video, only sound" if container.streams.audio else "has no video")
         _check_size(frames, stream.codec_context.width, stream.codec_context.height)
-        for packet in container.demux(stream):
+        ended = 0.0
+        for packet in container.demux():  # of sound too: it may be what lasts longest
+            if packet.pts is not None:
+                ended = max(ended, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+            if packet.stream.index != stream.index:
+                continue
             if packet.is_corrupt:
                 raise UserError("damaged or cut short")
             for frame in packet.decode():
                 _check_size(frames, frame.width, frame.height)
                 yield frame
+        _require_whole(container, ended)
+
+
+def _require_whole(container: Any, ended: float) -> None:
+    """Some containers are read to wherever they were cut, without a word: what they say of their length tells."""
+    seconds = (container.duration or 0) / 1_000_000  # FFmpeg counts microseconds, and has none where it is not known
+    if 0 < ended < (1 - _MISSING) * seconds:
+        raise UserError(f"damaged or cut short: it ends after {ended:.1f} of {seconds:.1f} seconds")
 
 
 @contextmanager

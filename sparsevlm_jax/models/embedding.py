@@ -92,7 +92,8 @@ def embed(
     if images.grid is not None and plan is not None:
         matching &= images.grid == (plan.grid or 0)
     embeddings = fits.or_nan(embeddings, jnp.broadcast_to(matching, lengths.shape))
-    return Prompt(embeddings, visual, lengths, jnp.where(visual, images.saliency[index], 0.0))
+    saliency = jnp.where(visual, images.saliency[index], 0.0)
+    return Prompt(embeddings, visual, lengths, saliency, frame=None if images.frame is None else images.frame[index])
 
 
 def _packed_images(params: Params, images: TiledImages, config: ModelConfig) -> ImageFeatures:
@@ -108,7 +109,7 @@ def _packed_images(params: Params, images: TiledImages, config: ModelConfig) -> 
     )
     own = None if family.rows is None else family.rows(params)
     packing = images.packing
-    return ImageFeatures(_packed(tokens, own, packing), _saliency(saliency, packing), packing.rows)
+    return ImageFeatures(_packed(tokens, own, packing), _saliency(saliency, packing), packing.rows, frame=packing.frame)
 
 
 def _flat(

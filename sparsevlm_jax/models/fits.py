@@ -56,6 +56,10 @@ def require_prompt(params: Any, prompt: Prompt, config: ModelConfig, plan: Plan,
         raise ValueError(f'the plan\'s method is "{plan.sparsity.method}", METHODS has {", ".join(METHODS)}')
     if method.needs_saliency and len(plan.stages) > 1 and prompt.saliency is None:
         raise ValueError(f"method {method.name} reads prompt.saliency, which is None: make the prompt with embed()")
+    if plan.sparsity.per_frame and len(plan.stages) > 1 and prompt.frame is None and plan.visual_tokens:
+        raise ValueError(
+            "per_frame reads prompt.frame, which is None: make the prompt with embed(), of a family with videos"
+        )
 
 
 def require_cache(params: Any, token: Array, cache: Cache, config: ModelConfig, stops: Sequence[int]) -> None:

@@ -39,6 +39,7 @@ class Prompt(NamedTuple):
     positions: Int[Array, "b l a"] | None = None  # rotary positions; None for 0, 1, 2, ... on all axes
     next_positions: Int[Array, "b"] | None = None  # that of the first new token; None for `lengths`
     add: Float[Array, "b l i d"] | None = None  # what the first i decoder layers each add to their output (deepstack)
+    frame: Int[Array, "b l"] | None = None  # a number for each frame and image, where visual; for `Sparsity.per_frame`
 
 
 class ImageFeatures(NamedTuple):
@@ -47,6 +48,7 @@ class ImageFeatures(NamedTuple):
     tokens: Float[Array, "n d"]
     saliency: Float[Array, "n"]  # how much the vision tower looks at each, float32
     rows: Int[Array, "r"] | None = None  # see `inputs.packing.ImagePacking`; None where rows are whole images
+    frame: Int[Array, "n"] | None = None  # see `inputs.packing.ImagePacking`
     grid: Int[Array, ""] | None = None  # patches per side that images were shrunk to; None where they were not
 
 
@@ -191,6 +193,7 @@ def start(prompt: Prompt, plan: Plan, axes: int) -> Tokens:
         lengths=prompt.lengths.astype(jnp.int32),
         saliency=prompt.saliency if METHODS[plan.sparsity.method].needs_saliency else None,
         add=prompt.add,
+        frame=prompt.frame if plan.sparsity.per_frame else None,
         keep=kept_by_row(plan, jnp.sum(prompt.visual, axis=1, dtype=jnp.int32), prompt.lengths),
     )
 

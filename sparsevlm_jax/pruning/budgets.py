@@ -144,6 +144,8 @@ def _plan(
     text, budget, method = _decoder(config), sparsity.budget, METHODS.get(sparsity.method)
     if method is None:
         raise ValueError(f'the method is "{sparsity.method}", METHODS has {", ".join(METHODS)}')
+    if sparsity.per_frame and not isinstance(config, TextConfig) and config.video_token_id is None:
+        raise UserError(f"`per_frame`: {config.model_type} takes images only, no videos")
     if not method.reduces or not visual_tokens or (row_counts is None and budget.keep == visual_tokens):
         return Plan(sparsity, (_last_stage(0, text.num_hidden_layers, visual_tokens),))
     method.require(sparsity, text)

@@ -16,7 +16,7 @@ from sparsevlm_jax.pruning.budgets import kept_table
 from sparsevlm_jax.pruning.methods import METHODS, PruningContext, Scores
 from sparsevlm_jax.pruning.plan import Plan
 from sparsevlm_jax.pruning.settings import Sparsity
-from sparsevlm_jax.pruning.sparsify import Recycled, Selection, Tokens, rebuild, recycle, select, take
+from sparsevlm_jax.pruning.sparsify import Recycled, Selection, Tokens, rebuild, recycle, select, take, take_turns
 
 
 class PruningStep(NamedTuple):
@@ -68,7 +68,10 @@ def prune(layer: PruningContext, sparsity: Sparsity, jitter: Array | None) -> tu
             # A row of a number that the plan does not know may drop more than those that it was made for.
             pool = jnp.minimum(pool, stage.pool)
             clusters = jnp.minimum(clusters, jnp.minimum(stage.clusters, stage.standing - kept_count))
-        selection = select(scores.values, tokens.visual, kept_count, pool, clusters, keep=stage.keep, pool=stage.pool)
+        ranked = scores.values
+        if tokens.frame is not None:
+            ranked = take_turns(ranked, tokens.visual, tokens.frame)
+        selection = select(ranked, tokens.visual, kept_count, pool, clusters, keep=stage.keep, pool=stage.pool)
     recycled = None
     with jax.named_scope("recycle"):
         if stage.clusters:

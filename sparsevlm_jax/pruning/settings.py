@@ -100,6 +100,8 @@ class Sparsity:
       options: those that only this method has.
       positions: rotary positions after pruning, "renumber" (v1, v1.5) or "keep" (v2.0).
       jitter: amplitude of the density noise that replays recorded traces (the array is an argument of `prefill`).
+      per_frame: spread what stays evenly over the frames of videos, images counting as one each: ours, where the
+        released code lets all frames compete.
       seed: of methods that draw random numbers; None for those that draw none. `prefill` also takes it traced.
     """
 
@@ -109,6 +111,7 @@ class Sparsity:
     options: Options = Options()
     positions: str = "renumber"
     jitter: float = 1e-6
+    per_frame: bool = False
     seed: int | None = None
 
     def __post_init__(self) -> None:
@@ -194,7 +197,7 @@ class Sparsity:
         return pool, np.minimum(pool // self.recycling.group + 1, pool)
 
 
-_OWN = ("positions", "jitter", "seed")
+_OWN = ("positions", "jitter", "per_frame", "seed")
 
 
 def names_of(part: Any) -> tuple[str, ...]:

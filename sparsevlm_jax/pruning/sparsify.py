@@ -31,6 +31,7 @@ class Tokens(NamedTuple):
     lengths: Int[Array, "b"]
     saliency: Float[Array, "b l"] | None  # how much the vision tower itself looks at each visual token
     add: Float[Array, "b l i d"] | None = None  # what the next i layers each add to their output
+    frame: Int[Array, "b l"] | None = None  # whose tokens compete with each other first; None where all do
     keep: tuple[Int[Array, "b"], ...] | None = None  # at each pruning layer ahead; None where the plan's counts hold
 
     @property
@@ -136,6 +137,27 @@ def score_visual(attention: Float[Array, "b n r l"], raters: Bool[Array, "b r"])
     Probabilities are the pruning layer's own, all keys in the softmax, so a row does not sum to 1 over the image.
     """
     return _mean_where(jnp.mean(attention, axis=1), raters[:, :, None], axis=1)
+
+
+def take_turns(
+    scores: Float[Array, "b l"], visual: Bool[Array, "b l"], frame: Int[Array, "b l"]
+) -> Float[Array, "b l"]:
+    """Scores by which a top-k takes the best token of every frame, then the second best of every frame, and so on.
+
+    Within such a round the better score comes first; a frame that has no token left is passed over. Not in the papers
+    nor in the released code, which lets all frames compete.
+    """
+
+    def of_row(scores: Array, visual: Array, frame: Array) -> Array:
+        places = jnp.arange(len(scores))
+        falling = jnp.where(visual, -(scores + 0.0), jnp.inf)
+        by_frame = jnp.lexsort((falling, frame, ~visual))
+        first = jnp.concatenate([jnp.ones(1, bool), jnp.diff(frame[by_frame]) != 0])
+        turn = places - jax.lax.cummax(jnp.where(first, places, 0))
+        order = jnp.lexsort((falling, jnp.zeros_like(places).at[by_frame].set(turn), ~visual))
+        return jnp.zeros_like(scores).at[order].set(-places.astype(scores.dtype))
+
+    return jax.vmap(of_row)(scores, visual, frame)
 
 
 def select(
@@ -261,6 +283,7 @@ def rebuild(
         lengths=lengths,
         saliency=None if tokens.saliency is None else gather(tokens.saliency, mean),
         add=None if tokens.add is None else gather(tokens.add, mean),
+        frame=None if tokens.frame is None else gather(tokens.frame, of_center),
         keep=None if tokens.keep is None else tokens.keep[1:],
     )
     return shorter, source

@@ -23,7 +23,9 @@ from sparsevlm_jax.checkpoints.verify import verify
 from sparsevlm_jax.generation.api import require_processor
 from sparsevlm_jax.generation.request import GenerationRequest
 from sparsevlm_jax.inputs.processor import Inputs, Processor
+from sparsevlm_jax.inputs.video import Sampling
 from sparsevlm_jax.models.family import config_from_hf
+from tests import models
 from tests.families import contract
 from tests.families.contract import ATOL, NEW, QUESTIONS, Case
 from tests.hf import CHAT_TEMPLATE, tiny_llava
@@ -81,7 +83,7 @@ def torch_inputs(case: Case, name: str) -> dict[str, Any]:
     inputs, config = inputs_of(case, name), case.ours.config
     ids, marker = inputs.ids[0].astype(np.int64), inputs.ids[0] == config.image_token_id
     assert config.video_token_id is not None
-    kinds = np.repeat([layout.tiles > 1 for layout in inputs.layouts], [layout.tokens for layout in inputs.layouts])
+    kinds = np.repeat([layout.is_video for layout in inputs.layouts], [layout.tokens for layout in inputs.layouts])
     ids[marker] = np.where(kinds, config.video_token_id, config.image_token_id)
     found = {"input_ids": torch.from_numpy(ids)[None], "attention_mask": torch.ones((1, len(ids)), dtype=torch.long)}
     if len(inputs.pixel_values):
@@ -323,3 +325,49 @@ def test_the_released_setting_stands_and_enters_as_the_papers_count(rank, stand,
     assert abs(plan.equivalent_tokens() - standing) < 0.06
     assert abs(plan.entering_tokens() - entering) < 0.06
     assert sv.Sparsity.video() == sv.sparsity("v1", scale=1.0, bias=0.0, layers=(1,))
+
+
+def test_videos_of_different_length_are_one_batch(case: Case, tmp_path: Path) -> None:
+    settings: Any = {"sparsity": sv.Sparsity.video(), "max_new_tokens": 4}
+    files = [write_video(tmp_path / f"{total}.mkv", noise(total, 60, 70, seed=total)) for total in (3, 20)]
+    together = sv.generate(case.ours, None, ["where", "what is it"], videos=[[file] for file in files], **settings)
+    alone = [
+        sv.generate(case.ours, None, question, videos=file, **settings)
+        for question, file in zip(("where", "what is it"), files, strict=True)
+    ]
+    assert together == alone and alone[0] != alone[1]
+
+
+TURNS = ("what is in the heat", "why")
+
+
+def test_a_conversation_about_a_video_is_pruned_again_as_fresh_ones_are(case: Case) -> None:
+    settings: Any = {"sparsity": sv.Sparsity.v15(keep=40), "max_new_tokens": 4}
+    chat, messages = sv.Chat(case.ours, None, videos=film(1), frames=4, **settings), []
+    for question in TURNS:
+        messages.append({"role": "user", "content": question})
+        said = chat.ask(question)
+        assert said == sv.generate(case.ours, None, messages, videos=film(1), frames=4, **settings)
+        messages.append({"role": "assistant", "content": said})
+
+
+def test_a_conversation_about_a_video_goes_on_with_the_first_selection(case: Case) -> None:
+    """Each answer is what the first prompt's own cache says, decoded on one by one."""
+    chat = sv.Chat(
+        case.ours, None, videos=film(1), frames=4, selection="first", sparsity="v1.5", max_new_tokens=4, room=64
+    )
+    first = require_processor(case.ours)([[]], [TURNS[0]], videos=[[film(1)]], sampling=Sampling(4))
+    ends = []
+    for question in TURNS:
+        chat.ask(question)
+        ends.append(len(chat.ids))
+    length, config = len(first.ids[0]), case.ours.config
+    assert chat.ids[:length].tolist() == first.ids[0].tolist()
+    run = GenerationRequest(case.ours.params, config, first.ids, first.images, **contract.settings(chat.sparsity))
+    ids, lengths = jnp.asarray(run.packed.input_ids), jnp.asarray(run.packed.lengths)
+    prompt = contract.embedded(run.params, ids, lengths, run.images, config=config)
+    logits, _ = models.forced_logits(run.params, config, run.plan, prompt, chat.ids[None, length:])
+    likeliest = logits[0].argmax(-1).tolist()
+    for end in ends:
+        stop = end - length
+        assert chat.ids[end - 4 : end].tolist() == likeliest[stop - 4 : stop]

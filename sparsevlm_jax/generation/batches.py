@@ -1,0 +1,323 @@
+"""Many questions to answers, in batches of one shape each, so that every bucket is one program.
+
+Batches are cut before anything is answered: what is left of a run that was interrupted is computed as it would have
+been. The host prepares the next batch while the device works on one.
+
+Axis letters: m images, t tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple
+from zlib import crc32
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from sparsevlm_jax.checkpoints.load import Model
+from sparsevlm_jax.config import ModelConfig
+from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.generation.answer import Answer, read_answers
+from sparsevlm_jax.generation.api import Images, Videos, asked_about, non_finite, require_processor, settings_for
+from sparsevlm_jax.generation.programs import Programs
+from sparsevlm_jax.generation.request import GenerationRequest, Settings, require_limit, require_room
+from sparsevlm_jax.inputs.images import image_size
+from sparsevlm_jax.inputs.messages import Asked
+from sparsevlm_jax.inputs.packing import TEXT_BUCKETS, TiledImages, bucket
+from sparsevlm_jax.inputs.pixels import Visual
+from sparsevlm_jax.inputs.processor import Inputs
+from sparsevlm_jax.inputs.video import SAMPLING, Sampling
+from sparsevlm_jax.models.embedding import encode_images
+from sparsevlm_jax.models.stages import ImageFeatures, Params
+from sparsevlm_jax.progress import progress as show_progress
+from sparsevlm_jax.pruning.methods import METHODS, as_sparsity
+from sparsevlm_jax.pruning.settings import Sparsity
+
+BATCH_SIZE = 8
+Numbered = list[tuple[int, Answer]]
+
+
+class Bucket(NamedTuple):
+    """What questions of one batch have in common: room for text and for visual tokens, and how much is shown."""
+
+    text: int
+    visual: int
+    images: int
+    videos: int
+
+
+class Prepared(NamedTuple):
+    """A batch on the host.
+
+    Attributes:
+      inputs: of as many rows as the batch has; behind the real ones the first is repeated. None where none is left.
+      order: of each image of the rows its place among `inputs.pixel_values`, where images are held once; else None.
+      numbers: of each real row its place in what was given.
+      errors: what is wrong with the others.
+    """
+
+    inputs: Inputs | None
+    order: np.ndarray | None
+    numbers: list[int]
+    errors: dict[int, str]
+
+
+class Batcher:
+    """Answers questions in batches of one size.
+
+    `answers` does it all; `cut`, `prepare` (on the host) and `run` (on the device) are its parts, for loops of another
+    kind. A row that cannot be answered gets an `Answer` with an error and disturbs no other.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        sparsity: Sparsity | str | None = None,
+        batch_size: int = BATCH_SIZE,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        aspect: str | None = None,
+        sampling: Sampling = SAMPLING,
+    ) -> None:
+        """Takes the settings; nothing runs yet.
+
+        Args:
+          model: from `load`, with its processor.
+          sparsity, max_new_tokens, temperature, top_p, seed, aspect: see `generate`.
+          batch_size: rows that are answered together.
+          sampling: which frames are taken of a video.
+
+        Raises:
+          UserError: a setting that cannot be, or a model without processor.
+        """
+        require_limit("batch_size", batch_size)
+        require_limit("max_new_tokens", max_new_tokens)
+        self.model, self.batch_size, self.aspect, self.sampling = model, batch_size, aspect, sampling
+        self.processor = require_processor(model)
+        self.settings = settings_for(model, sparsity, max_new_tokens, temperature, top_p, seed)
+        self._programs = Programs()
+        self._words = Lock()  # a tokenizer serves one thread at a time
+
+    def bucket(self, asked: Asked) -> Bucket:
+        """Where a question belongs; of its images no more than the size is read.
+
+        Raises:
+          UserError: it cannot be asked, or leaves no room for an answer.
+        """
+        config, images, videos = self.model.config, asked.images, asked.videos
+        text = self.processor.text_tokens(asked.conversation, len(images), len(videos))
+        visual = sum(self._visual_tokens(image) for image in images)
+        visual += sum(config.video_layout(self.sampling.frames).tokens for _ in videos)
+        require_room(config, text + visual, self.settings["max_new_tokens"])
+        room = bucket(text, TEXT_BUCKETS, "the prompt's text")
+        return Bucket(room, config.visual_bucket(visual) if visual else 0, len(images), len(videos))
+
+    def cut(self, rows: Sequence[Asked]) -> tuple[list[list[int]], Numbered]:
+        """The rows' numbers in batches, sorted stably by bucket, and those that cannot be asked."""
+        buckets: dict[Bucket, list[int]] = {}
+        refused: Numbered = []
+        for number, row in enumerate(rows):
+            try:
+                buckets.setdefault(self.bucket(row), []).append(number)
+            except UserError as error:
+                refused.append((number, Answer(error=str(error))))
+        size = self.batch_size
+        sorted_rows = [numbers for _, numbers in sorted(buckets.items())]
+        return [numbers[i : i + size] for numbers in sorted_rows for i in range(0, len(numbers), size)], refused
+
+    def prepare(self, rows: Sequence[Asked]) -> Prepared:
+        """The host's part of a batch of one bucket: what is shown is read once, whatever number of rows show it."""
+        seen: dict[Any, Visual | UserError] = {}
+        ready, errors = {}, {}
+        for number, row in enumerate(rows):
+            try:
+                images = [self._seen(image, False, seen) for image in row.images]
+                videos = [self._seen(video, True, seen) for video in row.videos]
+            except UserError as error:
+                errors[number] = str(error)
+            else:
+                ready[number] = (row.conversation, images, videos)
+        if not ready:
+            return Prepared(None, None, [], errors)
+        talks, images, videos = zip(*self._filled([*ready.values()]), strict=True)
+        with self._words:
+            inputs = self.processor(images, talks, self.aspect, videos, self.sampling)
+        order = None
+        if self._encodes_apart() and not any(videos):
+            inputs, order = _once(inputs, [visual for row in images for visual in row], self.model.config)
+        return Prepared(inputs, order, [*ready], errors)
+
+    def run(self, prepared: Prepared) -> Numbered:
+        """The device's part: an answer, or an error, for every row that was prepared."""
+        found: Numbered = [(number, Answer(error=error)) for number, error in prepared.errors.items()]
+        if prepared.inputs is None:
+            return found
+        model, inputs, compiled = self.model, prepared.inputs, self._programs.compile_seconds
+        settings = self._settings_of(inputs)
+        images, seconds = self._encoded(inputs, prepared.order)
+        request = GenerationRequest(model.params, model.config, inputs.ids, images, **settings)
+        generation = request.result(request.decode(request.prefill(), settings["max_new_tokens"]))
+        generation = replace(
+            generation,
+            prefill_seconds=generation.prefill_seconds + seconds,
+            compile_seconds=generation.compile_seconds + self._programs.compile_seconds - compiled,
+        )
+        with self._words:
+            answers = read_answers(generation, self.processor, model.config, inputs.ids)
+        rows = len(prepared.numbers)
+        for number, answer, finite in zip(prepared.numbers, answers, generation.finite, strict=False):
+            whole = replace(answer, rows=rows) if finite else Answer(error=non_finite(model.params))
+            found.append((number, whole))
+        return sorted(found, key=lambda pair: pair[0])
+
+    def answers(self, rows: Sequence[Asked], done: Collection[int] = ()) -> Iterator[Numbered]:
+        """Batch by batch the numbers of rows and their answers; first those that cannot be asked.
+
+        Args:
+          done: rows that are answered already. They still stand where they would in their batch, if that has others.
+        """
+        batches, refused = self.cut(rows)
+        if refused := [(number, answer) for number, answer in refused if number not in done]:
+            yield refused
+        batches = [batch for batch in batches if not all(number in done for number in batch)]
+        with ThreadPoolExecutor(1) as ahead:
+            following = None
+            for batch, later in zip_longest(batches, batches[1:], fillvalue=[]):
+                prepared = self.prepare([rows[i] for i in batch]) if following is None else following.result()
+                following = ahead.submit(self.prepare, [rows[i] for i in later]) if later else None
+                answered = [(batch[number], answer) for number, answer in self.run(prepared)]
+                yield [(number, answer) for number, answer in answered if number not in done]
+
+    def _settings_of(self, inputs: Inputs) -> Settings:
+        """Of one batch: those that are sampled do not all draw the same numbers."""
+        settings = self.settings.copy()
+        key = settings.get("key")
+        if settings.get("temperature") and key is not None:
+            number = crc32(b"".join(row.tobytes() for row in inputs.ids))
+            settings["key"] = _fold_in(key, jax.device_put(np.uint32(number)))
+        return settings
+
+    def _filled(self, rows: list[Any]) -> list[Any]:
+        return rows + rows[:1] * (self.batch_size - len(rows))
+
+    def _seen(self, source: Any, is_video: bool, seen: dict[Any, Visual | UserError]) -> Visual:
+        """An image or video, prepared when it is seen first."""
+        key = (str(source), is_video) if isinstance(source, str | Path) else id(source)
+        if key not in seen:
+            try:
+                if is_video:
+                    seen[key] = self.processor.preparation.video(source, self.sampling, self.aspect)
+                else:
+                    seen[key] = self.processor.preparation.image(source, self.aspect)
+            except UserError as error:
+                seen[key] = error
+        found = seen[key]
+        if isinstance(found, UserError):
+            raise found
+        return found
+
+    def _visual_tokens(self, image: Any) -> int:
+        config = self.model.config
+        return config.image_layout(image_size(image)).tokens if config.most_tiles > 1 else config.tokens_per_image
+
+    def _encodes_apart(self) -> bool:
+        """Whether the tower may run before the plan is known: no method shrinks images."""
+        return not METHODS[as_sparsity(self.settings["sparsity"]).method].shrinks
+
+    def _encoded(self, inputs: Inputs, order: np.ndarray | None) -> tuple[Any, float]:
+        """The visual tokens of all rows and the tower's seconds, or what the tower has yet to see, and none."""
+        if order is None:
+            return inputs.images, 0.0
+        images = jax.device_put((inputs.images, order))
+        return self._programs.timed(_encode, self.model.params, *images, config=self.model.config)
+
+
+def answer_all(
+    model: Model,
+    images: Images,
+    prompts: Sequence[Any],
+    *,
+    batch_size: int = BATCH_SIZE,
+    progress: bool = False,
+    videos: Videos = None,
+    frames: int = SAMPLING.frames,
+    sampling: str = SAMPLING.rule,
+    **settings: Any,
+) -> Iterator[tuple[int, Answer]]:
+    """Answers any number of questions, in batches of one shape, as they get ready.
+
+    Args:
+      model, images, prompts, videos, frames, sampling: see `generate`. Files are read batch by batch.
+      batch_size: rows that are answered together; a batch with fewer is filled up.
+      progress: a bar on stderr with rate and time left, if that is a terminal.
+      settings: others of `generate`, by name.
+
+    Yields:
+      The number of a question among `prompts`, and its `Answer`; one that cannot be answered says why in `error`.
+
+    Raises:
+      UserError: settings that cannot be, or images that do not go with the prompts.
+    """
+    rows, _ = asked_about(images, videos, prompts)
+    batcher = Batcher(model, batch_size=min(batch_size, len(rows)), sampling=Sampling(frames, sampling), **settings)
+    with show_progress("answering", len(rows), show=progress) as advance:
+        for answered in batcher.answers(rows):
+            advance(len(answered))
+            yield from answered
+
+
+def _once(inputs: Inputs, visuals: Sequence[Visual], config: ModelConfig) -> tuple[Inputs, np.ndarray | None]:
+    """The inputs with images that several rows show held once, padded to one of a few numbers of images.
+
+    Of a family with tiles the packing says which tiles each row shows; elsewhere the order does.
+    """
+    places: dict[int, int] = {}
+    order = np.array([places.setdefault(id(visual), len(places)) for visual in visuals], np.int32)
+    if not len(order):
+        return inputs, None
+    size = len(order)
+    while size > 1 and -(-size // 4) >= len(places):
+        size = -(-size // 4)
+    first = np.unique(order, return_index=True)[1]
+    taken = np.resize(first, size)
+    each = len(inputs.pixel_values) // len(order)
+    pixels = inputs.pixel_values.reshape(len(order), each, *inputs.pixel_values.shape[1:])[taken]
+    inputs = inputs._replace(pixel_values=pixels.reshape(-1, *inputs.pixel_values.shape[1:]))
+    if inputs.packing is not None:
+        patches = each * config.tile_tokens
+        index = inputs.packing.index
+        own = np.where(index < 0, index, order[index // patches] * patches + index % patches)
+        inputs = inputs._replace(packing=inputs.packing._replace(index=own.astype(np.int32)))
+    return inputs, order
+
+
+_fold_in = jax.jit(jax.random.fold_in)
+
+
+@partial(jax.jit, static_argnames=("config",))
+def _encode(
+    params: Params,
+    images: Float[Array, "m 3 height width"] | TiledImages,
+    order: Int[Array, "n"],
+    *,
+    config: ModelConfig,
+) -> ImageFeatures:
+    """Visual tokens of all rows, from images that are held once."""
+    features = encode_images(params, images, config)
+    if isinstance(images, TiledImages):
+        return features
+    each = len(features.tokens) // len(images)
+    tokens = features.tokens.reshape(-1, each, features.tokens.shape[1])[order]
+    saliency = features.saliency.reshape(-1, each)[order]
+    return features._replace(tokens=tokens.reshape(-1, tokens.shape[2]), saliency=saliency.reshape(-1))

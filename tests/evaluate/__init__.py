@@ -1,0 +1,1 @@
+"""Questions in files, answers in files, and what benchmarks make of them."""
