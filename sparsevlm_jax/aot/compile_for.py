@@ -27,7 +27,7 @@ _NO_TIMING = {"xla_gpu_autotune_level": 0}
 _OPTIONS = {"cuda": (_NO_TIMING, {**_NO_TIMING, "xla_gpu_enable_triton_gemm": False}), "tpu": ({},)}
 _NO_TILES = "Couldn't find output tile sizes"
 _TRIES = 3  # compilations that look for the largest batch, besides the two that its search begins with
-_SECOND = 8  # batch
+_SECOND, _MOST = 8, 1024  # batches: the second that is looked at, and the largest
 
 
 class TooLargeError(UserError):
@@ -143,7 +143,7 @@ def search(memory: Callable[[int], int | None], limit: int, second: int, known: 
       known: bytes of batches that need not be looked at.
 
     Returns:
-      A batch that was looked at and fits; 0 where not even one row does.
+      A batch that was looked at and fits, 1024 at most; 0 where not even one row does.
     """
     found: dict[int, int | None] = dict(known)
     for batch in (1, second):
@@ -171,7 +171,7 @@ def _guess(found: Mapping[int, int | None], limit: int) -> int:
     before = fits[-2] if len(fits) > 1 else (0, 0)
     batch, other = before if high is None or above is None else (high, above)
     guess = low + int((limit - taken) / max((other - taken) / (batch - low), 1))
-    return guess if high is None else min(guess, high - 1)
+    return min(guess, _MOST) if high is None else min(guess, high - 1)
 
 
 def _compiled(program: Any, device: Device, only_loop: bool) -> Compiled:
