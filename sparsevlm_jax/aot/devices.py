@@ -139,7 +139,7 @@ _DEVICES = (
         peak_float32=75e12,
     ),
     _tpu("v5e", memory=15.75, bandwidth=0.819e12, peak=197e12, slice_of="v5e:2x2"),
-    _tpu("v5p", memory=95, bandwidth=2.765e12, peak=459e12, slice_of="v5p:2x2x1"),
+    _tpu("v5p", memory=95.0, bandwidth=2.765e12, peak=459e12, slice_of="v5p:2x2x1"),
     _tpu("v6e", memory=31.25, bandwidth=1.64e12, peak=918e12, slice_of="v6e:2x2"),
 )
 DEVICES = {device.name: device for device in _DEVICES}
