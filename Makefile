@@ -69,5 +69,5 @@ $(VENV)/.installed-%: pyproject.toml $(VENV)/.created
 
 $(COMPILERS)/.installed: pyproject.toml
 	"$(PYTHON)" -m venv $(COMPILERS)
-	$(COMPILERS)/bin/python -m pip install --quiet --editable ".[cuda12,tpu]" "pytest>=8.3,<9.2" hypothesis beartype psutil
+	$(COMPILERS)/bin/python -m pip install --quiet --editable ".[cuda12,tpu]" "pytest>=8.3,<9.2" hypothesis beartype psutil "pytest-xdist>=3.6"
 	@touch $@

@@ -1,4 +1,4 @@
-"""Programs compiled for an accelerator: their text read, the roofline, the largest batch, and the command without one."""
+"""Programs compiled for an accelerator: their text read, the roofline, the largest batch, and the command."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from sparsevlm_jax.models.presets import llava_next_7b, tiny, video_llava_7b
 from sparsevlm_jax.pruning.methods import sparsity
 
 HLO = Path(__file__).parent / "hlo"
-# What XLA's compilers print, cut short. Of a GPU: a product in a fusion whose scope is the addition behind it, a product
+# What XLA's compilers print, cut short. Of a GPU: a product in a fusion whose scope is an addition behind it, a product
 # without any scope, an embedding's rows, a row written in place, cuDNN's attention, cuBLAS with its workspace, loops.
 GPU = (HLO / "gpu.txt").read_text(encoding="utf-8")
 # Of a TPU: a weight that is fetched ahead in two pieces, and products that are convolutions.
