@@ -163,7 +163,7 @@ def _predictions(device: str, own: dict[str, Any], columns: list[tuple[str, ...]
             found = own.get(f"{model} {method} {batch}", {})
             seconds = [found[part]["predicted_seconds"] for part in ("prefill", "decode") if part in found]
             fits = found.get("left_bytes", -1) >= 0
-            times = ", ".join(f"{1000 * s:.3g} ms" for s in seconds)
+            times = ", ".join(f"{1000 * s:.3g} ms" if s < 1 else f"{s:.3g} s" for s in seconds)
             cells.append("–" if not found else times if fits else "does not fit")
         rows.append([f"{model}, {method}", *cells])
     return Table(f"{device}, roofline: predictions", head, rows)

@@ -86,7 +86,7 @@ def test_pruned_temporaries_and_outputs_are_below_dense(device: str) -> None:
 
 def test_a_pruning_layer_adds_at_most_forty_kernels_of_its_own() -> None:
     dense, pruned = answer("h100", "dense"), answer("h100", "v1.5")
-    reports = (program_report(each.prefill, DEVICES["h100"]) for each in (dense, pruned))
-    scopes, everything = kernels_of_a_point(*reports, len(pruned.programs.lengths) - 1)
+    before, after = (program_report(each.prefill, DEVICES["h100"]) for each in (dense, pruned))
+    scopes, everything = kernels_of_a_point(before, after, len(pruned.programs.lengths) - 1)
     print(f"a pruning layer: {scopes:.1f} kernels of its own, {everything:.1f} in all")
     assert scopes <= MOST_KERNELS
