@@ -22,6 +22,7 @@ from sparsevlm_jax.aot.report import kernels_of_a_point, program_report
 from sparsevlm_jax.aot.roofline import Kernel, kernels
 from sparsevlm_jax.aot.scopes import OTHER
 from sparsevlm_jax.cli import main
+from sparsevlm_jax.cli.compile_for import print_report
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.models.presets import llava_next_7b, tiny, video_llava_7b
 from sparsevlm_jax.pruning.methods import sparsity
@@ -126,6 +127,26 @@ def test_a_report_sums_kernels_by_phase_and_counts_collectives() -> None:
     step = program_report(compiled(GPU, only_loop=True), BY_THE_SECOND)
     assert step["kernels_by_phase"] == {"score": 1}
     assert compiled(GPU).memory == 115
+
+
+def test_the_command_s_tables_show_memory_and_every_phase(capsys: pytest.CaptureFixture[str]) -> None:
+    part = program_report(compiled(GPU), BY_THE_SECOND)
+    side = {
+        "lengths": [9, 5],
+        "parameter_bytes": 2**30,
+        "cache_bytes": 2**20,
+        "left_bytes": -(2**20),
+        "largest_batch": 7,
+    }
+    side |= {"prefill": part, "decode": part}
+    whole = {"device": "slow", "batch": 2, "dtype": "bfloat16", "new_tokens": 16, "device_memory_bytes": 10**6}
+    print_report(whole | {"dense": side, "pruned": side})
+    out = capsys.readouterr().out
+    assert all(
+        text in out for text in ("1.00 GiB", "none: 1.00 MiB too few", "projections", "predictions, not measured")
+    )
+    print_report(whole | {"dense": {"does_not_fit": "slow: too large"}, "pruned": side})
+    assert "does not fit" in capsys.readouterr().out
 
 
 def test_kernels_of_a_pruning_layer_leave_rating_out() -> None:
