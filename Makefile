@@ -1,6 +1,7 @@
 # The whole ritual, the same here and in .ci/run. Needs Python 3.11 or newer and make; everything else goes into $(VENV).
 
 VENV ?= .venv
+COMPILERS ?= .venv-compilers
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13; do \
 	$$p -c pass 2>/dev/null && echo $$p && exit; done; echo python3)
 PHOTO ?= sparsevlm_jax/data/china.jpg
@@ -10,7 +11,7 @@ ARGS ?=
 # Seconds of CPU time that a default test may take; more where the machine is slow.
 CPU_LIMIT ?= 10
 
-.PHONY: help demo test test-all lint real clean
+.PHONY: help demo test test-all test-compilers lint real clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -18,9 +19,10 @@ help:
 	@echo 'make demo   ask the embedded model about three images, dense and pruned'
 	@echo 'make test   run the tests that take five minutes (ARGS="-k name" goes to pytest)'
 	@echo 'make test-all  run all of them'
+	@echo 'make test-compilers  compile 7B models for an H100 and a TPU v5e (some gigabytes in $(COMPILERS); minutes)'
 	@echo 'make lint   ruff and pyright'
 	@echo 'make real   ask $(REAL_MODEL) (downloads about 14 GB, needs as much memory)'
-	@echo 'make clean  remove $(VENV), caches and builds'
+	@echo 'make clean  remove $(VENV), $(COMPILERS), caches and builds'
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/sparsevlm demo $(ARGS)
@@ -29,7 +31,14 @@ test: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadgroup --cpu-limit $(CPU_LIMIT) $(ARGS)
 
 test-all: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadgroup -m "not exhaustive" $(ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadgroup -m "not exhaustive and not compilers" $(ARGS)
+
+# In an environment of its own: with XLA's compilers for accelerators, without PyTorch. Not part of .ci/run.
+test-compilers:
+	@if $(MAKE) --no-print-directory $(COMPILERS)/.installed; then \
+		JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 TPU_SKIP_MDS_QUERY=1 JAX_DISABLE_MOST_OPTIMIZATIONS=0 \
+		$(COMPILERS)/bin/python -m pytest -m compilers -rs tests/test_compilers.py $(ARGS); \
+	else echo 'skipped: $(COMPILERS) could not be made (the reason is above)'; fi
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
@@ -40,7 +49,7 @@ real: $(VENV)/.installed
 	$(VENV)/bin/sparsevlm ask --model $(REAL_MODEL) --image $(PHOTO) --question "$(QUESTION)" $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(COMPILERS) build dist .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Stamps: an environment is installed again only when pyproject.toml has changed. Editable, so that the checkout is what runs.
@@ -56,4 +65,9 @@ $(VENV)/.installed: pyproject.toml $(VENV)/.created
 
 $(VENV)/.installed-%: pyproject.toml $(VENV)/.created
 	$(VENV)/bin/python -m pip install --quiet --editable ".[$*]"
+	@touch $@
+
+$(COMPILERS)/.installed: pyproject.toml
+	"$(PYTHON)" -m venv $(COMPILERS)
+	$(COMPILERS)/bin/python -m pip install --quiet --editable ".[cuda12,tpu]" "pytest>=8.3,<9.2" hypothesis beartype psutil "pytest-xdist>=3.6"
 	@touch $@

@@ -15,6 +15,7 @@ import pytest
 import torch
 from flax import traverse_util
 
+from sparsevlm_jax.aot.scopes import OTHER, phase_of
 from sparsevlm_jax.bench import (
     agreement,
     break_even,
@@ -29,7 +30,7 @@ from sparsevlm_jax.bench import (
 from sparsevlm_jax.bench.files import put_between, write_json
 from sparsevlm_jax.bench.jax_side import JaxRunner
 from sparsevlm_jax.bench.machine import seat
-from sparsevlm_jax.bench.profiling import OTHER, phase_of, phases_of
+from sparsevlm_jax.bench.profiling import phases_of
 from sparsevlm_jax.bench.shapes import SHAPES, Cell, Side, default_sides
 from sparsevlm_jax.bench.sitting import Settings, Sitting
 from sparsevlm_jax.bench.torch_side import runner

@@ -12,7 +12,7 @@ from sparsevlm_jax.models.family import FAMILIES as FAMILY_RECORDS
 PACKAGE = Path(__file__).parent.parent / "sparsevlm_jax"
 ORDER = (
     *("errors", "bounds", "process progress", "data", "text", "files", "layout rotary", "config", "config_json", "ops"),
-    *("pruning inputs", "models", "parallel checkpoints", "generation", "explain evaluate bench"),
+    *("pruning inputs", "models", "parallel checkpoints", "generation", "aot", "explain evaluate bench"),
     "methods __init__",  # names for users
     *("cli", "__main__"),
 )

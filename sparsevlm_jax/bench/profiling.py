@@ -14,22 +14,9 @@ from typing import Any
 import jax
 from jax.profiler import ProfileData
 
+from sparsevlm_jax.aot.scopes import phase_of
 from sparsevlm_jax.bench.jax_side import NEEDED_TO_ANSWER, JaxRunner
 
-# Phase -> parts of a scope's path; the first phase that has one is where an instruction belongs.
-PHASES = {
-    "tower": ("vision_tower", "multi_modal_projector"),
-    "rate": ("rate",),
-    "score": ("score",),
-    "select": ("select",),
-    "recycle": ("recycle",),
-    "rebuild": ("rebuild",),
-    "attend": ("attend",),
-    "projections": ("self_attn",),
-    "mlp": ("mlp",),
-    "head": ("lm_head",),
-}
-OTHER = "norms, residuals, sampling, caches"
 CONTAINERS = ("while", "conditional", "call")  # instructions whose time is that of others
 _INSTRUCTION = re.compile(r'^\s*(?:ROOT )?%?([\w.\-]+) = .*metadata=\{[^}]*op_name="([^"]*)"', re.MULTILINE)
 
@@ -51,12 +38,6 @@ def profile(runner: JaxRunner, folder: Path, new_tokens: int) -> dict[str, dict[
 def phases_of(program: str) -> dict[str, str]:
     """Phase of every instruction of a compiled program, by its name."""
     return {name: phase_of(scope) for name, scope in _INSTRUCTION.findall(program)}
-
-
-def phase_of(scope: str) -> str:
-    """The phase of a scope's path, such as jit(start)/prefill/score/dot_general."""
-    parts = set(scope.split("/"))
-    return next((phase for phase, names in PHASES.items() if parts & set(names)), OTHER)
 
 
 def seconds_by_phase(trace: Any, scopes: dict[str, dict[str, str]]) -> dict[str, dict[str, float]]:

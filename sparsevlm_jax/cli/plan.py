@@ -12,11 +12,13 @@ from typing import Annotated, Any
 import typer
 
 from sparsevlm_jax import bounds
+from sparsevlm_jax.cli.compile_for import CompileOptions, print_report
 from sparsevlm_jax.cli.options import Json, PruningOptions, spread_options
 from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.files import user_path
 from sparsevlm_jax.inputs.images import check_pixels
+from sparsevlm_jax.layout import ImageLayout
 from sparsevlm_jax.models.cost import Cost, cost, frame_xla_flops, tower_xla_flops
 from sparsevlm_jax.models.family import config_of
 from sparsevlm_jax.models.presets import PRESETS
@@ -51,23 +53,26 @@ def plan(
     text_tokens: Annotated[
         int, typer.Option(metavar="N", min=1, max=MOST_TEXT_TOKENS, help="All tokens that are not visual.")
     ] = 118,
+    compiling: CompileOptions,
     as_json: Json = False,
 ) -> None:
     """Shows what a schedule keeps and what it costs, against dense. Needs no weights."""
-    sparsity = pruning.sparsity()
+    device, sparsity = compiling.device(), pruning.sparsity()
     if model not in PRESETS and not user_path(model).exists():
         raise UserError(f"--model {model}: neither a folder nor one of {', '.join(PRESETS)}")
     config = PRESETS[model]() if model in PRESETS else config_of(user_path(model))
     if images is None:
         images = 0 if video_frames else 1
-    visual = images * _visual_tokens(config, image_size) if images else 0
+    layouts = [_layout(config, image_size)] * images if images else []
     if video_frames:
-        visual += config.video_layout(video_frames).tokens
-    dense, pruned = (make_plan(s, config, visual, text_tokens) for s in (Sparsity.dense(), sparsity))
+        layouts.append(config.video_layout(video_frames))
+    visual, sides = sum(layout.tokens for layout in layouts), {"dense": Sparsity.dense(), "pruned": sparsity}
+    dense, pruned = (make_plan(side, config, visual, text_tokens) for side in sides.values())
     dense_cost, pruned_cost = (cost(config, p, text_tokens) for p in (dense, pruned))
     tower = tower_xla_flops(config, pruned) * images if images else 0.0
     if video_frames:
         tower += frame_xla_flops(config) * video_frames
+    compiled = compiling.report(device, config, layouts, text_tokens, sides) if device else None
     if as_json:
         report = {
             "model": model,
@@ -76,14 +81,17 @@ def plan(
             "dense": plan_report(dense) | asdict(dense_cost),
             "pruned": plan_report(pruned) | asdict(pruned_cost),
             "tower_xla_flops": tower,
+            **({"compiled": compiled} if compiled else {}),
         }
         print(json.dumps(report, indent=2))
     else:
         _print_plan(pruned, pruned_cost, dense, dense_cost, tower, text_tokens)
+        if compiled:
+            print_report(compiled)
 
 
-def _visual_tokens(config: ModelConfig, image_size: str | None) -> int:
-    """Of one image.
+def _layout(config: ModelConfig, image_size: str | None) -> ImageLayout:
+    """The visual tokens of one image.
 
     Raises:
       UserError: a size that is none, or none where it decides.
@@ -94,7 +102,7 @@ def _visual_tokens(config: ModelConfig, image_size: str | None) -> int:
                 f"--image-size: how many visual tokens an image of {config.model_type} becomes depends on its size: "
                 "give height and width in pixels, as in --image-size 672x672"
             )
-        return config.tokens_per_image
+        return config.image_layout(config.fullest_image)
     sides = re.fullmatch(r"([1-9][0-9]{0,6})x([1-9][0-9]{0,6})", image_size)
     if sides is None:
         raise UserError(f"--image-size {image_size}: expected height and width in pixels, as in 480x640")
@@ -103,7 +111,7 @@ def _visual_tokens(config: ModelConfig, image_size: str | None) -> int:
         check_pixels(width, height)
     except UserError as error:
         raise UserError(f"--image-size {image_size}: {error}") from None
-    return config.image_layout((height, width)).tokens
+    return config.image_layout((height, width))
 
 
 def plan_report(plan: Plan) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class GenerationRequest:
         sparsity = as_sparsity(sparsity)
         self.seed = _seed(sparsity)
         # The seed is traced: in the plan it would make another program.
-        self.plan = _plan_of_rows(replace(sparsity, seed=None), config, self.packed)
+        self.plan = plan_of_rows(replace(sparsity, seed=None), config, self.packed)
         if self.plan.grid is not None:
             rows = [
                 shrink_markers(row, config.image_token_id, config.tokens_per_image, self.plan.grid**2) for row in rows
@@ -209,7 +209,7 @@ def key_of(seed: int) -> Array:
     return jax.random.key(jax.device_put(np.uint32(seed)))
 
 
-def _plan_of_rows(sparsity: Sparsity, config: ModelConfig, packed: Packed) -> Plan:
+def plan_of_rows(sparsity: Sparsity, config: ModelConfig, packed: Packed) -> Plan:
     """The plan of a batch, see `plan_for`."""
     visual = np.sum(packed.input_ids == config.image_token_id, axis=1, where=packed.valid)
     rows = {(v, text_bucket(length - v)) for v, length in zip(visual.tolist(), packed.lengths.tolist(), strict=True)}

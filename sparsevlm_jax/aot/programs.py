@@ -1,0 +1,141 @@
+"""The programs of an answer as shapes: what `generate` would compile for a batch of equal prompts, without arrays.
+
+Axis letters: b batch, l packed sequence length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sparsevlm_jax.config import ModelConfig
+from sparsevlm_jax.generation.loop import DecodeState, LoopConfig, SamplingParams, decode, start
+from sparsevlm_jax.generation.request import plan_of_rows
+from sparsevlm_jax.inputs.packing import NEW_TOKEN_BUCKETS, Packed, TiledImages, bucket, pack, pack_images
+from sparsevlm_jax.layout import ImageLayout
+from sparsevlm_jax.models.parameters import abstract_params
+from sparsevlm_jax.ops.attention import target
+from sparsevlm_jax.pruning.methods import METHODS
+from sparsevlm_jax.pruning.plan import Plan
+from sparsevlm_jax.pruning.settings import Sparsity
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A batch of equal prompts.
+
+    Attributes:
+      layouts: the images and videos of one prompt.
+      text_tokens: all others.
+      new_tokens: the longest answer.
+    """
+
+    batch: int
+    layouts: tuple[ImageLayout, ...]
+    text_tokens: int
+    new_tokens: int
+
+    @property
+    def visual_tokens(self) -> int:
+        """Of one prompt."""
+        return sum(layout.tokens for layout in self.layouts)
+
+
+@dataclass(frozen=True)
+class Programs:
+    """Two programs ready to be lowered, and what decides about them.
+
+    Attributes:
+      lengths: tokens that enter each stage, padding included.
+      parameters, cache: bytes.
+      start, decode: prefill with the first token, and the decoding loop.
+    """
+
+    batch: int
+    plan: Plan
+    lengths: tuple[int, ...]
+    parameters: int
+    cache: int
+    start: Any
+    decode: Any
+
+
+def lowered(
+    config: ModelConfig, sparsity: Sparsity, prompts: Prompts, dtype: str, chip: Any, platform: str
+) -> Programs:
+    """Traces both programs for one chip.
+
+    Args:
+      chip: a device, or what stands for one.
+      platform: of the chip; it decides how attention is computed.
+
+    Raises:
+      UserError: a budget that the prompts cannot meet.
+    """
+    sharding = jax.sharding.SingleDeviceSharding(chip)
+
+    def placed(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+    plan, packed = _planned(config, replace(sparsity, seed=None), prompts)
+    decoding = LoopConfig(bucket(prompts.new_tokens, NEW_TOKEN_BUCKETS, "the answer"), greedy=True, end_tokens=(2,))
+    params, sampler = placed(abstract_params(config, jnp.dtype(dtype))), placed(_sampler())
+    draws = METHODS[sparsity.method].draws and sparsity.seed is not None
+    seed = placed(jax.ShapeDtypeStruct((), jnp.uint32)) if draws else None
+    arguments = (placed(_shape(packed.input_ids)), placed(_shape(packed.lengths)), placed(_images(config, prompts)))
+    keys = placed(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts.batch)))
+    with target(platform):
+        begun = start.lower(params, *arguments, keys, sampler, seed, config=config, plan=plan, decoding=decoding)
+        state: DecodeState = placed(begun.out_info)
+        limit = placed(jax.ShapeDtypeStruct((), jnp.int32))
+        looped = decode.lower(params, state, limit, sampler, config=config, stops=plan.stops, decoding=decoding)
+    lengths = tuple(packed.text + stage.visual for stage in plan.stages)
+    return Programs(prompts.batch, plan, lengths, _bytes(params), _bytes(state.cache), begun, looped)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _planned(config: ModelConfig, sparsity: Sparsity, prompts: Prompts) -> tuple[Plan, Packed]:
+    """As `generate` plans and packs such rows; fewer visual tokens where the plan shrinks images."""
+    plan = plan_of_rows(sparsity, config, _packed(config, prompts, prompts.visual_tokens))
+    shrunk = None if plan.grid is None else plan.grid**2 * len(prompts.layouts)
+    return plan, _packed(config, prompts, prompts.visual_tokens if shrunk is None else shrunk)
+
+
+def _packed(config: ModelConfig, prompts: Prompts, visual: int) -> Packed:
+    text = 0 if config.image_token_id else 1
+    row = np.array([text] * prompts.text_tokens + [config.image_token_id] * visual)
+    return pack([row] * prompts.batch, config.image_token_id, config.visual_bucket)
+
+
+def _images(config: ModelConfig, prompts: Prompts) -> Any:
+    """Their shapes as the processor hands them on; None for text alone."""
+    images = sum(not layout.is_video for layout in prompts.layouts)
+    if not prompts.layouts:
+        return None
+    if not config.packs_images:
+        return _tiles(config, prompts.batch * images)
+    packing = jax.tree.map(_shape, pack_images([prompts.layouts] * prompts.batch, config))
+    frames = sum(layout.tiles for layout in prompts.layouts if layout.is_video)
+    tiles = _tiles(config, prompts.batch * images * config.most_tiles)
+    return TiledImages(tiles, packing, _tiles(config, prompts.batch * frames) if frames else None)
+
+
+def _tiles(config: ModelConfig, number: int) -> jax.ShapeDtypeStruct:
+    vision = config.vision
+    return jax.ShapeDtypeStruct((number, vision.num_channels, vision.image_size, vision.image_size), jnp.float32)
+
+
+def _sampler() -> SamplingParams:
+    scalar = jax.ShapeDtypeStruct((), jnp.float32)
+    return SamplingParams(temperature=scalar, top_p=scalar)  # pyright: ignore[reportArgumentType]
+
+
+def _shape(array: np.ndarray) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
