@@ -17,7 +17,7 @@ CPU_LIMIT ?= 10
 
 help:
 	@echo 'make demo   ask the embedded model about three images, dense and pruned'
-	@echo 'make test   run the tests that take five minutes (ARGS="-k name" goes to pytest)'
+	@echo 'make test   run a short test suite (ARGS="-k name" goes to pytest)'
 	@echo 'make test-all  run all of them'
 	@echo 'make test-compilers  compile 7B models for an H100 and a TPU v5e (some gigabytes in $(COMPILERS); minutes)'
 	@echo 'make lint   ruff and pyright'
