@@ -22,6 +22,7 @@ from sparsevlm_jax.models.parameters import entries
 from sparsevlm_jax.models.stages import Cache, Params, Prompt, decoder_of, last_logits, prefill, run_stage, start
 from sparsevlm_jax.pruning.budgets import make_plan
 from sparsevlm_jax.pruning.plan import Plan, StagePlan
+from sparsevlm_jax.pruning.positions import after_cut, renumbers
 from sparsevlm_jax.pruning.settings import Sparsity
 from sparsevlm_jax.pruning.sparsify import take
 
@@ -106,9 +107,9 @@ def prefill_given(
         if index is None:
             continue
         length = index.shape[1]
-        positions = take(tokens.positions, index)
-        if plan.sparsity.positions == "renumber":
-            positions = jnp.broadcast_to(jnp.arange(length)[None, :, None], positions.shape)
+        positions = after_cut(
+            tokens.positions, partial(take, index=index), index.shape, renumber=renumbers(plan.sparsity)
+        )
         tokens = tokens._replace(
             hidden=take(tokens.hidden, index), positions=positions, lengths=jnp.full(len(index), length)
         )

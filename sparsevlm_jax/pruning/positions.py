@@ -8,6 +8,8 @@ M-RoPE).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
@@ -20,13 +22,31 @@ def prompt_positions(given: Int[Array, "b l a"] | None, shape: tuple[int, ...], 
 
 
 def counted(shape: tuple[int, ...], axes: int) -> Int[Array, "b l a"]:
-    """0, 1, 2, ...: also after a cut where survivors are renumbered (v1, v1.5). Where positions are kept (v2.0),
-    `sparsify.rebuild` takes them along, those of a cluster's centre for a merged token.
+    """0, 1, 2, ... on every axis.
 
     Args:
       shape: rows and columns.
     """
     return jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32)[None, :, None], (*shape, axes))
+
+
+def renumbers(sparsity: Sparsity) -> bool:
+    """Whether what is left after a cut is counted anew (v1, v1.5), or stands where it stood (v2.0)."""
+    return sparsity.positions == "renumber"
+
+
+def after_cut(
+    held: Int[Array, "b l a"], carry: Callable[[Array], Array], shape: tuple[int, ...], *, renumber: bool
+) -> Int[Array, "b m a"]:
+    """Of the shorter sequence.
+
+    Args:
+      held: those before the cut.
+      carry: takes values of the old sequence along to the new one; a merged token gets those of its cluster's centre.
+      shape: rows and columns of the new sequence.
+      renumber: see `renumbers`.
+    """
+    return counted(shape, held.shape[2]) if renumber else carry(held)
 
 
 def next_positions(
@@ -40,7 +60,7 @@ def next_positions(
       given: unless the prompt says what stands behind it.
     """
     behind = lengths if given is None else given
-    return held if sparsity.positions == "renumber" else behind.astype(jnp.int32)
+    return held if renumbers(sparsity) else behind.astype(jnp.int32)
 
 
 def on_all_axes(positions: Int[Array, "b"], axes: int) -> Int[Array, "b 1 a"]:

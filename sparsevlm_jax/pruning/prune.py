@@ -15,6 +15,7 @@ from jaxtyping import Array, Int
 from sparsevlm_jax.pruning.budgets import kept_table
 from sparsevlm_jax.pruning.methods import METHODS, PruningContext, Scores
 from sparsevlm_jax.pruning.plan import Plan
+from sparsevlm_jax.pruning.positions import renumbers
 from sparsevlm_jax.pruning.settings import Sparsity
 from sparsevlm_jax.pruning.sparsify import Recycled, Selection, Tokens, rebuild, recycle, select, take, take_turns
 
@@ -84,6 +85,5 @@ def prune(layer: PruningContext, sparsity: Sparsity, jitter: Array | None) -> tu
             )
     with jax.named_scope("rebuild"):
         length = stage.text_tokens(tokens.visual.shape[1]) + stage.standing
-        renumber = sparsity.positions == "renumber"
-        after, source = rebuild(tokens, selection, recycled, length=length, renumber=renumber)
+        after, source = rebuild(tokens, selection, recycled, length=length, renumber=renumbers(sparsity))
     return after, PruningStep(stage.stop - 1, tokens, scores, selection, recycled, source, after)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sparsevlm_jax.pruning.positions import counted
+from sparsevlm_jax.pruning.positions import after_cut
 
 EXACT = jax.lax.Precision.HIGHEST
 
@@ -252,8 +252,7 @@ def rebuild(
 
     Args:
       length: static length of the result, for the row that keeps most.
-      renumber: positions 0, 1, 2, ... (v1, v1.5) or those that the survivors had (v2.0). A merged token takes that of
-        its cluster's centre.
+      renumber: see `positions.after_cut`.
 
     Returns:
       The sequence, and where each of its tokens comes from: its old place, or behind those the number of a merged
@@ -273,8 +272,8 @@ def rebuild(
         merged = jnp.einsum("bcm,bm...->bc...", recycled.weights, pool.astype(jnp.float32), precision=EXACT)
         return merged.astype(pool.dtype)
 
-    in_row, axes = jnp.arange(length)[None, :] < lengths[:, None], tokens.positions.shape[2]
-    positions = counted(in_row.shape, axes) if renumber else gather(tokens.positions, of_center)
+    in_row = jnp.arange(length)[None, :] < lengths[:, None]
+    positions = after_cut(tokens.positions, lambda held: gather(held, of_center), in_row.shape, renumber=renumber)
     shorter = Tokens(
         hidden=gather(tokens.hidden, lambda _, recycled: recycled.merged),
         positions=positions,
