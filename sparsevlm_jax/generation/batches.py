@@ -174,12 +174,12 @@ class Batcher:
         model, inputs, compiled = self.model, prepared.inputs, self._programs.compile_seconds
         settings = self._settings_of(inputs)
         images, seconds = self._encoded(inputs, prepared.order)
-        request = GenerationRequest(model.params, model.config, inputs.ids, images, **settings)
+        request = GenerationRequest(model.params, model.config, inputs.ids, images, **settings, programs=self._programs)
         generation = request.result(request.decode(request.prefill(), settings["max_new_tokens"]))
         generation = replace(
             generation,
             prefill_seconds=generation.prefill_seconds + seconds,
-            compile_seconds=generation.compile_seconds + self._programs.compile_seconds - compiled,
+            compile_seconds=self._programs.compile_seconds - compiled,
         )
         with self._words:
             answers = read_answers(generation, self.processor, model.config, inputs.ids)

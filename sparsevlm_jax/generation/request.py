@@ -79,7 +79,7 @@ class GenerationRequest:
     """One batch on its way through prefill and decoding, with a clock.
 
     `Settings` and `generate_ids` say what the arguments are. `room` is what the cache holds behind the prompt; by
-    default just `max_new_tokens`.
+    default just `max_new_tokens`. `programs` are those that requests share.
     """
 
     def __init__(
@@ -96,6 +96,7 @@ class GenerationRequest:
         top_p: float = 1.0,
         key: Array | None = None,
         room: int | None = None,
+        programs: Programs | None = None,
     ) -> None:
         _check_settings(config, rows, max_new_tokens, temperature, top_p)
         encoded = isinstance(images, ImageFeatures)
@@ -123,11 +124,12 @@ class GenerationRequest:
         self.images = jax.device_put(images) if self.packed.visual else None
         self.visual_tokens: list[list[int]] = []  # known after the prefill
         self.prefill_seconds = self.decode_seconds = 0.0
-        self._programs = Programs()
+        self._programs = Programs() if programs is None else programs
+        self._compiled_before = self._programs.compile_seconds
 
     @property
     def compile_seconds(self) -> float:
-        return self._programs.compile_seconds
+        return self._programs.compile_seconds - self._compiled_before
 
     def chunks(self, every: int | None) -> Iterator[Generation]:
         """The answers so far: after the prefill, and after every so many tokens.
