@@ -214,9 +214,7 @@ def non_finite(params: Params) -> str:
 def asked_about(images: Images, videos: Videos, prompts: str | Sequence[Any]) -> tuple[list[Asked], bool]:
     """Every question with its own images and videos, and whether there is just one, not a list."""
     asked, alone = read_prompts(prompts)
-    shown = _in_one_place([one.images for one in asked], images, "images")
-    filmed = _in_one_place([one.videos for one in asked], videos, "videos")
-    shown, filmed = (lists * len(asked) if len(lists) == 1 else lists for lists in (shown, filmed))
+    shown, filmed = (lists * len(asked) if len(lists) == 1 else lists for lists in _shown(asked, images, videos))
     return [Asked(one.conversation, *own) for one, *own in zip(asked, shown, filmed, strict=True)], alone
 
 
@@ -224,11 +222,18 @@ def _in_ids(
     model: Model, images: Images, videos: Videos, asked: Sequence[Asked], aspect: str | None, sampling: Sampling
 ) -> tuple[Params, ModelConfig, list[np.ndarray], np.ndarray | TiledImages]:
     """What `generate_ids` takes, from images, videos and questions."""
-    shown = _in_one_place([one.images for one in asked], images, "images")
-    filmed = _in_one_place([one.videos for one in asked], videos, "videos")
+    shown, filmed = _shown(asked, images, videos)
     questions = [one.conversation for one in asked]
     inputs = require_processor(model)(shown, questions, aspect, filmed, sampling)
     return model.params, model.config, inputs.ids, inputs.images
+
+
+def _shown(asked: Sequence[Asked], images: Images, videos: Videos) -> tuple[list[list[Any]], list[list[Any]]]:
+    """The images of every question and its videos; one list alone goes with all of them."""
+    return (
+        _in_one_place([one.images for one in asked], images, "images"),
+        _in_one_place([one.videos for one in asked], videos, "videos"),
+    )
 
 
 def _in_one_place(held: list[list[Any]], beside: Any, kind: str) -> list[list[Any]]:
