@@ -12,12 +12,11 @@ import typer
 from sparsevlm_jax import files
 from sparsevlm_jax.cli.options import (
     Aspect,
-    Frames,
+    FrameOptions,
     Json,
     MaxNewTokens,
     ModelOptions,
     PruningOptions,
-    SamplingRule,
     Seed,
     note,
     spread_options,
@@ -25,7 +24,6 @@ from sparsevlm_jax.cli.options import (
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.evaluate.run import Job, run
 from sparsevlm_jax.generation.batches import BATCH_SIZE, Batcher
-from sparsevlm_jax.inputs.video import SAMPLING, Sampling, frame_indices
 from sparsevlm_jax.text import count, in_si
 
 
@@ -55,13 +53,12 @@ def answer(
     max_new_tokens: MaxNewTokens = 128,
     seed: Seed = 0,
     aspect: Aspect = None,
-    frames: Frames = SAMPLING.frames,
-    sampling: SamplingRule = SAMPLING.rule,
+    frames: FrameOptions,
     as_json: Json = False,
 ) -> None:
     """Answers a file of questions, greedily. Interrupted at any moment, the same command goes on."""
     sparsity = pruning.sparsity(seed=seed)
-    frame_indices(frames, frames, sampling)
+    sampling = frames.rule
     answers = files.require_writable(answers)
     job = Job(files.user_path(questions), files.user_path(images), answers, limit, _shard(shard), suffix, strict)
     asked = job.read()
@@ -72,7 +69,7 @@ def answer(
         max_new_tokens=max_new_tokens,
         seed=seed,
         aspect=aspect,
-        sampling=Sampling(frames, sampling),
+        sampling=sampling,
     )
     try:
         summary = run(batcher, job, asked, show=True)

@@ -35,13 +35,6 @@ Seed = Annotated[int, typer.Option(metavar="S", min=0, max=2**32 - 1, help="Of s
 Aspect = Annotated[
     str | None, typer.Option(metavar="pad|crop", help="How images become square; default: as the checkpoint says.")
 ]
-Frames = Annotated[
-    int, typer.Option(metavar="N", min=1, max=bounds.FRAMES, help="Frames that are taken of each video.")
-]
-SamplingRule = Annotated[
-    str,
-    typer.Option(metavar="|".join(RULES), help="linspace: first frame to last; arange: the first of N equal parts."),
-]
 Json = Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")]
 
 # What the library calls its settings in its messages, `name` or name=value, where an option has that name.
@@ -73,20 +66,39 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class VideoOptions:
+class FrameOptions:
+    """Which frames of a video."""
+
+    frames: Annotated[
+        int, typer.Option(metavar="N", min=1, max=bounds.FRAMES, help="Frames that are taken of each video.")
+    ] = SAMPLING.frames
+    sampling: Annotated[
+        str,
+        typer.Option(
+            metavar="|".join(RULES), help="linspace: first frame to last; arange: the first of N equal parts."
+        ),
+    ] = SAMPLING.rule
+
+    @property
+    def rule(self) -> Sampling:
+        """What the options ask for.
+
+        Raises:
+          UserError: no such rule.
+        """
+        frame_indices(self.frames, self.frames, self.sampling)
+        return Sampling(self.frames, self.sampling)
+
+
+@dataclass(frozen=True)
+class VideoOptions(FrameOptions):
     """Which videos, and which of their frames."""
 
     video: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="A video; repeat it for several.")] = None
-    frames: Frames = SAMPLING.frames
-    sampling: SamplingRule = SAMPLING.rule
 
     @property
     def files(self) -> list[Path]:
         return self.video or []
-
-    @property
-    def rule(self) -> Sampling:
-        return Sampling(self.frames, self.sampling)
 
     def require_readable(self) -> None:
         """Looks at the files first, as `require_readable` does at images.
@@ -96,7 +108,7 @@ class VideoOptions:
         """
         for file in self.files:
             open_regular(file).close()
-        frame_indices(self.frames, *self.rule)
+        _ = self.rule
 
 
 @dataclass(frozen=True)
