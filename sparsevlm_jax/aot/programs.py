@@ -17,7 +17,7 @@ from sparsevlm_jax.generation.loop import DecodeState, LoopConfig, SamplingParam
 from sparsevlm_jax.generation.request import plan_of_rows
 from sparsevlm_jax.inputs.packing import NEW_TOKEN_BUCKETS, Packed, TiledImages, bucket, pack, pack_images
 from sparsevlm_jax.layout import ImageLayout
-from sparsevlm_jax.models.parameters import abstract_params
+from sparsevlm_jax.models.parameters import abstract_params, abstract_pixels, tree_bytes
 from sparsevlm_jax.ops.attention import target
 from sparsevlm_jax.pruning.methods import METHODS
 from sparsevlm_jax.pruning.plan import Plan
@@ -94,11 +94,7 @@ def lowered(
         limit = placed(jax.ShapeDtypeStruct((), jnp.int32))
         looped = decode.lower(params, state, limit, sampler, config=config, stops=plan.stops, decoding=decoding)
     lengths = tuple(packed.text + stage.visual for stage in plan.stages)
-    return Programs(prompts.batch, plan, lengths, _bytes(params), _bytes(state.cache), begun, looped)
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    return Programs(prompts.batch, plan, lengths, tree_bytes(params), tree_bytes(state.cache), begun, looped)
 
 
 def _planned(config: ModelConfig, sparsity: Sparsity, prompts: Prompts) -> tuple[Plan, Packed]:
@@ -120,16 +116,13 @@ def _images(config: ModelConfig, prompts: Prompts) -> Any:
     if not prompts.layouts:
         return None
     if not config.packs_images:
-        return _tiles(config, prompts.batch * images)
+        return abstract_pixels(config, prompts.batch * images, jnp.float32)
     packing = jax.tree.map(_shape, pack_images([prompts.layouts] * prompts.batch, config))
     frames = sum(layout.tiles for layout in prompts.layouts if layout.is_video)
-    tiles = _tiles(config, prompts.batch * images * config.most_tiles)
-    return TiledImages(tiles, packing, _tiles(config, prompts.batch * frames) if frames else None)
-
-
-def _tiles(config: ModelConfig, number: int) -> jax.ShapeDtypeStruct:
-    vision = config.vision
-    return jax.ShapeDtypeStruct((number, vision.num_channels, vision.image_size, vision.image_size), jnp.float32)
+    tiles, shown = (
+        abstract_pixels(config, prompts.batch * number, jnp.float32) for number in (images * config.most_tiles, frames)
+    )
+    return TiledImages(tiles, packing, shown if frames else None)
 
 
 def _sampler() -> SamplingParams:

@@ -19,6 +19,7 @@ from sparsevlm_jax.inputs.packing import TiledImages, shrink_markers
 from sparsevlm_jax.models import stages
 from sparsevlm_jax.models.cost import frame_xla_flops, tower_xla_flops, xla_flops
 from sparsevlm_jax.models.embedding import embed, encode_images
+from sparsevlm_jax.models.parameters import tree_bytes
 from sparsevlm_jax.models.stages import Prompt
 from sparsevlm_jax.ops.attention import exact
 from sparsevlm_jax.pruning.budgets import make_plan
@@ -135,8 +136,8 @@ class JaxRunner:
         decoder.pop("embed_tokens")  # one row of it is read
         cache = jax.eval_shape(*_called(self.programs["prefill"]))[1]
         return {
-            "decoder_bytes": _bytes(decoder),
-            "cache_bytes": _bytes((cache.keys, cache.values)),
+            "decoder_bytes": tree_bytes(decoder),
+            "cache_bytes": tree_bytes((cache.keys, cache.values)),
             "xla_flops": self.cell.batch * xla_flops(self.config, self.plan, self.cell.text_tokens),
             "tower_xla_flops": self.cell.batch * self.cell.images * self._tower_flops(),
             "device": jax.devices()[0].device_kind,
@@ -231,10 +232,6 @@ def _on_device(images: np.ndarray | TiledImages, dtype: str) -> Any:
 
 def _called(program: Program) -> tuple[Any, ...]:
     return partial(program.function, **program.static), *program.args
-
-
-def _bytes(tree: Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _program_bytes(program: Any) -> dict[str, int]:

@@ -9,11 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from sparsevlm_jax.bench.shapes import Cell, Side
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.models.parameters import abstract_params
+from sparsevlm_jax.models.parameters import abstract_params, tree_bytes
 
 RESERVE = 0.9  # of the free memory; the rest is for what nobody counted
 
@@ -46,8 +44,7 @@ def free_bytes(device: str) -> int:
 def worker_bytes(cell: Cell) -> int:
     """About what a worker takes: weights, written-out attention of a layer, activations, libraries."""
     text = cell.config.text
-    leaves = jax.tree.leaves(abstract_params(cell.config, cell.dtype))
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    weights = tree_bytes(abstract_params(cell.config, cell.dtype))
     attention = 3 * 4 * cell.batch * text.num_attention_heads * cell.length**2
     activations = 8 * 4 * cell.batch * cell.length * text.intermediate_size
     return round(1.05 * weights) + attention + activations + 2**30

@@ -20,7 +20,7 @@ from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.inputs.packing import TiledImages, pack_images
 from sparsevlm_jax.models.embedding import encode_images
 from sparsevlm_jax.models.family import family_of
-from sparsevlm_jax.models.parameters import abstract_params
+from sparsevlm_jax.models.parameters import abstract_params, abstract_pixels
 from sparsevlm_jax.models.stages import Params, Prompt, prefill
 from sparsevlm_jax.ops.attention import target
 from sparsevlm_jax.pruning.budgets import cache_bytes, paper_flops
@@ -88,7 +88,7 @@ def _decoder_flops(config: ModelConfig, plan: Plan, layers: Sequence[int], text_
 def tower_xla_flops(config: ModelConfig, plan: Plan) -> float:
     """XLA's cost analysis of tower and projector for one image: of a family with tiles for as many as it has at most,
     to which every image is padded."""
-    images: Any = _tiles(config, config.most_tiles)
+    images: Any = abstract_pixels(config, config.most_tiles, jnp.bfloat16)
     if config.packs_images:
         packing = pack_images([[config.image_layout(config.fullest_image)]], config)
         images = TiledImages(images, jax.eval_shape(lambda: jax.tree.map(jnp.asarray, packing)))
@@ -104,12 +104,7 @@ def frame_xla_flops(config: ModelConfig) -> float:
     def run(params: Params, pixel_values: Array) -> tuple[Array, Array]:
         return encode(params, pixel_values, config)
 
-    return _flops(run, abstract_params(config, jnp.bfloat16), _tiles(config, 1))
-
-
-def _tiles(config: ModelConfig, number: int) -> jax.ShapeDtypeStruct:
-    vision = config.vision
-    return jax.ShapeDtypeStruct((number, vision.num_channels, vision.image_size, vision.image_size), jnp.bfloat16)
+    return _flops(run, abstract_params(config, jnp.bfloat16), abstract_pixels(config, 1, jnp.bfloat16))
 
 
 def _flops(function, *shapes) -> float:  # noqa: ANN001, ANN002

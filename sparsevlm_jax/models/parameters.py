@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,17 @@ def init_params(config: ModelConfig, key: Array, dtype: DTypeLike) -> Params:
 def abstract_params(config: ModelConfig, dtype: DTypeLike) -> Params:
     """Shapes and dtypes of the parameter tree, without making it."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), _shapes(config))
+
+
+def abstract_pixels(config: ModelConfig, number: int, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
+    """Shape [number, 3, S, S] and dtype of images, tiles or frames as the tower takes them."""
+    vision = config.vision
+    return jax.ShapeDtypeStruct((number, vision.num_channels, vision.image_size, vision.image_size), dtype)
+
+
+def tree_bytes(tree: Any) -> int:
+    """Of all arrays, or shapes, of a tree."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def entries(config: ModelConfig) -> dict[str, Entry]:
