@@ -15,6 +15,7 @@ from sparsevlm_jax.generation.ladder import prefill_stage_by_stage
 from sparsevlm_jax.models.decoder import DecoderLayer
 from sparsevlm_jax.models.stages import decoder_of
 from sparsevlm_jax.ops.attention import attend
+from sparsevlm_jax.ops.rope import rotation
 from tests import models
 
 MODEL = models.config(2, layers=4)
@@ -73,7 +74,7 @@ def run_layer(params: Any, hidden: Any, positions: Any, lengths: Any) -> Any:
     def attended(query: Any, key: Any, value: Any) -> tuple[Any, None]:
         return attend(query, key, value, lengths, causal=True, implementation="xla"), None
 
-    return DecoderLayer(MODEL.text).apply({"params": params}, hidden, positions, attended)[0]
+    return DecoderLayer(MODEL.text).apply({"params": params}, hidden, rotation(positions, MODEL.text.rope), attended)[0]
 
 
 def moved(values: Any, event: Any) -> Any:

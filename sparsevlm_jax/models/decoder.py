@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from sparsevlm_jax.config import TextConfig
 from sparsevlm_jax.ops.attention import exact
 from sparsevlm_jax.ops.layers import ACTIVATIONS, RMSNorm, apart, linear
-from sparsevlm_jax.ops.rope import apply_rope
+from sparsevlm_jax.ops.rope import Rotation, rotate, rotation
 
 # (query [b l n h], key [b l k h], value [b l k h]) -> (attended [b l n h], whatever the caller wants back)
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -39,16 +39,14 @@ class Attention(nn.Module):
         if c.qk_norm:
             self.q_norm, self.k_norm = _norm(c), _norm(c)
 
-    def __call__(
-        self, x: Float[Array, "b l d"], positions: Int[Array, "b l a"], attend: Attend
-    ) -> tuple[Float[Array, "b l d"], Any]:
+    def __call__(self, x: Float[Array, "b l d"], turned: Rotation, attend: Attend) -> tuple[Float[Array, "b l d"], Any]:
         for_query, for_key, for_value = apart(x, 3)
-        query, key = self.queries_and_keys(for_query, for_key, positions)
+        query, key = self.queries_and_keys(for_query, for_key, turned)
         attended, extra = attend(query, key, self.v_proj(for_value).reshape(*x.shape[:2], -1, self.config.head_dim))
         return self.o_proj(attended.reshape(*x.shape[:2], -1)), extra
 
     def queries_and_keys(
-        self, for_query: Float[Array, "b l d"], for_key: Float[Array, "b l d"], positions: Int[Array, "b l a"]
+        self, for_query: Float[Array, "b l d"], for_key: Float[Array, "b l d"], turned: Rotation
     ) -> tuple[Float[Array, "b l n h"], Float[Array, "b l k h"]]:
         """Rotated, by head. Both get one input, `apart`."""
         c = self.config
@@ -56,7 +54,7 @@ class Attention(nn.Module):
         query, key = self.q_proj(for_query).reshape(heads), self.k_proj(for_key).reshape(heads)
         if c.qk_norm:
             query, key = self.q_norm(query), self.k_norm(key)
-        return apply_rope(query, positions, c.rope), apply_rope(key, positions, c.rope)
+        return rotate(query, turned), rotate(key, turned)
 
 
 class MLP(nn.Module):
@@ -86,19 +84,17 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = _norm(self.config)
         self.mlp = MLP(self.config)
 
-    def __call__(
-        self, x: Float[Array, "b l d"], positions: Int[Array, "b l a"], attend: Attend
-    ) -> tuple[Float[Array, "b l d"], Any]:
-        attended, extra = self.self_attn(self.input_layernorm(x), positions, attend)
+    def __call__(self, x: Float[Array, "b l d"], turned: Rotation, attend: Attend) -> tuple[Float[Array, "b l d"], Any]:
+        attended, extra = self.self_attn(self.input_layernorm(x), turned, attend)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), extra
 
     def queries_and_keys(
-        self, x: Float[Array, "b l d"], positions: Int[Array, "b l a"]
+        self, x: Float[Array, "b l d"], turned: Rotation
     ) -> tuple[Float[Array, "b l n h"], Float[Array, "b l k h"]]:
         """What this layer would ask and answer to on an input, without running it."""
         for_query, for_key = apart(self.input_layernorm(x), 2)
-        return self.self_attn.queries_and_keys(for_query, for_key, positions)
+        return self.self_attn.queries_and_keys(for_query, for_key, turned)
 
 
 class Llama(nn.Module):
@@ -116,9 +112,10 @@ class Llama(nn.Module):
 
     def __call__(self, ids: Int[Array, "b l"]) -> Float[Array, "b l vocab"]:
         """Touches every parameter, for initialisation; nothing attends."""
-        hidden, positions = self.embed_words(ids), jnp.zeros((*ids.shape, self.config.rope.position_axes), jnp.int32)
+        positions = jnp.zeros((*ids.shape, self.config.rope.position_axes), jnp.int32)
+        hidden, turned = self.embed_words(ids), rotation(positions, self.config.rope)
         for layer in self.layers:
-            hidden, _ = layer(hidden, positions, lambda query, key, value: (query, None))
+            hidden, _ = layer(hidden, turned, lambda query, key, value: (query, None))
         return self.logits(hidden)
 
     def embed_words(self, ids: Int[Array, "*b"]) -> Float[Array, "*b d"]:
@@ -130,7 +127,7 @@ class Llama(nn.Module):
         self, layer: int, x: Float[Array, "b l d"], positions: Int[Array, "b l a"]
     ) -> tuple[Float[Array, "b l n h"], Float[Array, "b l k h"]]:
         """Of a layer that has not run yet."""
-        return self.layers[layer].queries_and_keys(x, positions)
+        return self.layers[layer].queries_and_keys(x, rotation(positions, self.config.rope))
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b vocab"]:
         """Final norm and head, in float32."""

@@ -9,16 +9,18 @@ a position axes, i first layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from sparsevlm_jax.config import ModelConfig
+from sparsevlm_jax.config import ModelConfig, TextConfig
 from sparsevlm_jax.models import fits
-from sparsevlm_jax.models.decoder import Llama
-from sparsevlm_jax.ops.attention import attend
+from sparsevlm_jax.models.decoder import DecoderLayer, Llama
+from sparsevlm_jax.ops.attention import attend, target, traced_for
+from sparsevlm_jax.ops.rope import Rotation, rotation, rotation_of_all
 from sparsevlm_jax.pruning.methods import METHODS, PruningContext
 from sparsevlm_jax.pruning.plan import Plan, StagePlan
 from sparsevlm_jax.pruning.positions import next_positions, on_all_axes, prompt_positions
@@ -157,18 +159,21 @@ def decode_step(
     fits.require_cache(params, token, cache, config, stops)
     decoder = decoder_of(params, config)
     hidden = decoder.embed_words(token)[:, None, :]
-    keys, values, axes = list(cache.keys), list(cache.values), config.text.rope.position_axes
+    keys, values, rope = list(cache.keys), list(cache.values), config.text.rope
     for index, (first, stop) in enumerate(zip((0, *stops), stops, strict=False)):
-        lengths, positions = cache.lengths[index], on_all_axes(cache.positions[index], axes)
+        lengths = cache.lengths[index]
+        turned = rotation(on_all_axes(cache.positions[index], rope.position_axes), rope)
         for number in range(first, stop):
-
-            def attend_cache(
-                query: Array, key: Array, value: Array, number: int = number, lengths: Array = lengths
-            ) -> tuple[Array, tuple[Array, Array]]:
-                held = _append(cache.keys[number], key, lengths), _append(cache.values[number], value, lengths)
-                return attend(query, *held, lengths + 1, causal=False, implementation="auto"), held
-
-            hidden, (keys[number], values[number]) = decoder.layers[number](hidden, positions, attend_cache)
+            hidden, keys[number], values[number] = _decode_in_layer(
+                decoder.variables["params"][f"layers_{number}"],
+                hidden,
+                turned,
+                cache.keys[number],
+                cache.values[number],
+                lengths,
+                config=config.text,
+                platform=traced_for(),
+            )
     logits = fits.or_nan(decoder.logits(hidden[:, 0]), fits.has_space(cache, stops))
     return logits, Cache(tuple(keys), tuple(values), cache.lengths + 1, cache.positions + 1)
 
@@ -218,15 +223,18 @@ def run_stage(
       The next stage's sequence; keys and values of each layer, as long as this stage and the new tokens; and,
       traced, what pruning did and the last token after each layer.
     """
-
-    def attend_causally(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-        out = attend(query, key, value, tokens.lengths, causal=True, implementation=config.attention)
-        return out, (query, key, value)
-
     cached, last_hidden = [], []
     hidden, add, query, key = tokens.hidden, tokens.add, None, None
-    for layer in decoder.layers[stage.start : stage.stop]:
-        hidden, (query, key, value) = layer(hidden, tokens.positions, attend_causally)
+    turned = rotation_of_all(tokens.positions, config.text.rope)
+    for number in range(stage.start, stage.stop):
+        hidden, query, key, value = _prefill_layer(
+            decoder.variables["params"][f"layers_{number}"],
+            hidden,
+            turned,
+            tokens.lengths,
+            config=config,
+            platform=traced_for(),
+        )
         hidden, add = _added(hidden, add)
         cached.append((_with_room(key, max_new_tokens), _with_room(value, max_new_tokens)))
         last_hidden.append(_last(hidden, tokens.lengths))
@@ -245,6 +253,53 @@ def run_stage(
 def last_logits(decoder: Llama, tokens: Tokens) -> Float[Array, "b vocab"]:
     """Logits behind the last valid token of each row."""
     return decoder.logits(_last(tokens.hidden, tokens.lengths))
+
+
+# Both layers are functions of their own, which jax traces once for all layers of one length. XLA sees through them.
+
+
+@partial(jax.jit, static_argnames=("config", "platform"))
+def _prefill_layer(
+    params: Params,
+    hidden: Float[Array, "b l d"],
+    turned: Rotation,
+    lengths: Int[Array, "b"],
+    *,
+    config: ModelConfig,
+    platform: str,
+) -> tuple[Float[Array, "b l d"], Float[Array, "b l n h"], Float[Array, "b l k h"], Float[Array, "b l k h"]]:
+    """A layer on a packed sequence: its output, queries, keys and values."""
+
+    def attend_causally(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+        out = attend(query, key, value, lengths, causal=True, implementation=config.attention)
+        return out, (query, key, value)
+
+    with target(platform):
+        hidden, projected = DecoderLayer(config.text).apply({"params": params}, hidden, turned, attend_causally)
+    return hidden, *projected
+
+
+@partial(jax.jit, static_argnames=("config", "platform"))
+def _decode_in_layer(
+    params: Params,
+    hidden: Float[Array, "b 1 d"],
+    turned: Rotation,
+    keys: Float[Array, "b s k h"],
+    values: Float[Array, "b s k h"],
+    lengths: Int[Array, "b"],
+    *,
+    config: TextConfig,
+    platform: str,
+) -> tuple[Float[Array, "b 1 d"], Float[Array, "b s k h"], Float[Array, "b s k h"]]:
+    """A layer on one new token per row: its output, and keys and values with the token's own."""
+
+    def attend_cache(query: Array, key: Array, value: Array) -> tuple[Array, tuple[Array, Array]]:
+        held = _append(keys, key, lengths), _append(values, value, lengths)
+        return attend(query, *held, lengths + 1, causal=False, implementation="auto"), held
+
+    with target(platform):
+        hidden, held = DecoderLayer(config).apply({"params": params}, hidden, turned, attend_cache)
+    return hidden, *held
 
 
 def _added(hidden: Float[Array, "b l d"], add: Array | None) -> tuple[Float[Array, "b l d"], Array | None]:

@@ -21,9 +21,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 IMPLEMENTATIONS = ("auto", "xla", "blockwise", "tiled", "cudnn")
 BLOCK = 256  # query rows at a time in the blockwise path
-ROWS = 168  # query rows at a time, about, in the tiled path
+ROWS = 224  # query rows at a time, about, in the tiled path
 BLOCKS = 12  # of query rows, at most, in the tiled path
-CACHED = 3 * 2**20  # bytes of float32 logits that the tiled path works on at a time
+CACHED = 4 * 2**20  # bytes of float32 logits that the tiled path works on at a time
 UNSEEN = -1e30  # added to a logit: its weight is exactly 0
 LOGITS_LIMIT = 2**30  # bytes of float32 logits [b, n, l, s] above which "auto" goes blockwise
 
@@ -39,6 +39,15 @@ def target(platform: str) -> Iterator[None]:
         yield
     finally:
         _target.reset(token)
+
+
+def traced_for() -> str:
+    """The platform that programs are traced for: the `target`, or the default backend's.
+
+    A function that is jitted by itself takes it as a static argument and sets the `target` inside: what jax keeps of
+    it was traced for one platform.
+    """
+    return _target.get() or _platform()
 
 
 def exact(dtype: jnp.dtype) -> jax.lax.Precision:
@@ -96,7 +105,7 @@ def choose_implementation(query: tuple[int, ...], key: tuple[int, ...], dtype: j
     logits are large.
     """
     batch, length, heads, head_dim = query
-    platform = _target.get() or _platform()
+    platform = traced_for()
     if platform == "cpu":
         return "tiled"
     fits_cudnn = dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
@@ -167,22 +176,29 @@ def _attend_tiled(
 ) -> Float[Array, "b l n h"]:
     """A few heads and query rows at a time, so that their logits stay in a core's cache; in float32.
 
-    Two things make XLA's CPU compiler fast here: heads stand before tokens in every product, and the mask is added,
-    so that products and softmax become one kernel. Causal rows see no key behind their block; rows are packed, so
-    that a valid one sees no padding either. The program grows with the number of blocks, which is at most `BLOCKS`.
+    Three things make XLA's CPU compiler fast here: heads stand before tokens in every product, they are put there a
+    few at a time, and the mask is added, so that products and softmax become one kernel. Causal rows see no key
+    behind their block; rows are packed, so that a valid one sees no padding either. The program grows with the number
+    of blocks, which is at most `BLOCKS`.
     """
     batch, length, heads, head_dim = query.shape
     kv_heads = key.shape[2]
+    groups = heads // kv_heads
     rows = _rows_at_a_time(length) if causal else length
-    together = _heads_together(batch * kv_heads, bytes_each=4 * heads // kv_heads * rows * key.shape[1])
-    turns = batch * kv_heads // together
+    prompts, together = _at_a_time(batch, kv_heads, bytes_each=4 * groups * rows * key.shape[1])
 
-    def by_head(x: Array) -> Array:
-        x = x.astype(jnp.float32).reshape(batch, x.shape[1], kv_heads, -1, head_dim)
-        return jnp.transpose(x, (0, 2, 3, 1, 4)).reshape(turns, together, -1, x.shape[1], head_dim)
+    def by_head(x: Array, prompt: Array, head: Array, count: int) -> Array:
+        part = jax.lax.dynamic_slice(x, (prompt, 0, head, 0), (prompts, x.shape[1], count, head_dim))
+        return jnp.swapaxes(part.astype(jnp.float32), 1, 2).reshape(prompts * together, -1, x.shape[1], head_dim)
 
-    def attend_heads(of_heads: tuple[Array, Array, Array, Array]) -> Array:
-        queries, keys, values, valid = of_heads
+    def attend_turn(turn: Array, out: Array) -> Array:
+        prompt, head = turn // (kv_heads // together) * prompts, turn % (kv_heads // together) * together
+        queries = by_head(query, prompt, head * groups, together * groups) * jnp.float32(1 / math.sqrt(head_dim))
+        # Apart, or every product would transpose its operands again.
+        queries, keys, values = jax.lax.optimization_barrier(
+            (queries, by_head(key, prompt, head, together), by_head(value, prompt, head, together))
+        )
+        valid = jnp.repeat(jax.lax.dynamic_slice(lengths, (prompt,), (prompts,)), together)
 
         def attend_rows(start: int, stop: int) -> Array:
             seen = stop if causal else keys.shape[2]
@@ -198,16 +214,13 @@ def _attend_tiled(
             return attended / jnp.sum(weights, axis=-1, keepdims=True)
 
         starts = range(0, length, rows)
-        return jnp.concatenate([attend_rows(start, min(start + rows, length)) for start in starts], axis=2)
+        attended = jnp.concatenate([attend_rows(start, min(start + rows, length)) for start in starts], axis=2)
+        attended = attended.reshape(prompts, together * groups, length, head_dim).astype(query.dtype)
+        return jax.lax.dynamic_update_slice(out, jnp.swapaxes(attended, 1, 2), (prompt, 0, head * groups, 0))
 
     product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
-    scaled = query.astype(jnp.float32) * jnp.float32(1 / math.sqrt(head_dim))
-    # Apart, or every product would transpose its operands again.
-    operands = jax.lax.optimization_barrier((by_head(scaled), by_head(key), by_head(value)))
-    valid = jnp.repeat(lengths, kv_heads).reshape(turns, together)
-    out = jax.lax.map(attend_heads, (*operands, valid))
-    out = out.reshape(batch, kv_heads, heads // kv_heads, length, head_dim)
-    return jnp.transpose(out, (0, 3, 1, 2, 4)).reshape(query.shape).astype(query.dtype)
+    turns = batch * kv_heads // (prompts * together)
+    return jax.lax.fori_loop(0, turns, attend_turn, jnp.zeros_like(query))
 
 
 def _rows_at_a_time(length: int) -> int:
@@ -216,9 +229,15 @@ def _rows_at_a_time(length: int) -> int:
     return 8 * -(-length // (8 * blocks))
 
 
-def _heads_together(heads: int, bytes_each: int) -> int:
-    """The largest divisor whose logits take at most `CACHED` bytes; 1 if none does."""
-    return max(n for n in range(1, heads + 1) if heads % n == 0 and (n == 1 or n * bytes_each <= CACHED))
+def _at_a_time(prompts: int, heads: int, bytes_each: int) -> tuple[int, int]:
+    """Rows of the batch, and heads: divisors, as many as have logits of at most `CACHED` bytes; one head at least."""
+    together = _largest_divisor(heads, CACHED // bytes_each)
+    return (_largest_divisor(prompts, CACHED // (bytes_each * heads)) if together == heads else 1), together
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    """At most `limit`; 1 if there is none."""
+    return max(n for n in range(1, number + 1) if number % n == 0 and (n == 1 or n <= limit))
 
 
 def _dot_product_attention(query: Array, key: Array, value: Array, **options) -> Array:

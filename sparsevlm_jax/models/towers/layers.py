@@ -6,6 +6,8 @@ Axis letters: m images, v tokens of an image, d width, n heads, h head dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -13,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparsevlm_jax.config import TowerConfig
-from sparsevlm_jax.ops.attention import attend
+from sparsevlm_jax.ops.attention import attend, target, traced_for
 from sparsevlm_jax.ops.layers import ACTIVATIONS, LayerNorm, linear
 
 # (query [m v n h], key [m v n h], v of each image [m]) -> how much each token is looked at [m v], float32
@@ -99,12 +101,25 @@ def run_layers(
     run = len(layers) if every else max(wanted)
     hidden, looked_at = [x], jnp.zeros(x.shape[:2], jnp.float32)
     for number, layer in enumerate(layers[:run], start=1):
-        x, found = layer(x, saliency if number == run else None)
+        asked = saliency if number == run else None
+        if every:
+            x, found = layer(x, asked)
+        else:
+            x, found = _run_layer(layer.variables["params"], x, layer.config, asked, traced_for())
         looked_at = looked_at if found is None else found
         hidden.append(x)
     if every:
         post_layernorm(x)
     return jnp.concatenate([hidden[layer] for layer in wanted], axis=-1), looked_at
+
+
+@partial(jax.jit, static_argnames=("config", "saliency", "platform"))
+def _run_layer(
+    params: Any, x: Float[Array, "m v d"], config: TowerConfig, saliency: Saliency | None, platform: str
+) -> tuple[Float[Array, "m v d"], Float[Array, "m v"] | None]:
+    """A function of its own, which jax traces once for all layers; XLA sees through it."""
+    with target(platform):
+        return TowerLayer(config, parent=None).apply({"params": params}, x, saliency)
 
 
 def resize_positions(table: Float[Array, "_v d"], old: int, new: int) -> Float[Array, "v d"]:
