@@ -183,6 +183,17 @@ def test_the_dense_video_sides_agree_and_count_the_frames_tower() -> None:
     assert ours.facts()["tower_xla_flops"] == pytest.approx(6 * frame_xla_flops(VIDEO.config))
 
 
+def test_the_products_alone_are_all_of_the_layers_and_no_more() -> None:
+    jax_runner = JaxRunner(CELL, PRUNED, 16)
+    text, lengths = CELL.config.text, jax_runner.layer_lengths
+    assert len(set(lengths)) > 1, "each as long as its layer"
+    heads = text.head_dim * (2 * text.num_attention_heads + 2 * text.num_key_value_heads)
+    flops = 2 * CELL.batch * sum(lengths) * text.hidden_size * (heads + 3 * text.intermediate_size)
+    counted = jax_runner.program("products").cost_analysis()["flops"]
+    assert flops <= counted < 1.02 * flops
+    runner(CELL, Side("sdpa", "dense"), 16, "cpu").phases()["products"]()
+
+
 def test_given_indices_run_the_same_stages() -> None:
     """With nothing merged the prefill with given indices is the prefill."""
     side = Side("jax", "v2.0", 8)

@@ -20,6 +20,8 @@ from sparsevlm_jax.bench.hash_weights import draw_of, numbers, values
 from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.models.parameters import entries
 from sparsevlm_jax.models.stages import Cache, Params, Prompt, decoder_of, last_logits, prefill, run_stage, start
+from sparsevlm_jax.ops.attention import exact
+from sparsevlm_jax.ops.layers import apart
 from sparsevlm_jax.pruning.budgets import make_plan
 from sparsevlm_jax.pruning.plan import Plan, StagePlan
 from sparsevlm_jax.pruning.positions import after_cut, renumbers
@@ -51,6 +53,34 @@ def _draw(
     integers = numbers(jnp.arange(math.prod(shape), dtype=jnp.int32), seed)
     drawn = values(integers, scale, norm, lambda x: x.astype(jnp.float32)).astype(dtype).reshape(shape)
     return drawn if axes is None else drawn.transpose(axes)
+
+
+@partial(jax.jit, static_argnames=("lengths",))
+def products(params: Params, hidden: Float[Array, "b l d"], *, lengths: tuple[int, ...]) -> Float[Array, "b d"]:
+    """The matrix products of the decoder's layers and nothing between them: what a prefill cannot be faster than.
+
+    Args:
+      hidden: what enters the first layer.
+      lengths: tokens that enter each layer.
+    """
+    for number, length in enumerate(lengths):
+        layer = params["language_model"][f"layers_{number}"]
+        attention, mlp = layer["self_attn"], layer["mlp"]
+        # Apart, so that products are not joined; all of them reach what is returned, so that none is left out.
+        query, key, value, gate, up = apart(hidden[:, :length], 5)
+        query, key, value = (
+            _product(x, attention[name])
+            for x, name in zip((query, key, value), ("q_proj", "k_proj", "v_proj"), strict=True)
+        )
+        gate, up = _product(gate, mlp["gate_proj"]), _product(up, mlp["up_proj"])
+        made = _product(query, attention["o_proj"]), key, value, _product(gate, mlp["down_proj"]), up
+        attended, key, value, hidden, up = jax.lax.optimization_barrier(made)
+        hidden = hidden.at[:, 0].add(1e-6 * (attended[:, 0] + key[:, 0, :1] + value[:, 0, :1] + up[:, 0, :1]))
+    return hidden[:, -1]
+
+
+def _product(x: Array, linear: Params) -> Array:
+    return jnp.matmul(x, linear["kernel"], precision=exact(x.dtype))
 
 
 @partial(jax.jit, static_argnames=("config", "plan", "room"))

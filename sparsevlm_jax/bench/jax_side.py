@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sparsevlm_jax.bench import hash_weights, jax_programs
+from sparsevlm_jax.bench.metrics import layer_lengths
 from sparsevlm_jax.bench.shapes import SHAPES, Cell, Side
 from sparsevlm_jax.bench.timing import timed
 from sparsevlm_jax.generation.loop import LoopConfig, SamplingParams, decode, start
@@ -48,6 +49,7 @@ class JaxRunner:
 
     def __init__(self, cell: Cell, side: Side, room: int) -> None:
         self.cell, self.config, self.room = cell, cell.config, room
+        self.layer_lengths = tuple(layer_lengths(cell, side))
         sparsity = side.sparsity(SHAPES[cell.shape], cell.visual_tokens)
         self.plan = make_plan(sparsity, self.config, cell.visual_tokens, cell.text_tokens)
         self.params = jax_programs.draw_params(self.config, cell.dtype)
@@ -206,6 +208,9 @@ class JaxRunner:
         return {
             "tower": Program(encode, (self.params, self.images), static),
             "prefill": Program(prefill, (self.params, self.prompt), static | {"max_new_tokens": room}),
+            "products": Program(
+                jax_programs.products, (self.params, self.prompt.embeddings), {"lengths": self.layer_lengths}
+            ),
             "start": Program(start, question, starting),
             "decode": Program(decode, (self.params, state, jnp.int32(1), self.sampler), going_on),
         }

@@ -28,6 +28,7 @@ class Figures:
       end_to_end: from pixels, by number of new tokens.
       prefill_speedup, end_to_end_speedup: against the dense JAX side; the latter by number of new tokens.
       over_ideal: prefill divided by (dense prefill times `flops_share`); 1 is ideal.
+      products, over_products: the decoder layers' matrix products alone, and the prefill divided by them.
       overhead: prefill minus the same stages with given indices: seconds, and share of the prefill.
       flops_per_s: the paper's multiply-adds, twice, per second of prefill.
       of_matmul_peak, of_bandwidth: shares of what the machine was measured to reach, in prefill and in decoding.
@@ -47,6 +48,8 @@ class Figures:
     prefill_speedup: float | None
     end_to_end_speedup: dict[int, float]
     over_ideal: float | None
+    products: dict[str, float] | None
+    over_products: float | None
     overhead: tuple[float, float] | None
     flops_per_s: float
     of_matmul_peak: float | None
@@ -78,10 +81,14 @@ def plan_of(cell: Cell, side: Side) -> Plan:
     return make_plan(sparsity, cell.config, cell.visual_tokens, cell.text_tokens)
 
 
+def layer_lengths(cell: Cell, side: Side) -> list[int]:
+    """Tokens of a prompt that enter each layer, text included."""
+    return [cell.text_tokens + visual for visual in plan_of(cell, side).entering()]
+
+
 def multiply_adds(cell: Cell, side: Side) -> int:
     """Of a batch's prefill, by the paper's formula."""
-    entering = plan_of(cell, side).entering()
-    return cell.batch * paper_flops(cell.config.text, [cell.text_tokens + visual for visual in entering])
+    return cell.batch * paper_flops(cell.config.text, layer_lengths(cell, side))
 
 
 def _figures(cell: Cell, report: Mapping[str, Any], name: str, samples: Samples, peaks: Mapping[str, float]) -> Figures:
@@ -111,6 +118,8 @@ def _figures(cell: Cell, report: Mapping[str, Any], name: str, samples: Samples,
         if dense is None
         else {mark: 1 / ratio(phases[f"tokens_{mark}"], dense[f"tokens_{mark}"]) for mark in marks if mark > 1},
         over_ideal=None if speedup is None else 1 / (speedup * share),
+        products=summary(phases["products"]) if "products" in phases else None,
+        over_products=ratio(phases["prefill"], phases["products"]) if "products" in phases else None,
         overhead=_overhead(phases),
         flops_per_s=2 * macs / prefill,
         of_matmul_peak=2 * macs / prefill / peaks["flops_per_s"] if peaks else None,

@@ -57,6 +57,8 @@ def stages(found: Sequence[Figures]) -> Table:
         "side": lambda f: f.side.name,
         "preprocessing": lambda f: _seconds(f.preprocess),
         "tower + projector": lambda f: _time(f.tower),
+        "products alone": lambda f: MISSING if f.products is None else _time(f.products),
+        "prefill / products": lambda f: _times(f.over_products),
         "first token": lambda f: _time(f.first_token),
         "per later token": lambda f: _time(f.per_token),
         "tokens/s": lambda f: f"{f.tokens_per_s:.1f}",
@@ -66,7 +68,8 @@ def stages(found: Sequence[Figures]) -> Table:
         "compile cold / warm": lambda f: MISSING if not f.compile else " / ".join(map(_seconds, f.compile)),
     }
     note = (
-        "Preprocessing is the same on all sides and measured once. First token: from pixels. Pruning overhead: the "
+        "Preprocessing is the same on all sides and measured once. Products: the matrix products of the decoder's "
+        "layers and nothing else: a floor of the prefill. First token: from pixels. Pruning overhead: the "
         "prefill minus the same stages with given indices. Compile: what an answer needs, without and with the "
         "compiler's files of an earlier run."
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from sparsevlm_jax.bench import hash_weights
+from sparsevlm_jax.bench.metrics import layer_lengths
 from sparsevlm_jax.bench.shapes import SHAPES, Cell, Side
 from sparsevlm_jax.bench.timing import cores, timed
 from sparsevlm_jax.bench.torch_sparsevlm import Event, Span, SparseDecoder, State
@@ -31,6 +32,7 @@ class TorchRunner:
     def __init__(self, cell: Cell, side: Side, room: int, device: str) -> None:
         torch.set_num_threads(cores())
         self.cell, self.side, self.room = cell, side, room
+        self.layer_lengths = layer_lengths(cell, side)
         self.device = torch.device("cuda" if device == "gpu" else device)
         self.model = load(cell.config, cell.dtype, self.device, WRITTEN_OUT.get(side.engine, "sdpa"))
         dtype = self.model.dtype
@@ -107,7 +109,22 @@ class TorchRunner:
 
             return waited
 
-        return {"tower": phase(self.encode), "prefill": phase(lambda: self.prefill(self.embeddings))}
+        return {
+            "tower": phase(self.encode),
+            "prefill": phase(lambda: self.prefill(self.embeddings)),
+            "products": phase(self.products),
+        }
+
+    def products(self) -> None:
+        """As `jax_programs.products`."""
+        hidden = self.embeddings
+        for layer, length in zip(self.model.model.language_model.layers, self.layer_lengths, strict=True):
+            hidden = hidden[:, :length]
+            for part in ("k_proj", "v_proj"):
+                getattr(layer.self_attn, part)(hidden)
+            layer.self_attn.o_proj(layer.self_attn.q_proj(hidden))
+            layer.mlp.up_proj(hidden)
+            hidden = layer.mlp.down_proj(layer.mlp.gate_proj(hidden))
 
     def selections(self) -> list[list[list[int]]]:
         """As `JaxRunner.selections`."""

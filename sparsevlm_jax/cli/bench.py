@@ -15,7 +15,7 @@ from sparsevlm_jax.errors import UserError
 
 QUICK_SIDES = ("jax:dense", "jax:v1.5@192", "sdpa:dense", "faithful:v1.5@192")
 DEFAULT_SHAPES = ("small",)
-PHASES = ("tower", "prefill", "prefill_given", "generate")
+PHASES = ("tower", "prefill", "products", "prefill_given", "generate")
 
 
 def bench(
@@ -42,7 +42,8 @@ def bench(
         int | None, typer.Option(metavar="N", min=2, help="Processes alive together; default: as memory holds.")
     ] = None,
     phases: Annotated[
-        str | None, typer.Option(metavar="NAME,...", help="Of tower, prefill, prefill_given, generate; default: all.")
+        str | None,
+        typer.Option(metavar="NAME,...", help="Of tower, prefill, products, prefill_given, generate; default: all."),
     ] = None,
     gate_rows: Annotated[
         int, typer.Option(metavar="N", min=1, help="Rows of a 16-bit batch whose float32 answers are compared.")
