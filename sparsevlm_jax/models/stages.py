@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -275,8 +275,9 @@ def _prefill_layer(
         return out, (query, key, value)
 
     with target(platform):
-        hidden, projected = DecoderLayer(config.text).apply({"params": params}, hidden, turned, attend_causally)
-    return hidden, *projected
+        found = DecoderLayer(config.text).apply({"params": params}, hidden, turned, attend_causally)
+    hidden, (query, key, value) = cast(tuple[Array, tuple[Array, Array, Array]], found)
+    return hidden, query, key, value
 
 
 @partial(jax.jit, static_argnames=("config", "platform"))
@@ -298,8 +299,9 @@ def _decode_in_layer(
         return attend(query, *held, lengths + 1, causal=False, implementation="auto"), held
 
     with target(platform):
-        hidden, held = DecoderLayer(config).apply({"params": params}, hidden, turned, attend_cache)
-    return hidden, *held
+        found = DecoderLayer(config).apply({"params": params}, hidden, turned, attend_cache)
+    hidden, (keys, values) = cast(tuple[Array, tuple[Array, Array]], found)
+    return hidden, keys, values
 
 
 def _added(hidden: Float[Array, "b l d"], add: Array | None) -> tuple[Float[Array, "b l d"], Array | None]:

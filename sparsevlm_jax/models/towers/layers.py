@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -119,7 +119,8 @@ def _run_layer(
 ) -> tuple[Float[Array, "m v d"], Float[Array, "m v"] | None]:
     """A function of its own, which jax traces once for all layers; XLA sees through it."""
     with target(platform):
-        return TowerLayer(config, parent=None).apply({"params": params}, x, saliency)
+        found = TowerLayer(config, parent=None).apply({"params": params}, x, saliency)
+    return cast(tuple[Array, Array | None], found)
 
 
 def resize_positions(table: Float[Array, "_v d"], old: int, new: int) -> Float[Array, "v d"]:
