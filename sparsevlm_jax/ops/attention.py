@@ -96,7 +96,7 @@ def choose_implementation(query: tuple[int, ...], key: tuple[int, ...], dtype: j
     logits are large.
     """
     batch, length, heads, head_dim = query
-    platform = _target.get() or _platform()
+    platform = _platform()
     if platform == "cpu":
         return "tiled"
     fits_cudnn = dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
@@ -104,6 +104,15 @@ def choose_implementation(query: tuple[int, ...], key: tuple[int, ...], dtype: j
         return "cudnn"
     logits_bytes = 4 * batch * heads * length * key[1]
     return "blockwise" if causal and logits_bytes > LOGITS_LIMIT else "xla"
+
+
+def padded_length(length: int) -> int:
+    """How long a shortened sequence of so many tokens is made on the default backend, or the `target`.
+
+    On NVIDIA a multiple of 8: cuBLAS wants that of both sides of a product in 16 bit, and XLA would copy hidden states
+    and results to such a length and back around each product. The rows' own lengths mask what stands behind them.
+    """
+    return 8 * -(-length // 8) if _platform() == "cuda" else length
 
 
 def attention_rows(
@@ -125,9 +134,12 @@ def attention_rows(
     """
     batch, count, heads, head_dim = query.shape
     groups = heads // key.shape[2]
-    grouped = query.reshape(batch, count, key.shape[2], groups, head_dim)
+    grouped, axes = query.reshape(batch, count, key.shape[2], groups, head_dim), "brkgh"
+    if _platform() != "cpu":
+        # Rows behind heads, or the product has its keys outside, where a GPU's softmax takes several kernels.
+        grouped, axes = jnp.transpose(grouped, (0, 2, 3, 1, 4)), "bkgrh"
     logits = jnp.einsum(
-        "brkgh,bskh->bkgrs", grouped, key, precision=exact(query.dtype), preferred_element_type=jnp.float32
+        f"{axes},bskh->bkgrs", grouped, key, precision=exact(query.dtype), preferred_element_type=jnp.float32
     )
     keys = jnp.arange(key.shape[1])[None, None, :]
     seen = (keys <= rows[:, :, None]) & (keys < lengths[:, None, None])
@@ -238,7 +250,9 @@ def _dot_product_attention(query: Array, key: Array, value: Array, **options) ->
 
 
 def _platform() -> str:
-    """Of the default backend: "cpu", "cuda", "rocm" or "tpu"."""
+    """The `target`, or that of the default backend: "cpu", "cuda", "rocm" or "tpu"."""
+    if (named := _target.get()) is not None:
+        return named
     backend = jax.default_backend()
     if backend != "gpu":
         return backend
