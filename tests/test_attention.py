@@ -21,7 +21,7 @@ from sparsevlm_jax.rotary import plain_rope
 LENGTH, HEAD_DIM = 27, 8
 LENGTHS = np.array([27, 11, 1], np.int32)
 # On an NVIDIA machine (JAX_PLATFORMS=cuda) the fused kernel is held against the same reference.
-IN_16_BIT = ["xla", "blockwise", "tiled", *(["cudnn"] if attention._platform() == "cuda" else [])]
+IN_16_BIT = ["xla", "blockwise", "tiled", *(["cudnn"] if attention.traced_for() == "cuda" else [])]
 HEADS = [(4, 4), (4, 2), (4, 1)]  # query heads, key-value heads
 
 
@@ -179,7 +179,7 @@ def test_the_tiled_path_has_the_gradients_of_the_written_out_one() -> None:
 
 def test_large_logits_go_blockwise(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = (1, 64, 4, 16), (1, 64, 4, 16)
-    monkeypatch.setattr(attention, "_platform", lambda: "tpu")
+    monkeypatch.setattr(attention, "traced_for", lambda: "tpu")
     monkeypatch.setattr(attention, "LOGITS_LIMIT", 4 * 4 * 64 * 64)
     assert choose_implementation(query, key, jnp.dtype("float32"), causal=True) == "xla"
     monkeypatch.setattr(attention, "LOGITS_LIMIT", 4 * 4 * 64 * 64 - 1)
@@ -207,7 +207,7 @@ def test_the_platform_and_the_dtype_choose(
     shape = (1, 64, 4, head_dim)
     with attention.target(platform):
         assert choose_implementation(shape, shape, jnp.dtype(dtype), causal=causal) == expected
-    monkeypatch.setattr(attention, "_platform", lambda: platform)
+    monkeypatch.setattr(attention, "traced_for", lambda: platform)
     assert choose_implementation(shape, shape, jnp.dtype(dtype), causal=causal) == expected
 
 

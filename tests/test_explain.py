@@ -37,7 +37,9 @@ def sequence() -> Tokens:
         hidden=jnp.arange(8, dtype=jnp.float32)[None, :, None] * jnp.ones((1, 8, 4)),
         positions=jnp.arange(8)[None, :, None],
         visual=visual,
-        raters=~visual,
+        rater_rows=jnp.array([[0, 7]]),
+        rater_count=jnp.array([2]),
+        text_count=jnp.array([2]),
         lengths=jnp.array([8]),
         saliency=None,
     )

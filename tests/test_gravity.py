@@ -32,7 +32,9 @@ def layer(distance: int) -> PruningContext:
         hidden=jnp.zeros((1, length, 8)),
         positions=jnp.where(places < VISUAL, places, places + distance)[..., None],
         visual=places < VISUAL,
-        raters=jnp.zeros((1, length), bool).at[0, jnp.asarray(RATERS)].set(True),
+        rater_rows=jnp.asarray([RATERS]),
+        rater_count=jnp.array([len(RATERS)]),
+        text_count=jnp.array([WORDS]),
         lengths=jnp.array([length]),
         saliency=None,
     )

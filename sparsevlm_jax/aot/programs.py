@@ -21,6 +21,7 @@ from sparsevlm_jax.models.parameters import abstract_params, abstract_pixels, tr
 from sparsevlm_jax.ops.attention import target
 from sparsevlm_jax.pruning.methods import METHODS
 from sparsevlm_jax.pruning.plan import Plan
+from sparsevlm_jax.pruning.prune import length_after
 from sparsevlm_jax.pruning.settings import Sparsity
 
 
@@ -93,8 +94,15 @@ def lowered(
         state: DecodeState = placed(begun.out_info)
         limit = placed(jax.ShapeDtypeStruct((), jnp.int32))
         looped = decode.lower(params, state, limit, sampler, config=config, stops=plan.stops, decoding=decoding)
-    lengths = tuple(packed.text + stage.visual for stage in plan.stages)
+        lengths = _lengths(plan, packed.text)
     return Programs(prompts.batch, plan, lengths, tree_bytes(params), tree_bytes(state.cache), begun, looped)
+
+
+def _lengths(plan: Plan, text: int) -> tuple[int, ...]:
+    found = [text + plan.visual_tokens]
+    for stage in plan.stages[:-1]:
+        found.append(length_after(stage, text, found[-1]))
+    return tuple(found)
 
 
 def _planned(config: ModelConfig, sparsity: Sparsity, prompts: Prompts) -> tuple[Plan, Packed]:

@@ -96,7 +96,7 @@ def _phase(program: Program, within: Computation, instruction: Instruction) -> s
     A fusion has the scope of its last instruction, which may only add what a product made to something else. What has
     no scope at all, such as a product that XLA has split into several sums, belongs to what takes it.
     """
-    inner = list(_within(program, instruction))
+    inner = [each for each in _within(program, instruction) if each.opcode not in _FREE]
     products = [each for each in inner if each.opcode in ("dot", "convolution")]
     sums = [each for each in inner if each.opcode == "reduce"]
     scopes = [each.scope for each in (*products, instruction, *sums, *reversed(inner)) if "/" in each.scope]

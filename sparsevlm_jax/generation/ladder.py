@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float
 from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.models import fits
 from sparsevlm_jax.models.stages import Cache, Params, Prompt, decoder_of, last_logits, run_stage, start
+from sparsevlm_jax.ops.attention import padded_length
 from sparsevlm_jax.pruning.budgets import stage_by_rank
 from sparsevlm_jax.pruning.plan import Plan, StagePlan
 from sparsevlm_jax.pruning.positions import next_positions
@@ -71,7 +72,7 @@ def prefill_stage_by_stage(
         keys += [key for key, _ in cached]
         values += [value for _, value in cached]
         visual = length_bucket(int(np.max(np.sum(jax.device_get(tokens.visual), axis=1))), stage.standing)
-        tokens = _cut(tokens, text + visual)
+        tokens = _cut(tokens, min(padded_length(text + visual), tokens.visual.shape[1]))
     cache = Cache(tuple(keys), tuple(values), jnp.stack(lengths), jnp.stack(positions))
     return call(_finish, params, tokens, config=config), cache, replace(plan, stages=tuple(stages))
 

@@ -26,7 +26,7 @@ from sparsevlm_jax.pruning.plan import Plan, StagePlan
 from sparsevlm_jax.pruning.positions import next_positions, on_all_axes, prompt_positions
 from sparsevlm_jax.pruning.prune import PruningStep, kept_by_row, prune
 from sparsevlm_jax.pruning.settings import Sparsity
-from sparsevlm_jax.pruning.sparsify import Tokens, choose_raters
+from sparsevlm_jax.pruning.sparsify import Tokens, choose_raters, positions_where
 
 Params = dict[str, Any]
 
@@ -186,20 +186,25 @@ def decoder_of(params: Params, config: ModelConfig) -> Llama:
 def start(prompt: Prompt, plan: Plan, axes: int) -> Tokens:
     """The sequence that enters the first stage, its raters chosen; its positions have so many axes."""
     shape = prompt.visual.shape
-    raters = jnp.zeros(shape, bool)
-    if len(plan.stages) > 1:
-        with jax.named_scope("rate"):
+    raters, lengths = jnp.zeros(shape, bool), prompt.lengths.astype(jnp.int32)
+    visual_count = jnp.sum(prompt.visual, axis=1, dtype=jnp.int32)
+    text = plan.stages[0].text_tokens(shape[1])
+    with jax.named_scope("rate"):
+        if len(plan.stages) > 1:
             raters = choose_raters(prompt.embeddings, prompt.visual, prompt.lengths, plan.visual_tokens)
+        rater_rows = positions_where(raters, text)
     return Tokens(
         hidden=prompt.embeddings,
         positions=prompt_positions(prompt.positions, shape, axes),
         visual=prompt.visual,
-        raters=raters,
-        lengths=prompt.lengths.astype(jnp.int32),
+        rater_rows=rater_rows,
+        rater_count=jnp.sum(raters, axis=1, dtype=jnp.int32),
+        text_count=lengths - visual_count,
+        lengths=lengths,
         saliency=prompt.saliency if METHODS[plan.sparsity.method].needs_saliency else None,
         add=prompt.add,
         frame=prompt.frame if plan.sparsity.per_frame else None,
-        keep=kept_by_row(plan, jnp.sum(prompt.visual, axis=1, dtype=jnp.int32), prompt.lengths),
+        keep=kept_by_row(plan, visual_count, prompt.lengths),
     )
 
 

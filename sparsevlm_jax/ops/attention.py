@@ -42,12 +42,17 @@ def target(platform: str) -> Iterator[None]:
 
 
 def traced_for() -> str:
-    """The platform that programs are traced for: the `target`, or the default backend's.
+    """The platform that programs are traced for, the `target` or the default backend's: "cpu", "cuda", "rocm" or "tpu".
 
     A function that is jitted by itself takes it as a static argument and sets the `target` inside: what jax keeps of
     it was traced for one platform.
     """
-    return _target.get() or _platform()
+    if (named := _target.get()) is not None:
+        return named
+    backend = jax.default_backend()
+    if backend != "gpu":
+        return backend
+    return "cuda" if "cuda" in jax.devices()[0].client.platform_version.lower() else "rocm"
 
 
 def exact(dtype: jnp.dtype) -> jax.lax.Precision:
@@ -115,6 +120,15 @@ def choose_implementation(query: tuple[int, ...], key: tuple[int, ...], dtype: j
     return "blockwise" if causal and logits_bytes > LOGITS_LIMIT else "xla"
 
 
+def padded_length(length: int) -> int:
+    """How long a shortened sequence of so many tokens is made on the default backend, or the `target`.
+
+    On NVIDIA a multiple of 8: cuBLAS wants that of both sides of a product in 16 bit, and XLA would copy hidden states
+    and results to such a length and back around each product. The rows' own lengths mask what stands behind them.
+    """
+    return 8 * -(-length // 8) if traced_for() == "cuda" else length
+
+
 def attention_rows(
     query: Float[Array, "b r n h"],
     key: Float[Array, "b s k h"],
@@ -134,9 +148,12 @@ def attention_rows(
     """
     batch, count, heads, head_dim = query.shape
     groups = heads // key.shape[2]
-    grouped = query.reshape(batch, count, key.shape[2], groups, head_dim)
+    grouped, axes = query.reshape(batch, count, key.shape[2], groups, head_dim), "brkgh"
+    if traced_for() != "cpu":
+        # Rows behind heads, or the product has its keys outside, where a GPU's softmax takes several kernels.
+        grouped, axes = jnp.transpose(grouped, (0, 2, 3, 1, 4)), "bkgrh"
     logits = jnp.einsum(
-        "brkgh,bskh->bkgrs", grouped, key, precision=exact(query.dtype), preferred_element_type=jnp.float32
+        f"{axes},bskh->bkgrs", grouped, key, precision=exact(query.dtype), preferred_element_type=jnp.float32
     )
     keys = jnp.arange(key.shape[1])[None, None, :]
     seen = (keys <= rows[:, :, None]) & (keys < lengths[:, None, None])
@@ -243,7 +260,7 @@ def _largest_divisor(number: int, limit: int) -> int:
 def _dot_product_attention(query: Array, key: Array, value: Array, **options) -> Array:
     # jax's own attention mixes dtypes and ranks inside, which strict promotion would refuse.
     dtype = query.dtype
-    if dtype == jnp.float16 and options["implementation"] == "xla" and _platform() != "cuda":
+    if dtype == jnp.float16 and options["implementation"] == "xla" and traced_for() != "cuda":
         # jax's XLA path asks for a float16 product that CPU and TPU do not have: compilation would fail.
         query, key, value = (x.astype(jnp.float32) for x in (query, key, value))
     precision = "highest" if query.dtype == jnp.float32 else None
@@ -254,11 +271,3 @@ def _dot_product_attention(query: Array, key: Array, value: Array, **options) ->
         jax.default_matmul_precision(precision),
     ):
         return jax.nn.dot_product_attention(query, key, value, **options).astype(dtype)
-
-
-def _platform() -> str:
-    """Of the default backend: "cpu", "cuda", "rocm" or "tpu"."""
-    backend = jax.default_backend()
-    if backend != "gpu":
-        return backend
-    return "cuda" if "cuda" in jax.devices()[0].client.platform_version.lower() else "rocm"

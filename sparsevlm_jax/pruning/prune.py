@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from sparsevlm_jax.ops.attention import padded_length
 from sparsevlm_jax.pruning.budgets import kept_table
 from sparsevlm_jax.pruning.methods import METHODS, PruningContext, Scores
-from sparsevlm_jax.pruning.plan import Plan
+from sparsevlm_jax.pruning.plan import Plan, StagePlan
 from sparsevlm_jax.pruning.positions import renumbers
 from sparsevlm_jax.pruning.settings import Sparsity
 from sparsevlm_jax.pruning.sparsify import Recycled, Selection, Tokens, rebuild, recycle, select, take, take_turns
@@ -52,6 +53,12 @@ def kept_by_row(plan: Plan, visual: Int[Array, "b"], lengths: Int[Array, "b"]) -
     return tuple(jnp.where(number < 0, 0, jnp.asarray(kept, jnp.int32)[row]) for kept in table.T)
 
 
+def length_after(stage: StagePlan, text: int, columns: int) -> int:
+    """Columns of the sequence behind a stage: `text` for tokens that are not visual, those of the visual tokens left,
+    and what the backend adds (`ops.attention.padded_length`); never more than its own `columns`."""
+    return min(padded_length(text + stage.standing), columns)
+
+
 def prune(layer: PruningContext, sparsity: Sparsity, jitter: Array | None) -> tuple[Tokens, PruningStep]:
     """Scores, selects, recycles, and rebuilds the sequence after one layer."""
     tokens, stage = layer.tokens, layer.stage
@@ -61,7 +68,7 @@ def prune(layer: PruningContext, sparsity: Sparsity, jitter: Array | None) -> tu
         scores = score(layer, sparsity)
     with jax.named_scope("select"):
         kept_count = layer.kept if scores.keep is None else scores.keep
-        dropped = jnp.sum(tokens.visual, axis=1) - kept_count
+        dropped = tokens.visual_count - kept_count
         pool, clusters = (
             jnp.asarray(counts, jnp.int32)[dropped] for counts in sparsity.recycled(np.arange(stage.visual + 1))
         )
@@ -84,6 +91,6 @@ def prune(layer: PruningContext, sparsity: Sparsity, jitter: Array | None) -> tu
                 None if jitter is None else take(jitter, selection.pool) * sparsity.jitter,
             )
     with jax.named_scope("rebuild"):
-        length = stage.text_tokens(tokens.visual.shape[1]) + stage.standing
+        length = length_after(stage, tokens.rater_rows.shape[1], tokens.visual.shape[1])
         after, source = rebuild(tokens, selection, recycled, length=length, renumber=renumbers(sparsity))
     return after, PruningStep(stage.stop - 1, tokens, scores, selection, recycled, source, after)

@@ -27,7 +27,9 @@ class Tokens(NamedTuple):
     hidden: Float[Array, "b l d"]
     positions: Int[Array, "b l a"]  # rotary positions for the next stage, on each axis
     visual: Bool[Array, "b l"]
-    raters: Bool[Array, "b l"]
+    rater_rows: Int[Array, "b t"]  # places of the raters, ascending; those past their number mean nothing
+    rater_count: Int[Array, "b"]
+    text_count: Int[Array, "b"]  # tokens that are not visual, none of which is ever dropped
     lengths: Int[Array, "b"]
     saliency: Float[Array, "b l"] | None  # how much the vision tower itself looks at each visual token
     add: Float[Array, "b l i d"] | None = None  # what the next i layers each add to their output
@@ -37,6 +39,15 @@ class Tokens(NamedTuple):
     @property
     def valid(self) -> Bool[Array, "b l"]:
         return jnp.arange(self.visual.shape[1])[None, :] < self.lengths[:, None]
+
+    @property
+    def visual_count(self) -> Int[Array, "b"]:
+        return self.lengths - self.text_count
+
+    @property
+    def raters(self) -> Bool[Array, "b l"]:
+        slots = jnp.arange(self.rater_rows.shape[1])[None, :]
+        return _scatter_true(jnp.asarray(self.rater_rows), slots < self.rater_count[:, None], self.visual.shape[1])
 
 
 class Recycled(NamedTuple):
@@ -55,7 +66,8 @@ class Selection(NamedTuple):
     """What becomes of every token of a sequence at one pruning layer."""
 
     kept: Bool[Array, "b l"]  # visual tokens that stay
-    pool: Int[Array, "b m"]  # visual tokens that are recycled, by falling score
+    kept_at: Int[Array, "b k"]  # their places, by falling score; those past their number mean nothing
+    pool: Int[Array, "b m"]  # places of visual tokens that are recycled, by falling score
     kept_count: Int[Array, "b"]
     pool_count: Int[Array, "b"]
     cluster_count: Int[Array, "b"]
@@ -180,11 +192,12 @@ def select(
     # Adding zero makes -0.0 and 0.0 one value, which top_k would tell apart.
     ranked = jnp.where(visual, scores + 0.0, -jnp.inf)
     _, order = jax.lax.top_k(ranked, min(keep + pool, scores.shape[1]))
-    kept_slots = jnp.arange(keep)[None, :] < kept_count[:, None]
-    kept = _scatter_true(order[:, :keep], kept_slots, scores.shape[1])
+    # Nothing compiled reads this mask but a trace: the shorter sequence is made from places alone.
+    kept = _scatter_true(order[:, :keep], jnp.arange(keep)[None, :] < kept_count[:, None], scores.shape[1])
     # A row's pool starts where its kept tokens end: at `keep`, unless the row has fewer visual tokens than others.
     slots = jnp.minimum(kept_count[:, None] + jnp.arange(pool)[None, :], order.shape[1] - 1)
-    return Selection(kept, jnp.take_along_axis(order, slots, axis=1), kept_count, pool_count, cluster_count)
+    pooled = jnp.take_along_axis(order, slots, axis=1)
+    return Selection(kept, order[:, :keep], pooled, kept_count, pool_count, cluster_count)
 
 
 def recycle(
@@ -222,7 +235,9 @@ def recycle(
     distances = jnp.sqrt(squares) / jnp.sqrt(jnp.float32(width))
 
     nearest = -jax.lax.top_k(jnp.where(both_real, -distances, -jnp.inf), clusters)[0]
-    density = jnp.exp(-_mean_where(jnp.square(nearest), real_cluster[:, None, :] & real[:, :, None], axis=2))
+    squares = jnp.where(real_cluster[:, None, :] & real[:, :, None], jnp.square(nearest), 0.0)
+    neighbours = jnp.where(real, cluster_count[:, None], 0).astype(jnp.float32)
+    density = jnp.exp(-jnp.sum(squares, axis=2) / jnp.maximum(neighbours, 1.0))
     if jitter is not None:
         density = density + jitter
 
@@ -233,14 +248,15 @@ def recycle(
     peak = density * distance
     centers = jax.lax.top_k(jnp.where(real, peak, -jnp.inf), clusters)[1]
     to_center = jnp.take_along_axis(distances, centers[:, None, :], axis=2)
+    own = jnp.arange(size)[None, :, None] == centers[:, None, :]
+    to_center = jnp.where(own, -1.0, to_center)  # a centre joins itself, whatever else is as near
     assignment = jnp.argmin(jnp.where(real_cluster[:, None, :], to_center, jnp.inf), axis=2)
     labels = jnp.arange(clusters)[None, :]
-    own = (jnp.arange(size)[None, :, None] == centers[:, None, :]) & real_cluster[:, None, :]
-    assignment = jnp.where(jnp.any(own, axis=2), jnp.argmax(own, axis=2), assignment)
 
     member = (assignment[:, None, :] == labels[:, :, None]) & real[:, None, :]
     member = member.astype(jnp.float32)
-    weights = member / (jnp.sum(member, axis=2, keepdims=True) + 1e-6)
+    # Apart, or a GPU would make it piece by piece inside of the product.
+    weights = jax.lax.optimization_barrier(member / (jnp.sum(member, axis=2, keepdims=True) + 1e-6))
     merged = jnp.einsum("bcm,bmd->bcd", weights, x, precision=EXACT).astype(pool.dtype)
     return Recycled(merged, weights, centers, assignment, density, distance, peak)
 
@@ -258,7 +274,9 @@ def rebuild(
       The sequence, and where each of its tokens comes from: its old place, or behind those the number of a merged
       token. Places in the padding mean nothing.
     """
-    source, lengths = _sources(tokens, selection, recycled, length)
+    bits = (0 if recycled is None else recycled.centers.shape[1]).bit_length()
+    keys = _keys(tokens, selection, bits)[:, :length]
+    source = _source(keys, bits, tokens.visual.shape[1])
 
     def gather(values: Array, merge: Callable[[Array, Recycled], Array]) -> Array:
         if recycled is not None:
@@ -272,13 +290,15 @@ def rebuild(
         merged = jnp.einsum("bcm,bm...->bc...", recycled.weights, pool.astype(jnp.float32), precision=EXACT)
         return merged.astype(pool.dtype)
 
+    lengths = tokens.text_count + selection.kept_count + selection.cluster_count
     in_row = jnp.arange(length)[None, :] < lengths[:, None]
-    positions = after_cut(tokens.positions, lambda held: gather(held, of_center), in_row.shape, renumber=renumber)
     shorter = Tokens(
         hidden=gather(tokens.hidden, lambda _, recycled: recycled.merged),
-        positions=positions,
-        visual=gather(tokens.visual, of_center) & in_row,  # what is recycled is visual, and never a rater
-        raters=gather(tokens.raters, of_center) & in_row,
+        positions=after_cut(tokens.positions, lambda held: gather(held, of_center), in_row.shape, renumber=renumber),
+        visual=keys & 1 == 1,
+        rater_rows=_found(keys, (tokens.rater_rows + 1) << bits + 1),
+        rater_count=tokens.rater_count,
+        text_count=tokens.text_count,
         lengths=lengths,
         saliency=None if tokens.saliency is None else gather(tokens.saliency, mean),
         add=None if tokens.add is None else gather(tokens.add, mean),
@@ -288,26 +308,44 @@ def rebuild(
     return shorter, source
 
 
-def _sources(
-    tokens: Tokens, selection: Selection, recycled: Recycled | None, length: int
-) -> tuple[Int[Array, "b {length}"], Int[Array, "b"]]:
-    """What `rebuild` says of where its tokens come from, and the new lengths."""
-    old_length = tokens.visual.shape[1]
-    places = jnp.arange(old_length)[None, :]
-    survives = (tokens.valid & ~tokens.visual) | selection.kept
+def _keys(tokens: Tokens, selection: Selection, bits: int) -> Int[Array, "b n"]:
+    """The tokens of the shorter sequence in order, one number each, then padding.
 
-    # Merged tokens go in after `anchor`: the last kept visual token or, with none kept, before the first visual one.
-    first = jnp.min(jnp.where(tokens.visual, places, old_length), axis=1, keepdims=True)
-    anchor = jnp.maximum(jnp.max(jnp.where(selection.kept, places, -1), axis=1, keepdims=True), first - 1)
-    gone = 2 * old_length
-    order = jnp.where(survives, 2 * places, gone)
-    if recycled is not None:
-        slots = jnp.broadcast_to(jnp.arange(recycled.centers.shape[1])[None, :], recycled.centers.shape)
-        real = slots < selection.cluster_count[:, None]
-        order = jnp.concatenate([order, jnp.where(real, 2 * anchor + 1, gone)], axis=1)
-    # int32, as everywhere: in 64-bit mode jax would count in int64 from here on.
-    lengths = (jnp.sum(survives, axis=1) + selection.cluster_count).astype(jnp.int32)
-    return jnp.argsort(order, axis=1)[:, :length], lengths
+    From high bits to low: the old place, counted from 1; so many `bits` for the number of a merged token, from 1, or 0
+    for none; whether it is visual. Merged tokens have the place of the last kept visual token or, with none kept, the
+    one before the first visual token. So one sort of one array is all that a GPU has to launch.
+    """
+    old_length, shift = tokens.visual.shape[1], bits + 1
+    gone = (old_length + 1) << shift
+    if gone > jnp.iinfo(jnp.int32).max:
+        raise ValueError(f"{old_length} tokens and {2**bits - 1} merged ones are more than int32 can number")
+    places = jnp.arange(1, old_length + 1, dtype=jnp.int32)[None, :]
+    kept = jnp.arange(selection.kept_at.shape[1])[None, :] < selection.kept_count[:, None]
+    kept_at = jnp.where(kept, selection.kept_at + 1, 0)
+    parts = [
+        jnp.where(tokens.valid & ~tokens.visual, places << shift, gone),
+        jnp.where(kept, (kept_at << shift) + 1, gone),
+    ]
+    if bits:
+        before = jnp.min(jnp.where(tokens.visual, places, old_length + 1), axis=1, keepdims=True) - 1
+        anchor = jnp.maximum(jnp.max(kept_at, axis=1, initial=0, keepdims=True), before)
+        numbers = jnp.arange(1, 2**bits, dtype=jnp.int32)[None, :]
+        merged = numbers <= selection.cluster_count[:, None]
+        parts.append(jnp.where(merged, (anchor << shift) + (numbers << 1) + 1, gone))
+    return jnp.sort(jnp.concatenate(parts, axis=1), axis=1)
+
+
+def _source(keys: Int[Array, "b l"], bits: int, old_length: int) -> Int[Array, "b l"]:
+    """What `rebuild` says of where its tokens come from, out of `_keys`."""
+    merged = (keys >> 1) & (2**bits - 1)
+    place = jnp.minimum((keys >> bits + 1) - 1, old_length - 1)
+    return jnp.where(merged == 0, place, old_length - 1 + merged)
+
+
+def _found(keys: Int[Array, "b l"], wanted: Int[Array, "b t"]) -> Int[Array, "b t"]:
+    """Places of numbers among ascending ones; the last place for those that are larger than all."""
+    below = jnp.sum(keys[:, None, :] < wanted[:, :, None], axis=2, dtype=jnp.int32)
+    return jnp.minimum(below, keys.shape[1] - 1)
 
 
 def _mean_where(values: Array, where: Array, axis: int) -> Array:

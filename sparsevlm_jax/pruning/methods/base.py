@@ -17,7 +17,7 @@ from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.ops.attention import attention_rows
 from sparsevlm_jax.pruning.plan import StagePlan
 from sparsevlm_jax.pruning.settings import BUDGETS, Sparsity, names_of
-from sparsevlm_jax.pruning.sparsify import Tokens, positions_where, take
+from sparsevlm_jax.pruning.sparsify import Tokens, take
 from sparsevlm_jax.rotary import Rope
 
 
@@ -39,7 +39,7 @@ class PruningContext(NamedTuple):
     def kept(self) -> Int[Array, "b"]:
         """Visual tokens that each row keeps, by the plan: what the row's own number of tokens says, else all but one
         at most."""
-        visual = jnp.sum(self.tokens.visual, axis=1)
+        visual = self.tokens.visual_count
         if self.tokens.keep is not None:
             return jnp.minimum(self.tokens.keep[0], visual)
         return jnp.minimum(self.stage.keep or 0, jnp.maximum(visual - 1, 0))
@@ -50,9 +50,8 @@ class PruningContext(NamedTuple):
 
     def rater_rows(self) -> tuple[Int[Array, "b r"], Bool[Array, "b r"]]:
         """Places of the raters in the sequence, and which of those places are filled."""
-        text = self.stage.text_tokens(self.tokens.raters.shape[1])
-        rows = positions_where(self.tokens.raters, text)
-        return rows, jnp.arange(text)[None, :] < jnp.sum(self.tokens.raters, axis=1, keepdims=True)
+        rows = self.tokens.rater_rows
+        return rows, jnp.arange(rows.shape[1])[None, :] < self.tokens.rater_count[:, None]
 
     def attention(self, rows: Int[Array, "b r"]) -> Float[Array, "b n r l"]:
         """The layer's attention probabilities in these rows, float32; never all rows."""
