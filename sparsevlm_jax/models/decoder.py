@@ -16,6 +16,7 @@ from sparsevlm_jax.config import TextConfig
 from sparsevlm_jax.ops.attention import exact
 from sparsevlm_jax.ops.layers import ACTIVATIONS, RMSNorm, apart, linear
 from sparsevlm_jax.ops.rope import apply_rope
+from sparsevlm_jax.parallel.inside import gathered
 
 # (query [b l n h], key [b l k h], value [b l k h]) -> (attended [b l n h], whatever the caller wants back)
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -137,5 +138,7 @@ class Llama(nn.Module):
         normed = self.norm(hidden)
         if self.config.tie_word_embeddings:
             table = self.embed_tokens.embedding
-            return jnp.einsum("...d,vd->...v", normed, table, precision=exact(table.dtype)).astype(jnp.float32)
-        return self.lm_head(normed).astype(jnp.float32)
+            found = jnp.einsum("...d,vd->...v", normed, table, precision=exact(table.dtype))
+        else:
+            found = self.lm_head(normed)
+        return gathered(found).astype(jnp.float32)

@@ -19,6 +19,7 @@ from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.models import fits
 from sparsevlm_jax.models.decoder import Llama
 from sparsevlm_jax.ops.attention import attend
+from sparsevlm_jax.parallel.inside import BY_HEAD, keep
 from sparsevlm_jax.pruning.methods import METHODS, PruningContext
 from sparsevlm_jax.pruning.plan import Plan, StagePlan
 from sparsevlm_jax.pruning.positions import next_positions, on_all_axes, prompt_positions
@@ -156,7 +157,7 @@ def decode_step(
     stops = plan.stops if isinstance(plan, Plan) else plan
     fits.require_cache(params, token, cache, config, stops)
     decoder = decoder_of(params, config)
-    hidden = decoder.embed_words(token)[:, None, :]
+    hidden = keep(decoder.embed_words(token)[:, None, :])
     keys, values, axes = list(cache.keys), list(cache.values), config.text.rope.position_axes
     for index, (first, stop) in enumerate(zip((0, *stops), stops, strict=False)):
         lengths, positions = cache.lengths[index], on_all_axes(cache.positions[index], axes)
@@ -169,6 +170,7 @@ def decode_step(
                 return attend(query, *held, lengths + 1, causal=False, implementation="auto"), held
 
             hidden, (keys[number], values[number]) = decoder.layers[number](hidden, positions, attend_cache)
+            hidden = keep(hidden)
     logits = fits.or_nan(decoder.logits(hidden[:, 0]), fits.has_space(cache, stops))
     return logits, Cache(tuple(keys), tuple(values), cache.lengths + 1, cache.positions + 1)
 
@@ -227,7 +229,7 @@ def run_stage(
     hidden, add, query, key = tokens.hidden, tokens.add, None, None
     for layer in decoder.layers[stage.start : stage.stop]:
         hidden, (query, key, value) = layer(hidden, tokens.positions, attend_causally)
-        hidden, add = _added(hidden, add)
+        hidden, add = _added(keep(hidden), add)
         cached.append((_with_room(key, max_new_tokens), _with_room(value, max_new_tokens)))
         last_hidden.append(_last(hidden, tokens.lengths))
     tokens = tokens._replace(hidden=hidden, add=add)
@@ -237,6 +239,7 @@ def run_stage(
             query, key = decoder.queries_and_keys(stage.stop, hidden, tokens.positions)
         view = PruningContext(query, key, tokens, stage, config.text.rope, seed)
         tokens, event = prune(view, sparsity, jitter)
+        tokens = tokens._replace(hidden=keep(tokens.hidden))
         if last_hidden:
             last_hidden[-1] = _last(tokens.hidden, tokens.lengths)
     return tokens, cached, event if trace else None, last_hidden if trace else []
@@ -260,10 +263,11 @@ def _last(values: Array, lengths: Int[Array, "b"]) -> Array:
 
 
 def _with_room(cached: Float[Array, "b l k h"], room: int) -> Float[Array, "b s k h"]:
-    return jnp.pad(cached, ((0, 0), (0, room), (0, 0), (0, 0)))
+    return keep(jnp.pad(cached, ((0, 0), (0, room), (0, 0), (0, 0))), BY_HEAD)
 
 
 def _append(
     cached: Float[Array, "b s k h"], new: Float[Array, "b 1 k h"], lengths: Int[Array, "b"]
 ) -> Float[Array, "b s k h"]:
-    return jax.vmap(lambda row, at, entry: row.at[at].set(entry[0], mode="drop"))(cached, lengths, new)
+    longer = jax.vmap(lambda row, at, entry: row.at[at].set(entry[0], mode="drop"))(cached, lengths, new)
+    return keep(longer, BY_HEAD)
