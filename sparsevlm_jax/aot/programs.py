@@ -89,7 +89,9 @@ def lowered(
     plan, packed = _planned(config, replace(sparsity, seed=None), prompts)
     decoding = LoopConfig(bucket(prompts.new_tokens, NEW_TOKEN_BUCKETS, "the answer"), greedy=True, end_tokens=(2,))
     shapes: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(abstract_params(config, jnp.dtype(dtype))))
-    params = traverse_util.unflatten_dict({path: placed(leaf, where(path, leaf.shape)) for path, leaf in shapes.items()})
+    params = traverse_util.unflatten_dict(
+        {path: placed(leaf, where(path, leaf.shape)) for path, leaf in shapes.items()}
+    )
     require_rows(params, prompts.batch)
     sampler = placed(_sampler())
     draws = METHODS[sparsity.method].draws and sparsity.seed is not None

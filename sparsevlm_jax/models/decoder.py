@@ -16,7 +16,7 @@ from sparsevlm_jax.config import TextConfig
 from sparsevlm_jax.ops.attention import exact
 from sparsevlm_jax.ops.layers import ACTIVATIONS, RMSNorm, apart, linear
 from sparsevlm_jax.ops.rope import apply_rope
-from sparsevlm_jax.parallel.inside import gathered
+from sparsevlm_jax.parallel.inside import divides, gathered, rows_of
 
 # (query [b l n h], key [b l k h], value [b l k h]) -> (attended [b l n h], whatever the caller wants back)
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -124,7 +124,8 @@ class Llama(nn.Module):
 
     def embed_words(self, ids: Int[Array, "*b"]) -> Float[Array, "*b d"]:
         """What ids enter the first layer as; visual tokens enter it as the projector makes them."""
-        words = self.embed_tokens(ids)
+        cut = divides(self.config.vocab_size)
+        words = rows_of(self.embed_tokens.embedding, ids) if cut else self.embed_tokens(ids)
         return words * jnp.asarray(self.config.hidden_size**0.5, words.dtype) if self.config.embed_scale else words
 
     def queries_and_keys(

@@ -38,8 +38,8 @@ def require_rows(params: Any, rows: int) -> None:
     mesh = mesh_of(params)
     if mesh is not None and rows % mesh.shape[DATA]:
         raise UserError(
-            f"{count(rows, 'prompt')} in a batch, which {DATA}={mesh.shape[DATA]} of the mesh does not divide: fill the "
-            f"batch up, or cut the layers instead ({TENSOR}=N)"
+            f"a batch of {count(rows, 'prompt')}, which {DATA}={mesh.shape[DATA]} of the mesh does not divide: fill it "
+            f"up, or cut the layers instead ({TENSOR}=N)"
         )
 
 
@@ -56,9 +56,7 @@ def on_mesh_of(params: Any) -> Iterator[None]:
 
 def device_bytes(tree: Any) -> int:
     """What arrays, or shapes with shardings, take of each device."""
-    return sum(
-        prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
-    )
+    return sum(prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def put_beside(params: Any, tree: Any) -> Any:

@@ -3,7 +3,7 @@
 The mesh is the one that JAX has in its context while a program is traced (`jax.set_mesh`, or `on_mesh_of`), as far as
 it has the axes of this package and leaves them to the compiler.
 
-Axis letters: b batch, l length, n heads, h head dim, m images.
+Axis letters: b batch, l length, n heads, h head dim, m images, c words of a vocabulary, d width.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from math import prod
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array
 
@@ -41,10 +42,30 @@ def whole(x: Array) -> Array:
     return keep(x, PartitionSpec())
 
 
+def divides(size: int) -> bool:
+    """Whether a vocabulary of so many is cut."""
+    found = sizes()
+    return found is not None and size % found[TENSOR] == 0
+
+
+def rows_of(table: Array, ids: Array) -> Array:
+    """table[ids] of a table [c, d] that is cut by its rows: each device gives those that it has, and all are summed.
+
+    Written out, because the compiler brings the whole table to every device where there is one id only.
+    """
+
+    def own_rows(table: Array, ids: Array) -> Array:
+        at = ids - jax.lax.axis_index(TENSOR) * len(table)
+        own = (at >= 0) & (at < len(table))
+        rows = table[jnp.where(own, at, 0)]
+        return jax.lax.psum(jnp.where(own[..., None], rows, jnp.zeros((), rows.dtype)), TENSOR)
+
+    return _on_each(own_rows, (PartitionSpec(TENSOR), BY_ROW), BY_ROW)(table, ids)
+
+
 def gathered(x: Array) -> Array:
     """Rows [..., c] whose channels each device makes some of, whole."""
-    found = sizes()
-    if found is None or x.shape[-1] % found[TENSOR]:
+    if not divides(x.shape[-1]):
         return keep(x)
     # Said of the parts first: the compiler would gather what makes them, which is larger.
     return keep(keep(x, PartitionSpec(DATA, *[None] * (x.ndim - 2), TENSOR)))

@@ -44,6 +44,9 @@ class MeshShape:
         return ",".join(f"{name}={size}" for name, size in sizes.items() if size > 1) or f"{TENSOR}=1"
 
 
+ONE = MeshShape()
+
+
 def make_mesh(shape: str | MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
     """Devices in such an arrangement; both axes are there, whatever their sizes.
 
