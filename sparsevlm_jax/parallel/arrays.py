@@ -14,19 +14,19 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.parallel.mesh import DATA, TENSOR
 from sparsevlm_jax.text import count
 
 
-def mesh_of(params: Any) -> Mesh | None:
+def mesh_of(params: Any) -> Mesh | AbstractMesh | None:
     """The mesh on which parameters were put; None for one device, or any other way of putting them."""
     sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
     if not isinstance(sharding, NamedSharding) or set(sharding.mesh.axis_names) != {DATA, TENSOR}:
         return None
-    return sharding.mesh if isinstance(sharding.mesh, Mesh) else None
+    return sharding.mesh
 
 
 def require_rows(params: Any, rows: int) -> None:
