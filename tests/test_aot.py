@@ -123,6 +123,7 @@ def test_a_report_sums_kernels_by_phase_and_counts_collectives() -> None:
     report = program_report(compiled(GPU), BY_THE_SECOND)
     assert report["kernels"] == 9 + 6 and report["kernels_by_phase"]["score"] == 6
     assert (report["collectives"], report["collective_bytes"]) == (1, 2 * 64 * 16)
+    assert report["collectives_by_kind"] == {"all-reduce": {"arrays": 1, "bytes": 2 * 64 * 16}}
     assert report["predicted_seconds"] == pytest.approx(sum(report["predicted_seconds_by_phase"].values()))
     step = program_report(compiled(GPU, only_loop=True), BY_THE_SECOND)
     assert step["kernels_by_phase"] == {"score": 1}
@@ -139,7 +140,8 @@ def test_the_command_s_tables_show_memory_and_every_phase(capsys: pytest.Capture
         "largest_batch": 7,
     }
     side |= {"prefill": part, "decode": part}
-    whole = {"device": "slow", "batch": 2, "dtype": "bfloat16", "new_tokens": 16, "device_memory_bytes": 10**6}
+    whole = {"device": "slow", "mesh": "tensor=2", "batch": 2, "dtype": "bfloat16", "new_tokens": 16}
+    whole["device_memory_bytes"] = 10**6
     print_report(whole | {"dense": side, "pruned": side})
     out = capsys.readouterr().out
     assert all(

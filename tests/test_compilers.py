@@ -8,18 +8,21 @@ from itertools import chain
 import pytest
 from jax import numpy as jnp
 
-from sparsevlm_jax import llava_15_7b
+from sparsevlm_jax import llava_15_7b, llava_15_13b
 from sparsevlm_jax.aot.compile_for import Answer, compile_for
 from sparsevlm_jax.aot.devices import DEVICES, require_compiler
 from sparsevlm_jax.aot.hlo import Instruction
 from sparsevlm_jax.aot.programs import Prompts
 from sparsevlm_jax.aot.report import kernels_of_a_point, program_report
 from sparsevlm_jax.aot.scopes import phase_of
+from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.models.parameters import abstract_params, tree_bytes
 from sparsevlm_jax.ops.attention import choose_implementation, target
+from sparsevlm_jax.parallel.mesh import MeshShape
 from sparsevlm_jax.pruning.methods import sparsity
 
-LAYERS, MOST_KERNELS = 32, 40
+LAYERS, MOST_KERNELS, TEXT = 32, 40, 88
 pytestmark = pytest.mark.compilers
 devices = pytest.mark.parametrize("device", ["h100", "v5e"])
 methods = pytest.mark.parametrize("method", ["dense", "v1.5"])
@@ -27,13 +30,28 @@ methods = pytest.mark.parametrize("method", ["dense", "v1.5"])
 
 @cache
 def answer(device: str, method: str) -> Answer:
+    _require(device)
+    return compile_for(llava_15_7b(), sparsity(method), _prompts(llava_15_7b()), "bfloat16", DEVICES[device])
+
+
+@cache
+def on_four(method: str) -> Answer:
+    """LLaVA-1.5-13B over four H100s."""
+    _require("h100")
+    return compile_for(
+        llava_15_13b(), sparsity(method), _prompts(llava_15_13b()), "bfloat16", DEVICES["h100"], MeshShape(tensor=4)
+    )
+
+
+def _require(device: str) -> None:
     try:
         require_compiler(DEVICES[device])
     except UserError as error:
         pytest.skip(str(error))
-    config = llava_15_7b()
-    prompts = Prompts(1, (config.image_layout(config.fullest_image),), 88, 128)
-    return compile_for(config, sparsity(method), prompts, "bfloat16", DEVICES[device])
+
+
+def _prompts(config: ModelConfig) -> Prompts:
+    return Prompts(1, (config.image_layout(config.fullest_image),), TEXT, 128)
 
 
 def instructions(found: Answer) -> list[Instruction]:
@@ -90,3 +108,31 @@ def test_a_pruning_layer_adds_at_most_forty_kernels_of_its_own() -> None:
     scopes, everything = kernels_of_a_point(before, after, len(pruned.programs.lengths) - 1)
     print(f"a pruning layer: {scopes:.1f} kernels of its own, {everything:.1f} in all")
     assert scopes <= MOST_KERNELS
+
+
+@methods
+def test_four_devices_exchange_what_tensor_parallelism_needs_and_nothing_else(method: str) -> None:
+    """Two sums over [tokens, width] in every layer and one for the words, one over [raters, tokens] at every pruning
+    layer, and the logits."""
+    found, text = on_four(method), llava_15_13b().text
+    lengths, stages = found.programs.lengths, found.programs.plan.stages
+    through_layers = sum(2 * (stage.stop - stage.start) * length for stage, length in zip(stages, lengths, strict=True))
+    scored = [(lengths[0] - stages[0].visual) * length for length in lengths[:-1]]
+    logits = (1, 2 * text.vocab_size)
+    sums = 2 * text.num_hidden_layers + 1
+    size = 2 * text.hidden_size * (through_layers + lengths[0]) + 4 * sum(scored)
+    print(f"prefill {found.prefill.collectives}, a step {found.decode.collectives}, {found.memory / 2**30:.2f} GiB")
+    assert found.prefill.collectives == {"all-reduce": (sums + len(scored), size), "all-gather": logits}
+    assert found.decode.collectives == {"all-reduce": (sums, 2 * text.hidden_size * sums), "all-gather": logits}
+
+
+def test_a_fourth_of_the_decoder_and_of_its_cache_is_on_each_of_four_devices() -> None:
+    found, config = on_four("v1.5"), llava_15_13b()
+    shapes = abstract_params(config, jnp.bfloat16)
+    decoder, whole = tree_bytes(shapes["language_model"]), tree_bytes(shapes)
+    assert found.programs.parameters == pytest.approx(whole - decoder + decoder / 4, rel=1e-3)  # norms are whole
+    tokens = sum(
+        (s.stop - s.start) * (n + 128) for s, n in zip(found.programs.plan.stages, found.programs.lengths, strict=True)
+    )
+    assert found.programs.cache == pytest.approx(2 * 2 * tokens * config.text.hidden_size / 4, rel=1e-3)
+    assert found.memory < found.programs.parameters + found.programs.cache + 2**28

@@ -11,8 +11,8 @@ from sparsevlm_jax.models.family import FAMILIES as FAMILY_RECORDS
 
 PACKAGE = Path(__file__).parent.parent / "sparsevlm_jax"
 ORDER = (
-    *("errors", "bounds", "process progress", "data", "text", "files", "layout rotary", "config", "config_json", "ops"),
-    *("pruning inputs", "models", "parallel checkpoints", "generation", "aot", "explain evaluate bench"),
+    *("errors", "bounds", "process progress", "data", "text", "files", "layout rotary", "config", "config_json"),
+    *("parallel", "ops", "pruning inputs", "models", "checkpoints", "generation", "aot", "explain evaluate bench"),
     "methods __init__",  # names for users
     *("cli", "__main__"),
 )

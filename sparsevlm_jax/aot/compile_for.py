@@ -15,9 +15,10 @@ import jax
 from sparsevlm_jax.aot.devices import Device, chips
 from sparsevlm_jax.aot.hlo import Program, parse
 from sparsevlm_jax.aot.programs import Programs, Prompts, lowered
-from sparsevlm_jax.aot.roofline import COLLECTIVES, Kernel, kernels
+from sparsevlm_jax.aot.roofline import COLLECTIVES, Kernel, exchanged, kernels
 from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.parallel.mesh import ONE, MeshShape, make_mesh
 from sparsevlm_jax.pruning.settings import Sparsity
 from sparsevlm_jax.text import in_bytes
 
@@ -74,10 +75,17 @@ class Compiled:
         """What each takes at least: a prediction."""
         return _by_phase(self.kernels, lambda kernel: kernel.seconds(device))
 
-    def collectives(self) -> tuple[int, int]:
-        """How many there are, and the bytes of their results."""
-        found = [kernel for kernel in self.kernels if kernel.instruction.opcode.startswith(COLLECTIVES)]
-        return sum(kernel.times for kernel in found), sum(kernel.times * kernel.instruction.bytes for kernel in found)
+    @property
+    def collectives(self) -> dict[str, tuple[int, int]]:
+        """By kind how many arrays are exchanged, and the bytes of the results on each device."""
+        total: dict[str, tuple[int, int]] = {}
+        for kernel in self.kernels:
+            kind = next((kind for kind in COLLECTIVES if kernel.instruction.opcode.startswith(kind)), None)
+            if kind is not None:
+                number, size = total.get(kind, (0, 0))
+                arrays = exchanged(kernel.instruction)
+                total[kind] = number + kernel.times * len(arrays), size + kernel.times * sum(s.bytes for s in arrays)
+        return total
 
 
 @dataclass(frozen=True)
@@ -93,14 +101,23 @@ class Answer:
         return max(self.prefill.memory, self.decode.memory)
 
 
-def compile_for(config: ModelConfig, sparsity: Sparsity, prompts: Prompts, dtype: str, device: Device) -> Answer:
-    """Compiles what `generate` would run for such a batch on such a device.
+def compile_for(
+    config: ModelConfig,
+    sparsity: Sparsity,
+    prompts: Prompts,
+    dtype: str,
+    device: Device,
+    mesh: MeshShape = ONE,
+) -> Answer:
+    """Compiles what `generate` would run for such a batch on such a device, or on a mesh of them.
 
     Raises:
-      UserError: the compiler is not there, or the budget cannot be met.
+      UserError: the compiler is not there, the budget cannot be met, or the mesh divides model or batch unevenly.
       TooLargeError: the compiler says that the device's memory does not hold it.
     """
-    programs = lowered(config, sparsity, prompts, dtype, chips(device)[0], device.platform)
+    found = chips(device, mesh.devices)
+    where = found[0] if mesh == ONE else make_mesh(mesh, found)
+    programs = lowered(config, sparsity, prompts, dtype, where, device.platform)
     if programs.parameters + programs.cache > device.memory:
         raise _too_large(device)
     prefill, decode = (
@@ -111,9 +128,15 @@ def compile_for(config: ModelConfig, sparsity: Sparsity, prompts: Prompts, dtype
 
 
 def largest_batch(
-    config: ModelConfig, sparsity: Sparsity, prompts: Prompts, dtype: str, device: Device, known: Sequence[Answer]
+    config: ModelConfig,
+    sparsity: Sparsity,
+    prompts: Prompts,
+    dtype: str,
+    device: Device,
+    known: Sequence[Answer],
+    mesh: MeshShape = ONE,
 ) -> int:
-    """The largest batch of such prompts that the device's memory holds, found by compiling a few.
+    """The largest batch of such prompts that the devices' memory holds, found by compiling a few.
 
     Args:
       prompts: their own batch does not matter.
@@ -122,14 +145,14 @@ def largest_batch(
 
     def memory(batch: int) -> int | None:
         try:
-            return compile_for(config, sparsity, replace(prompts, batch=batch), dtype, device).memory
+            return compile_for(config, sparsity, replace(prompts, batch=mesh.data * batch), dtype, device, mesh).memory
         except TooLargeError:
             return None
 
     first = known[0].programs
-    bound = (device.memory - first.parameters) // (first.cache // first.batch)
-    found = {answer.programs.batch: answer.memory for answer in known}
-    return search(memory, device.memory, max(2, min(_SECOND, bound // 2)), found)
+    bound = (device.memory - first.parameters) // (first.cache // (first.batch // mesh.data))
+    found = {answer.programs.batch // mesh.data: answer.memory for answer in known}
+    return mesh.data * search(memory, device.memory, max(2, min(_SECOND, bound // 2)), found)
 
 
 def search(memory: Callable[[int], int | None], limit: int, second: int, known: Mapping[int, int]) -> int:

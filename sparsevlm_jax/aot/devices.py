@@ -169,11 +169,11 @@ def require_compiler(device: Device) -> None:
         jax.config.update("jax_platforms", "cpu")
 
 
-def chips(device: Device) -> list[Any]:
-    """What stands for such chips in shardings, to compile for.
+def chips(device: Device, number: int = 1) -> list[Any]:
+    """What stands for so many such chips in shardings, to compile for.
 
     Raises:
-      UserError: the compiler is not there, or does not know the device.
+      UserError: the compiler is not there, or does not know the device or so many of them together.
     """
     require_compiler(device)
     try:
@@ -181,12 +181,15 @@ def chips(device: Device) -> list[Any]:
             found = topologies.get_topology_desc(platform="tpu", topology_name=device.target)
         else:
             found = topologies.get_topology_desc(
-                platform="cuda", topology_name=device.name, target_config=device.target, topology="1x1x1"
+                platform="cuda", topology_name=device.name, target_config=device.target, topology=f"1x1x{number}"
             )
     except Exception as error:  # which ones depends on the plugin
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{device.name}: XLA's compiler cannot be used: {said}") from error
-    return list(found.devices)
+    there = list(found.devices)
+    if len(there) < number:
+        raise UserError(f"{device.name}: {number} of them are asked for, a slice {device.target} has {len(there)}")
+    return there[:number]
 
 
 def _installed(module: str) -> bool:

@@ -11,14 +11,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
 from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.generation.loop import DecodeState, LoopConfig, SamplingParams, decode, start
 from sparsevlm_jax.generation.request import plan_of_rows
 from sparsevlm_jax.inputs.packing import NEW_TOKEN_BUCKETS, Packed, TiledImages, bucket, pack, pack_images
 from sparsevlm_jax.layout import ImageLayout
-from sparsevlm_jax.models.parameters import abstract_params, abstract_pixels, tree_bytes
+from sparsevlm_jax.models.parameters import abstract_params, abstract_pixels
 from sparsevlm_jax.ops.attention import target
+from sparsevlm_jax.parallel.arrays import device_bytes, on_mesh_of, require_rows
+from sparsevlm_jax.parallel.inside import BY_HEAD
+from sparsevlm_jax.parallel.rules import WHOLE, Where, placement
 from sparsevlm_jax.pruning.methods import METHODS
 from sparsevlm_jax.pruning.plan import Plan
 from sparsevlm_jax.pruning.prune import length_after
@@ -52,7 +57,7 @@ class Programs:
 
     Attributes:
       lengths: tokens that enter each stage, padding included.
-      parameters, cache: bytes.
+      parameters, cache: bytes on each device.
       start, decode: prefill with the first token, and the decoding loop.
     """
 
@@ -68,34 +73,49 @@ class Programs:
 def lowered(
     config: ModelConfig, sparsity: Sparsity, prompts: Prompts, dtype: str, chip: Any, platform: str
 ) -> Programs:
-    """Traces both programs for one chip.
+    """Traces both programs for one chip, or for several.
 
     Args:
-      chip: a device, or what stands for one.
+      chip: a device, or what stands for one; or a mesh of them.
       platform: of the chip; it decides how attention is computed.
 
     Raises:
-      UserError: a budget that the prompts cannot meet.
+      UserError: a budget that the prompts cannot meet, or a mesh that divides the model or the batch unevenly.
     """
-    sharding = jax.sharding.SingleDeviceSharding(chip)
+    where, everywhere, by_head = _places(chip, config)
 
-    def placed(tree: Any) -> Any:
+    def placed(tree: Any, sharding: Sharding = everywhere) -> Any:
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
     plan, packed = _planned(config, replace(sparsity, seed=None), prompts)
     decoding = LoopConfig(bucket(prompts.new_tokens, NEW_TOKEN_BUCKETS, "the answer"), greedy=True, end_tokens=(2,))
-    params, sampler = placed(abstract_params(config, jnp.dtype(dtype))), placed(_sampler())
+    shapes: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(abstract_params(config, jnp.dtype(dtype))))
+    params = traverse_util.unflatten_dict(
+        {path: placed(leaf, where(path, leaf.shape)) for path, leaf in shapes.items()}
+    )
+    require_rows(params, prompts.batch)
+    sampler = placed(_sampler())
     draws = METHODS[sparsity.method].draws and sparsity.seed is not None
     seed = placed(jax.ShapeDtypeStruct((), jnp.uint32)) if draws else None
     arguments = (placed(_shape(packed.input_ids)), placed(_shape(packed.lengths)), placed(_images(config, prompts)))
     keys = placed(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts.batch)))
-    with target(platform):
+    with target(platform), on_mesh_of(params):
         begun = start.lower(params, *arguments, keys, sampler, seed, config=config, plan=plan, decoding=decoding)
         state: DecodeState = placed(begun.out_info)
+        cached = placed((state.cache.keys, state.cache.values), by_head)
+        state = state._replace(cache=state.cache._replace(keys=cached[0], values=cached[1]))
         limit = placed(jax.ShapeDtypeStruct((), jnp.int32))
         looped = decode.lower(params, state, limit, sampler, config=config, stops=plan.stops, decoding=decoding)
         lengths = _lengths(plan, packed.text)
-    return Programs(prompts.batch, plan, lengths, tree_bytes(params), tree_bytes(state.cache), begun, looped)
+    return Programs(prompts.batch, plan, lengths, device_bytes(params), device_bytes(state.cache), begun, looped)
+
+
+def _places(chip: Any, config: ModelConfig) -> tuple[Where, Sharding, Sharding]:
+    """Where parameters go by path and shape, where keys and values do, and everything else."""
+    if isinstance(chip, Mesh):
+        return placement(chip, config), NamedSharding(chip, WHOLE), NamedSharding(chip, BY_HEAD)
+    one = SingleDeviceSharding(chip)
+    return lambda path, shape: one, one, one
 
 
 def _lengths(plan: Plan, text: int) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ def answer_report(answer: Answer, device: Device) -> dict[str, Any]:
 
 
 def program_report(program: Compiled, device: Device) -> dict[str, Any]:
-    number, size = program.collectives()
+    exchanged = program.collectives
     predicted, kernels = program.seconds_by_phase(device), program.launches()
     return {
         "compile_seconds": round(program.seconds, 1),
@@ -33,8 +33,9 @@ def program_report(program: Compiled, device: Device) -> dict[str, Any]:
         "temporary_bytes": program.temporaries,
         "kernels": sum(kernels.values()),
         "kernels_by_phase": kernels,
-        "collectives": number,
-        "collective_bytes": size,
+        "collectives": sum(number for number, _ in exchanged.values()),
+        "collective_bytes": sum(size for _, size in exchanged.values()),
+        "collectives_by_kind": {kind: {"arrays": number, "bytes": size} for kind, (number, size) in exchanged.items()},
         "moved_bytes": sum(kernel.times * kernel.bytes for kernel in program.kernels),
         "flops": sum(kernel.times * kernel.flops for kernel in program.kernels),
         "predicted_seconds": sum(predicted.values()),

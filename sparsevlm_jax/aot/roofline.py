@@ -15,7 +15,7 @@ from math import prod
 import numpy as np
 
 from sparsevlm_jax.aot.devices import Device
-from sparsevlm_jax.aot.hlo import Computation, Instruction, Program
+from sparsevlm_jax.aot.hlo import Computation, Instruction, Program, Shape
 from sparsevlm_jax.aot.scopes import OTHER, phase_of
 
 # They name, nest or wait; the work is in others.
@@ -55,6 +55,14 @@ class Kernel:
         """At least, all times together."""
         peak = device.peak_float32 if self.exact else device.peak
         return self.times * max(self.bytes / device.bandwidth, self.flops / peak)
+
+
+def exchanged(instruction: Instruction) -> tuple[Shape, ...]:
+    """The arrays that a collective gives a device; one that starts returns what it takes, too."""
+    if not instruction.opcode.endswith("-start") or instruction.opcode.startswith("all-reduce"):
+        return instruction.shapes
+    both = [shape for shape in instruction.shapes if shape.dims]
+    return tuple(both[len(both) // 2 :])
 
 
 def kernels(program: Program) -> list[Kernel]:

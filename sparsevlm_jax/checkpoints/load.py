@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +28,10 @@ from sparsevlm_jax.inputs.processor import Processor
 from sparsevlm_jax.models.family import config_of, family_of
 from sparsevlm_jax.models.names import Entry
 from sparsevlm_jax.models.parameters import entries
+from sparsevlm_jax.parallel.rules import Where, placement
 from sparsevlm_jax.text import shortlist
 
-# Where a parameter goes: one sharding for all, or path and shape -> sharding.
-Placement = jax.sharding.Sharding | Callable[[tuple[str, ...], tuple[int, ...]], jax.sharding.Sharding]
+Placement = jax.sharding.Sharding | Where  # where parameters go: one sharding for all, or by path and shape
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def load(
     *,
     revision: str | None = None,
     dtype: str | None = None,
-    sharding: Placement | None = None,
+    sharding: str | jax.sharding.Mesh | Placement | None = None,
     check: bool = True,
 ) -> Model:
     """Loads a checkpoint: one that `sparsevlm convert` wrote, or one in the Hugging Face layout.
@@ -68,8 +68,10 @@ def load(
         or the id of a model with safetensors on the Hugging Face hub. Without network, ids resolve from its cache.
       revision: branch, tag or commit of a hub id.
       dtype: "float32", "bfloat16" or "float16"; by default the checkpoint's own, float32 where it mixes several.
-      sharding: where the parameters go: by default the default device. Host memory holds one tensor at a time, of a
-        converted checkpoint one group, of which each device gets no more than its shard.
+      sharding: where the parameters go: by default the default device; an arrangement of devices such as "tensor=4", or
+        its mesh from `parallel.mesh.make_mesh`, on which everything that takes the model then runs; or a sharding of
+        your own. Host memory holds one tensor at a time, of a converted checkpoint one group, of which each device
+        gets no more than its shard.
       check: whether every file of a converted checkpoint is compared with its digest before it is used. That takes
         time, a third more where the files are in memory already. Weights in the Hugging Face layout have no digests.
 
@@ -84,13 +86,14 @@ def load(
     if manifest and check and (problems := orbax.changed_files(folder, manifest)):
         raise UserError(f"{'; '.join(problems)}; convert the source again, or load it unchecked (check=False)")
     config = config_of(folder)
+    where = placement(sharding, config) if isinstance(sharding, str | jax.sharding.Mesh) else sharding
     return Model(
         config=config,
         generation=_generation_defaults(folder),
         processor=Processor.from_pretrained(folder, config),
-        params=_restore_params(folder, manifest, config, dtype, sharding, check)
+        params=_restore_params(folder, manifest, config, dtype, where, check)
         if manifest
-        else _read_params(folder, config, dtype, sharding),
+        else _read_params(folder, config, dtype, where),
         name=folder.resolve().name if user_path(source).is_dir() else str(source),
     )
 

@@ -20,6 +20,7 @@ from sparsevlm_jax.cli.options import note
 from sparsevlm_jax.config import DTYPES, ModelConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.layout import ImageLayout
+from sparsevlm_jax.parallel.mesh import ONE, MeshShape
 from sparsevlm_jax.pruning.settings import Sparsity
 from sparsevlm_jax.text import in_bytes
 
@@ -44,6 +45,13 @@ class CompileOptions:
         str | None,
         typer.Option(metavar="D", help="float32, bfloat16 or float16, for --compile-for; default: bfloat16."),
     ] = None
+    mesh: Annotated[
+        str | None, typer.Option(metavar="tensor=N", help="Several such devices, for --compile-for; see ask --mesh.")
+    ] = None
+
+    @property
+    def shape(self) -> MeshShape:
+        return ONE if self.mesh is None else MeshShape.parse(self.mesh)
 
     def device(self) -> Device | None:
         """The device, its compiler ready; None if nothing is to be compiled.
@@ -51,13 +59,14 @@ class CompileOptions:
         Raises:
           UserError: an unknown device or dtype, no compiler for it, or options that would have no effect.
         """
-        for name, value in (("--batch", self.batch), ("--dtype", self.dtype)):
+        for name, value in (("--batch", self.batch), ("--dtype", self.dtype), ("--mesh", self.mesh)):
             if value is not None and self.compile_for is None:
                 raise UserError(f"{name} {value}: has an effect with --compile-for only")
         if self.dtype not in (None, *DTYPES):
             raise UserError(f"--dtype {self.dtype}: expected one of {', '.join(DTYPES)}")
         if self.compile_for is None:
             return None
+        _ = self.shape
         if self.compile_for not in DEVICES:
             raise UserError(f"--compile-for {self.compile_for}: expected one of {', '.join(DEVICES)}")
         device = DEVICES[self.compile_for]
@@ -76,17 +85,19 @@ class CompileOptions:
         sides: dict[str, Sparsity],
     ) -> dict[str, Any]:
         """Of each side by name; see `aot.report.answer_report`."""
-        prompts = Prompts(self.batch or 1, tuple(layouts), text_tokens, NEW_TOKENS)
+        mesh = self.shape
+        prompts = Prompts(self.batch or mesh.data, tuple(layouts), text_tokens, NEW_TOKENS)
         dtype = self.dtype or "bfloat16"
         note(f"compiling for {device.name}, dense and pruned, for several batches: this takes minutes")
         with _quiet():
             return {
                 "device": device.name,
+                "mesh": str(mesh),
                 "batch": prompts.batch,
                 "dtype": dtype,
                 "new_tokens": NEW_TOKENS,
                 "device_memory_bytes": device.memory,
-                **{name: _side(config, sparsity, prompts, dtype, device) for name, sparsity in sides.items()},
+                **{name: _side(config, sparsity, prompts, dtype, device, mesh) for name, sparsity in sides.items()},
             }
 
 
@@ -97,8 +108,8 @@ def print_report(report: dict[str, Any]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     sides = {name: report[name] for name in ("dense", "pruned")}
     console.print(
-        f"Compiled for {report['device']} ({in_bytes(report['device_memory_bytes'])}), batch {report['batch']}, "
-        f"{report['dtype']}, room for {report['new_tokens']} new tokens:"
+        f"Compiled for {report['device']} ({in_bytes(report['device_memory_bytes'])}), mesh {report['mesh']}, batch "
+        f"{report['batch']}, {report['dtype']}, room for {report['new_tokens']} new tokens; of each device:"
     )
     console.print(_memory_table(sides))
     if any("does_not_fit" in side for side in sides.values()):
@@ -114,13 +125,15 @@ def print_report(report: dict[str, Any]) -> None:
     )
 
 
-def _side(config: ModelConfig, sparsity: Sparsity, prompts: Prompts, dtype: str, device: Device) -> dict[str, Any]:
+def _side(
+    config: ModelConfig, sparsity: Sparsity, prompts: Prompts, dtype: str, device: Device, mesh: MeshShape
+) -> dict[str, Any]:
     try:
-        answer = compile_for(config, sparsity, prompts, dtype, device)
+        answer = compile_for(config, sparsity, prompts, dtype, device, mesh)
     except TooLargeError as error:
         return {"does_not_fit": str(error)}
     report = answer_report(answer, device)
-    return report | {"largest_batch": largest_batch(config, sparsity, prompts, dtype, device, [answer])}
+    return report | {"largest_batch": largest_batch(config, sparsity, prompts, dtype, device, [answer], mesh)}
 
 
 def _memory_table(sides: dict[str, dict[str, Any]]) -> Any:
@@ -136,7 +149,8 @@ def _memory_table(sides: dict[str, dict[str, Any]]) -> Any:
         "compiling, prefill and decoding": lambda side: " and ".join(
             f"{side[part]['compile_seconds']} s" for part in ("prefill", "decode")
         ),
-        "collectives": lambda side: _collectives(side),
+        "collectives of the prefill": lambda side: _collectives(side["prefill"]),
+        "collectives of a step": lambda side: _collectives(side["decode"]),
     }
     table = Table("", *sides)
     for name, cell in rows.items():
@@ -148,9 +162,9 @@ def _left(number: int) -> str:
     return in_bytes(number) if number >= 0 else f"none: {in_bytes(-number)} too few"
 
 
-def _collectives(side: dict[str, Any]) -> str:
-    number, size = (side["prefill"][key] + side["decode"][key] for key in ("collectives", "collective_bytes"))
-    return f"{number}, {in_bytes(size)}" if number else "none"
+def _collectives(part: dict[str, Any]) -> str:
+    kinds = part["collectives_by_kind"].items()
+    return "; ".join(f"{each['arrays']} {kind}, {in_bytes(each['bytes'])}" for kind, each in kinds) or "none"
 
 
 def _phases_table(what: str, sides: dict[str, dict[str, Any]]) -> Any:

@@ -40,7 +40,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print everything as one JSON
 # What the library calls its settings in its messages, `name` or name=value, where an option has that name.
 _SETTINGS = (
     "method|keep|keep_at|flops_share|cache_bytes|scale|bias|heads|dtype|vision_tower|visual_tokens|sides|device|ladder"
-    "|per_frame|image|video|aspect|frames|sampling|shard|suffix|batch_size|max_new_tokens"
+    "|per_frame|image|video|aspect|frames|sampling|shard|suffix|batch_size|max_new_tokens|mesh"
 )
 _SETTING = re.compile(rf"`({_SETTINGS})`|\b({_SETTINGS})=(\"[^\"]*\"|\([^)]*\)|[^\s:,;]+)")
 
@@ -58,11 +58,18 @@ class ModelOptions:
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Compare a converted checkpoint with its digests.")
     ] = True
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            metavar="tensor=N",
+            help="Cut every layer over N devices; data=N shares a batch's rows; or both, by a comma.",
+        ),
+    ] = None
 
     def load(self) -> Model:
         if self.model is None:
-            return load(demo_model.path(), dtype=self.dtype or demo_model.DTYPE)
-        return load(self.model, revision=self.revision, dtype=self.dtype, check=self.check)
+            return load(demo_model.path(), dtype=self.dtype or demo_model.DTYPE, sharding=self.mesh)
+        return load(self.model, revision=self.revision, dtype=self.dtype, check=self.check, sharding=self.mesh)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from sparsevlm_jax.inputs.video import SAMPLING, Sampling, VideoLike
 from sparsevlm_jax.layout import ImageLayout
 from sparsevlm_jax.models.embedding import encode_images
 from sparsevlm_jax.models.stages import Cache, ImageFeatures, Params, decode_step
+from sparsevlm_jax.parallel.arrays import on_mesh_of, put_beside
 from sparsevlm_jax.pruning.budgets import make_plan
 from sparsevlm_jax.pruning.methods import METHODS, as_sparsity
 from sparsevlm_jax.pruning.settings import Sparsity
@@ -165,14 +166,10 @@ class Chat:
             )
         new = np.zeros(bucket(first, TEXT_BUCKETS, "the question"), np.int32)
         new[:first] = ids[self._in_cache :]
-        logits, cache = append_tokens(
-            self.model.params,
-            jax.device_put(new),
-            jax.device_put(np.int32(first)),
-            cache,
-            config=self.model.config,
-            stops=run.plan.stops,
-        )
+        params = self.model.params
+        counted = put_beside(params, (new, np.int32(first)))
+        with on_mesh_of(params):
+            logits, cache = append_tokens(params, *counted, cache, config=self.model.config, stops=run.plan.stops)
         state = run.decode(run.resume(logits, cache), self.max_new_tokens)
         self._cache = state.cache
         self._in_cache = len(ids) + int(jax.device_get(state.steps)) - 1
@@ -182,7 +179,8 @@ class Chat:
         config = self.model.config
         visual = sum(layout.tokens for layout in self._layouts)
         plan = make_plan(self.sparsity, config, visual) if METHODS[self.sparsity.method].shrinks else None
-        return _encode(self.model.params, jax.device_put(images), config=config, plan=plan)
+        with on_mesh_of(self.model.params):
+            return _encode(self.model.params, put_beside(self.model.params, images), config=config, plan=plan)
 
 
 @partial(jax.jit, static_argnames=("config", "stops"), donate_argnames=("cache",))

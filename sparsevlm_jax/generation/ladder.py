@@ -20,6 +20,7 @@ from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.models import fits
 from sparsevlm_jax.models.stages import Cache, Params, Prompt, decoder_of, last_logits, run_stage, start
 from sparsevlm_jax.ops.attention import padded_length
+from sparsevlm_jax.parallel.arrays import fetch
 from sparsevlm_jax.pruning.budgets import stage_by_rank
 from sparsevlm_jax.pruning.plan import Plan, StagePlan
 from sparsevlm_jax.pruning.positions import next_positions
@@ -54,7 +55,7 @@ def prefill_stage_by_stage(
     fits.require_prompt(params, prompt, config, plan, max_new_tokens)
     text = plan.stages[0].text_tokens(prompt.visual.shape[1])
     tokens, fitting = call(_start, prompt, plan=plan, axes=config.text.rope.position_axes)
-    if not jax.device_get(fitting).all():
+    if not fetch(fitting).all():
         raise ValueError(f"a row has more visual tokens than the plan's {plan.visual_tokens}, or too many others")
     stages, keys, values, lengths, positions = [], [], [], [], []
     visual = plan.visual_tokens
@@ -71,7 +72,7 @@ def prefill_stage_by_stage(
         )
         keys += [key for key, _ in cached]
         values += [value for _, value in cached]
-        visual = length_bucket(int(np.max(np.sum(jax.device_get(tokens.visual), axis=1))), stage.standing)
+        visual = length_bucket(int(np.max(np.sum(fetch(tokens.visual), axis=1))), stage.standing)
         tokens = _cut(tokens, min(padded_length(text + visual), tokens.visual.shape[1]))
     cache = Cache(tuple(keys), tuple(values), jnp.stack(lengths), jnp.stack(positions))
     return call(_finish, params, tokens, config=config), cache, replace(plan, stages=tuple(stages))

@@ -19,6 +19,7 @@ from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.inputs.packing import TiledImages
 from sparsevlm_jax.models.embedding import embed
 from sparsevlm_jax.models.stages import Cache, ImageFeatures, Params, decode_step, prefill
+from sparsevlm_jax.parallel.inside import whole
 from sparsevlm_jax.pruning.plan import Plan
 
 
@@ -134,6 +135,7 @@ def _choose(
     else:
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys, state.steps)
         token = sample(logits, keys, sampler).astype(jnp.int32)
+    token = whole(token)  # every process reads them
     ends = jnp.zeros_like(state.done)
     for end in decoding.end_tokens:
         ends |= token == end

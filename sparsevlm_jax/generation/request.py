@@ -13,6 +13,7 @@ from typing import Any, NotRequired, TypedDict
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from sparsevlm_jax.config import ModelConfig
@@ -31,8 +32,9 @@ from sparsevlm_jax.inputs.packing import (
 )
 from sparsevlm_jax.models.embedding import embed
 from sparsevlm_jax.models.stages import Cache, ImageFeatures, Params
+from sparsevlm_jax.parallel.arrays import fetch, mesh_of, on_mesh_of, put_beside, require_rows
 from sparsevlm_jax.pruning.budgets import make_plan, plan_of_row
-from sparsevlm_jax.pruning.methods import METHODS, as_sparsity
+from sparsevlm_jax.pruning.methods import METHODS, Method, as_sparsity
 from sparsevlm_jax.pruning.plan import Plan
 from sparsevlm_jax.pruning.settings import Sparsity
 
@@ -102,11 +104,15 @@ class GenerationRequest:
         encoded = isinstance(images, ImageFeatures)
         if not encoded:
             _check_markers(config, rows, images)
+        require_rows(params, len(rows))
         self.params, self.config = params, config
         self.max_new_tokens = max_new_tokens
         self.packed = pack(rows, config.image_token_id, config.visual_bucket)
         sparsity = as_sparsity(sparsity)
+        _require_ranks(params, METHODS.get(sparsity.method))
         self.seed = _seed(sparsity)
+        if self.seed is not None:
+            self.seed = self._put(self.seed)
         # The seed is traced: in the plan it would make another program.
         self.plan = plan_of_rows(replace(sparsity, seed=None), config, self.packed)
         if self.plan.grid is not None:
@@ -119,9 +125,9 @@ class GenerationRequest:
         self.room = bucket(room or max_new_tokens, NEW_TOKEN_BUCKETS, "max_new_tokens")
         self.decoding = LoopConfig(self.room, temperature == 0, tuple(end_tokens))
         # Everything from the host is put on the device by name: servers forbid what happens on the side.
-        self.sampler = SamplingParams(*jax.device_put((np.float32(temperature or 1.0), np.float32(top_p))))
-        self.keys = _split(key_of(0) if key is None else key, len(rows))
-        self.images = jax.device_put(images) if self.packed.visual else None
+        self.sampler = SamplingParams(*self._put((np.float32(temperature or 1.0), np.float32(top_p))))
+        self.keys = self._put(_split(key_of(0) if key is None else key, len(rows)))
+        self.images = self._put(images) if self.packed.visual else None
         self.visual_tokens: list[list[int]] = []  # known after the prefill
         self.prefill_seconds = self.decode_seconds = 0.0
         self._programs = Programs() if programs is None else programs
@@ -140,7 +146,7 @@ class GenerationRequest:
         state = self.prefill()
         yield self.result(state)
         limit, tokens = 1, every or FIRST_CHUNK
-        while limit < self.max_new_tokens and not np.all(jax.device_get(state.done)):
+        while limit < self.max_new_tokens and not np.all(fetch(state.done)):
             before, limit = self.decode_seconds, min(limit + tokens, self.max_new_tokens)
             state = self.decode(state, limit)
             yield self.result(state)
@@ -148,31 +154,39 @@ class GenerationRequest:
                 tokens = max(1, int(tokens * PACE / (self.decode_seconds - before)))
 
     def prefill(self) -> DecodeState:
-        ids, lengths = jax.device_put((self.packed.input_ids, self.packed.lengths))
+        ids, lengths = self._put((self.packed.input_ids, self.packed.lengths))
         if METHODS[self.plan.sparsity.method].stage_by_stage(self.plan.sparsity):
             state = self._prefill_stage_by_stage(ids, lengths)
         else:
             args = (self.params, ids, lengths, self.images, self.keys, self.sampler, self.seed)
             static = {"config": self.config, "plan": self.plan, "decoding": self.decoding}
-            state, self.prefill_seconds = self._programs.timed(start, *args, **static)
+            state, self.prefill_seconds = self._timed(start, *args, **static)
         text = np.sum((self.packed.input_ids != self.config.image_token_id) & self.packed.valid, axis=1)
-        self.visual_tokens = (jax.device_get(state.cache.lengths) - text[None, :]).T.tolist()
+        self.visual_tokens = (fetch(state.cache.lengths) - text[None, :]).T.tolist()
         return state
 
     def resume(self, logits: Float[Array, "b vocab"], cache: Cache) -> DecodeState:
         """A fresh answer on a cache that is already there."""
-        return first_token(logits, cache, self.keys, self.sampler, decoding=self.decoding)
+        with on_mesh_of(self.params):
+            return first_token(logits, cache, self.keys, self.sampler, decoding=self.decoding)
 
     def decode(self, state: DecodeState, limit: int) -> DecodeState:
-        args = (self.params, state, jax.device_put(np.int32(limit)), self.sampler)
+        args = (self.params, state, self._put(np.int32(limit)), self.sampler)
         static = {"config": self.config, "stops": self.plan.stops, "decoding": self.decoding}
-        state, seconds = self._programs.timed(decode, *args, **static)
+        state, seconds = self._timed(decode, *args, **static)
         self.decode_seconds += seconds
         return state
 
+    def _put(self, tree: Any) -> Any:
+        return put_beside(self.params, tree)
+
+    def _timed(self, program: Any, *args: Any, **static: Any) -> tuple[Any, float]:
+        with on_mesh_of(self.params):
+            return self._programs.timed(program, *args, **static)
+
     def _prefill_stage_by_stage(self, ids: Array, lengths: Array) -> DecodeState:
         def call(program: Callable, *args: Any, **static: Any) -> Any:
-            out, seconds = self._programs.timed(program, *args, **static)
+            out, seconds = self._timed(program, *args, **static)
             self.prefill_seconds += seconds
             return out
 
@@ -183,7 +197,7 @@ class GenerationRequest:
         return call(first_token, logits, cache, self.keys, self.sampler, decoding=self.decoding)
 
     def result(self, state: DecodeState) -> Generation:
-        said, counts, finite, steps = jax.device_get((state.tokens, state.counts, state.finite, state.steps))
+        said, counts, finite, steps = fetch((state.tokens, state.counts, state.finite, state.steps))
         ends = self.decoding.end_tokens
         tokens = []
         for row, count in zip(said, counts, strict=True):
@@ -288,6 +302,22 @@ def _check_settings(
     if not longest:
         raise UserError("no prompt, or an empty one: nothing to answer")
     require_room(config, longest, max_new_tokens)
+
+
+def _require_ranks(params: Params, method: Method | None) -> None:
+    """Refuses v1 on several CPU devices of a process, each of which would wait for the other's singular values: JAX's
+    threads all wait, and none is left to compute (seen with jax 0.10.2).
+
+    Raises:
+      UserError: it would hang.
+    """
+    mesh = mesh_of(params)
+    if method is None or not method.counts_are_bounds or not isinstance(mesh, Mesh) or mesh.size == 1:
+        return
+    if mesh.devices.flat[0].platform == "cpu":
+        raise UserError(
+            f"{method.name} computes ranks, which several CPU devices cannot do at a time: use one, or another method"
+        )
 
 
 def require_room(config: ModelConfig, prompt_tokens: int, max_new_tokens: int) -> None:

@@ -16,6 +16,7 @@ from sparsevlm_jax.config import TextConfig
 from sparsevlm_jax.ops.attention import exact
 from sparsevlm_jax.ops.layers import ACTIVATIONS, RMSNorm, apart, linear
 from sparsevlm_jax.ops.rope import Rotation, rotate, rotation
+from sparsevlm_jax.parallel.inside import divides, gathered, rows_of
 
 # (query [b l n h], key [b l k h], value [b l k h]) -> (attended [b l n h], whatever the caller wants back)
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -120,7 +121,8 @@ class Llama(nn.Module):
 
     def embed_words(self, ids: Int[Array, "*b"]) -> Float[Array, "*b d"]:
         """What ids enter the first layer as; visual tokens enter it as the projector makes them."""
-        words = self.embed_tokens(ids)
+        cut = divides(self.config.vocab_size)
+        words = rows_of(self.embed_tokens.embedding, ids) if cut else self.embed_tokens(ids)
         return words * jnp.asarray(self.config.hidden_size**0.5, words.dtype) if self.config.embed_scale else words
 
     def queries_and_keys(
@@ -134,5 +136,7 @@ class Llama(nn.Module):
         normed = self.norm(hidden)
         if self.config.tie_word_embeddings:
             table = self.embed_tokens.embedding
-            return jnp.einsum("...d,vd->...v", normed, table, precision=exact(table.dtype)).astype(jnp.float32)
-        return self.lm_head(normed).astype(jnp.float32)
+            found = jnp.einsum("...d,vd->...v", normed, table, precision=exact(table.dtype))
+        else:
+            found = self.lm_head(normed)
+        return gathered(found).astype(jnp.float32)

@@ -6,6 +6,7 @@ width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from sparsevlm_jax.inputs.packing import ImagePacking, TiledImages
 from sparsevlm_jax.models import fits
 from sparsevlm_jax.models.family import family_of
 from sparsevlm_jax.models.stages import ImageFeatures, Params, Prompt, decoder_of
+from sparsevlm_jax.parallel.inside import by_image, keep
 from sparsevlm_jax.pruning.methods import METHODS
 from sparsevlm_jax.pruning.plan import Plan
 
@@ -41,7 +43,7 @@ def encode_images(params: Params, images: TowerImages, config: ModelConfig, plan
     pixel_values: Any = images
     if grid is not None and shrink_images is not None:
         pixel_values = shrink_images(pixel_values, grid * config.vision.patch_size)
-    tokens, saliency = family_of(config).encode(params, pixel_values, config)
+    tokens, saliency = _encoded(family_of(config).encode, params, pixel_values, config)
     if grid is not None and shrink_features is not None:
         tokens, saliency = shrink_features(tokens, grid), shrink_features(saliency[..., None], grid)[..., 0]
     return ImageFeatures(*_flat(tokens, saliency), grid=None if grid is None else jnp.int32(grid))
@@ -82,7 +84,7 @@ def embed(
     if images is None:
         # A marker without its image has no embedding.
         words = fits.or_nan(words, ~jnp.any(visual, axis=1))
-        return Prompt(words, jnp.zeros_like(visual), lengths)
+        return Prompt(keep(words), jnp.zeros_like(visual), lengths)
     tokens = images.tokens.astype(words.dtype)
     given, marked = tokens.shape[0] if images.rows is None else jnp.sum(images.rows), jnp.sum(visual, axis=1)
     # A row's own images for each row, or one row's images for all: the same index either way.
@@ -93,17 +95,26 @@ def embed(
         matching &= images.grid == (plan.grid or 0)
     embeddings = fits.or_nan(embeddings, jnp.broadcast_to(matching, lengths.shape))
     saliency = jnp.where(visual, images.saliency[index], 0.0)
-    return Prompt(embeddings, visual, lengths, saliency, frame=None if images.frame is None else images.frame[index])
+    frame = None if images.frame is None else images.frame[index]
+    return Prompt(keep(embeddings), visual, lengths, saliency, frame=frame)
+
+
+def _encoded(
+    encode: Callable[..., tuple[Array, Array]], params: Params, tiles: Array, config: ModelConfig
+) -> tuple[Float[Array, "t v d"], Float[Array, "t v"]]:
+    """What a family's encoder makes of tiles or frames, of which each device of a mesh takes some."""
+    towers = {name: part for name, part in params.items() if name != "language_model"}
+    return by_image(lambda towers, tiles: encode(towers, tiles, config), towers, tiles)
 
 
 def _packed_images(params: Params, images: TiledImages, config: ModelConfig) -> ImageFeatures:
     """The visual tokens of images and videos, in the order of the prompts."""
     family, encoded = family_of(config), []
     if len(images.pixel_values):
-        encoded.append(_flat(*family.encode(params, images.pixel_values, config)))
+        encoded.append(_flat(*_encoded(family.encode, params, images.pixel_values, config)))
     if images.frames is not None:
         assert family.encode_frames is not None
-        encoded.append(_flat(*family.encode_frames(params, images.frames, config)))
+        encoded.append(_flat(*_encoded(family.encode_frames, params, images.frames, config)))
     tokens, saliency = (
         encoded[0] if len(encoded) == 1 else (jnp.concatenate(part) for part in zip(*encoded, strict=True))
     )

@@ -21,6 +21,7 @@ from sparsevlm_jax.models import fits
 from sparsevlm_jax.models.decoder import DecoderLayer, Llama
 from sparsevlm_jax.ops.attention import attend, target, traced_for
 from sparsevlm_jax.ops.rope import Rotation, rotation, rotation_of_all
+from sparsevlm_jax.parallel.inside import BY_HEAD, keep
 from sparsevlm_jax.pruning.methods import METHODS, PruningContext
 from sparsevlm_jax.pruning.plan import Plan, StagePlan
 from sparsevlm_jax.pruning.positions import next_positions, on_all_axes, prompt_positions
@@ -158,7 +159,7 @@ def decode_step(
     stops = plan.stops if isinstance(plan, Plan) else plan
     fits.require_cache(params, token, cache, config, stops)
     decoder = decoder_of(params, config)
-    hidden = decoder.embed_words(token)[:, None, :]
+    hidden = keep(decoder.embed_words(token)[:, None, :])
     keys, values, rope = list(cache.keys), list(cache.values), config.text.rope
     for index, (first, stop) in enumerate(zip((0, *stops), stops, strict=False)):
         lengths = cache.lengths[index]
@@ -250,6 +251,7 @@ def run_stage(
             query, key = decoder.queries_and_keys(stage.stop, hidden, tokens.positions)
         view = PruningContext(query, key, tokens, stage, config.text.rope, seed)
         tokens, event = prune(view, sparsity, jitter)
+        tokens = tokens._replace(hidden=keep(tokens.hidden))
         if last_hidden:
             last_hidden[-1] = _last(tokens.hidden, tokens.lengths)
     return tokens, cached, event if trace else None, last_hidden if trace else []
@@ -282,7 +284,7 @@ def _prefill_layer(
     with target(platform):
         found = DecoderLayer(config.text).apply({"params": params}, hidden, turned, attend_causally)
     hidden, (query, key, value) = cast(tuple[Array, tuple[Array, Array, Array]], found)
-    return hidden, query, key, value
+    return keep(hidden), query, key, value
 
 
 @partial(jax.jit, static_argnames=("config", "platform"))
@@ -306,7 +308,7 @@ def _decode_in_layer(
     with target(platform):
         found = DecoderLayer(config).apply({"params": params}, hidden, turned, attend_cache)
     hidden, (keys, values) = cast(tuple[Array, tuple[Array, Array]], found)
-    return hidden, keys, values
+    return keep(hidden), keys, values
 
 
 def _added(hidden: Float[Array, "b l d"], add: Array | None) -> tuple[Float[Array, "b l d"], Array | None]:
@@ -322,10 +324,11 @@ def _last(values: Array, lengths: Int[Array, "b"]) -> Array:
 
 
 def _with_room(cached: Float[Array, "b l k h"], room: int) -> Float[Array, "b s k h"]:
-    return jnp.pad(cached, ((0, 0), (0, room), (0, 0), (0, 0)))
+    return keep(jnp.pad(cached, ((0, 0), (0, room), (0, 0), (0, 0))), BY_HEAD)
 
 
 def _append(
     cached: Float[Array, "b s k h"], new: Float[Array, "b 1 k h"], lengths: Int[Array, "b"]
 ) -> Float[Array, "b s k h"]:
-    return jax.vmap(lambda row, at, entry: row.at[at].set(entry[0], mode="drop"))(cached, lengths, new)
+    longer = jax.vmap(lambda row, at, entry: row.at[at].set(entry[0], mode="drop"))(cached, lengths, new)
+    return keep(longer, BY_HEAD)

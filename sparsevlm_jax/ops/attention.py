@@ -19,6 +19,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from sparsevlm_jax.parallel.inside import by_head
+
 IMPLEMENTATIONS = ("auto", "xla", "blockwise", "tiled", "cudnn")
 BLOCK = 256  # query rows at a time in the blockwise path
 ROWS = 224  # query rows at a time, about, in the tiled path
@@ -83,6 +85,19 @@ def attend(
     Returns:
       The attended values; rows of padding are zeros or finite, never NaN.
     """
+    here = partial(_attend_here, causal=causal, implementation=implementation)
+    return by_head(here, query, key, value, lengths=lengths)
+
+
+def _attend_here(
+    query: Float[Array, "b l n h"],
+    key: Float[Array, "b s k h"],
+    value: Float[Array, "b s k h"],
+    lengths: Int[Array, "b"],
+    causal: bool,
+    implementation: str,
+) -> Float[Array, "b l n h"]:
+    """`attend` on the rows and heads of one device."""
     if implementation == "auto":
         implementation = choose_implementation(query.shape, key.shape, query.dtype, causal=causal)
     if implementation == "blockwise" and causal:
