@@ -62,6 +62,8 @@ def answer(
     answers = files.require_writable(answers)
     job = Job(files.user_path(questions), files.user_path(images), answers, limit, _shard(shard), suffix, strict)
     asked = job.read()
+    if source.model is None:
+        note("no --model is given: the embedded demo model answers")
     batcher = Batcher(
         source.load(),
         sparsity=sparsity,

@@ -38,6 +38,8 @@ def settings_of(batcher: Batcher, **others: Any) -> dict[str, Any]:
         "max_new_tokens": settings["max_new_tokens"],
         "end_tokens": settings["end_tokens"],
         "temperature": settings.get("temperature", 0.0),
+        "top_p": settings.get("top_p", 1.0),
+        "key": jax.device_get(jax.random.key_data(settings["key"])).tolist(),
         "aspect": batcher.aspect,
         "frames": batcher.sampling.frames,
         "sampling": batcher.sampling.rule,
