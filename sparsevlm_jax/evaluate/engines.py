@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 
@@ -13,6 +13,7 @@ from sparsevlm_jax.generation.batches import Batcher, Numbered
 from sparsevlm_jax.inputs.messages import Asked
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Answers questions, batch by batch."""
 

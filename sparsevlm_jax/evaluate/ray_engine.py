@@ -157,7 +157,7 @@ class RayEngine:
                 yield [(number, answer) for number, answer in pickle.loads(answered["answered"]) if number not in done]
 
     def _mapped(self, asked: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        from ray import data
+        from ray import data  # pyright: ignore[reportMissingImports]
 
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # the import has set it
         data.DataContext.get_current().enable_progress_bars = False
@@ -185,7 +185,7 @@ def connected(recipe: Recipe, workers: int | None = None, address: str | None = 
       UserError: Ray is not installed, or there is no such cluster.
     """
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError('this engine needs Ray: pip install "sparsevlm_jax[ray]"') from None
     address = address or os.environ.get("RAY_ADDRESS")

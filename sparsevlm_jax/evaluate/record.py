@@ -32,6 +32,7 @@ def record_file(answers: Path) -> Path:
 def settings_of(batcher: Batcher) -> dict[str, Any]:
     """Everything that an answer depends on, as JSON has it."""
     model, settings = batcher.model, batcher.settings
+    key = settings.get("key")
     found = {
         "model": describe_model(model),
         "plan": asdict(as_sparsity(settings["sparsity"])),
@@ -39,7 +40,7 @@ def settings_of(batcher: Batcher) -> dict[str, Any]:
         "end_tokens": settings["end_tokens"],
         "temperature": settings.get("temperature", 0.0),
         "top_p": settings.get("top_p", 1.0),
-        "key": jax.device_get(jax.random.key_data(settings["key"])).tolist(),
+        "key": None if key is None else jax.device_get(jax.random.key_data(key)).tolist(),
         "aspect": batcher.aspect,
         "frames": batcher.sampling.frames,
         "sampling": batcher.sampling.rule,
