@@ -117,7 +117,8 @@ class Batcher:
           UserError: it cannot be asked, or leaves no room for an answer.
         """
         config, images, videos = self.model.config, asked.images, asked.videos
-        text = self.processor.text_tokens(asked.conversation, len(images), len(videos))
+        with self._words:
+            text = self.processor.text_tokens(asked.conversation, len(images), len(videos))
         visual = sum(self._visual_tokens(image) for image in images)
         visual += sum(config.video_layout(self.sampling.frames).tokens for _ in videos)
         require_room(config, text + visual, self.settings["max_new_tokens"])
