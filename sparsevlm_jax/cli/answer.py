@@ -31,7 +31,6 @@ from sparsevlm_jax.evaluate.run import Job, run
 from sparsevlm_jax.generation.batches import BATCH_SIZE, Batcher
 from sparsevlm_jax.text import count, in_si
 
-
 ENGINES = ("local", "ray")
 
 

@@ -153,7 +153,7 @@ class RayEngine:
             for answered in self._mapped(asked):
                 other = shortlist(sorted(record.differences(settings, json.loads(answered["settings"]))))
                 if other:
-                    raise UserError(f"a worker is another than the first one ({other}): install and copy the same to all")
+                    raise UserError(f"a worker is another than the first one ({other}): give all of them the same")
                 yield [(number, answer) for number, answer in pickle.loads(answered["answered"]) if number not in done]
 
     def _mapped(self, asked: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

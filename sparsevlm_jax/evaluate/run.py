@@ -155,7 +155,8 @@ class Tray:
         errors = [(question, answer) for question, answer in fresh if answer.error is not None]
         kept = [pair for pair in fresh if not (self.job.strict and pair in errors)]
         if kept:
-            self.answers.append({question.key: answer_row(question, answer, self.model_id) for question, answer in kept})
+            rows = {question.key: answer_row(question, answer, self.model_id) for question, answer in kept}
+            self.answers.append(rows)
         self.clock.add([answer for _, answer in fresh])
         if self.job.strict and errors:
             question, answer = errors[0]

@@ -1,7 +1,7 @@
 """A model for lmms-eval: `python -m lmms_eval --model sparsevlm_jax --model_args pretrained=DIR,method=v1.5,keep=192`.
 
 lmms-eval hands over all requests of a task at once and finds these classes by the entry point `lmms_eval.models`. It is
-imported here and nowhere else in the package.
+imported in this folder and nowhere else in the package.
 """
 
 # pyright: reportMissingImports=false, reportUntypedBaseClass=false
@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
-from lmms_eval.models.registry_v2 import ModelManifest
 from loguru import logger
 from tqdm import tqdm
 
@@ -30,12 +29,8 @@ from sparsevlm_jax.generation.batches import BATCH_SIZE, Batcher, Bucket, Prepar
 from sparsevlm_jax.inputs.messages import Asked, read_prompts
 from sparsevlm_jax.inputs.video import SAMPLING, Sampling
 from sparsevlm_jax.pruning.methods import sparsity
+from sparsevlm_jax.pruning.settings import BUDGETS
 
-MANIFEST = ModelManifest(
-    model_id="sparsevlm_jax",
-    simple_class_path=f"{__name__}.SimpleModel",
-    chat_class_path=f"{__name__}.ChatModel",
-)
 NEW_TOKENS = 128  # where a task does not say
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 
@@ -124,7 +119,7 @@ class SimpleModel(lmms):
         return [self._result(request, answers[number]) for number, request in enumerate(read)]
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("sparsevlm_jax answers in words: loglikelihood is not there, use a generate_until task")
+        raise NotImplementedError("sparsevlm_jax answers in words: no loglikelihood, take generate_until tasks")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         raise NotImplementedError("sparsevlm_jax answers one question at a time: no tasks of several rounds")
@@ -241,8 +236,11 @@ def _read_pruning(given: dict[str, Any]) -> dict[str, Any]:
     """Settings of a method as `sparsity` takes them: layers and counts are joined by "+", for want of commas.
 
     Raises:
-      UserError: they are not.
+      UserError: they are not, or are several budgets.
     """
+    budgets = [name for name in BUDGETS if name in given]
+    if len(budgets) > 1:
+        raise UserError(f"{' and '.join(budgets)} are different budgets: give one of them")
     read = {"keep_at": _pairs, "layers": lambda text: tuple(int(layer) for layer in text.split("+"))}
     found = dict(given)
     for name in read.keys() & found.keys():

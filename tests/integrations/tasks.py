@@ -1,6 +1,6 @@
 """Local tasks for lmms-eval: held-out questions of the embedded model in a form of its own, and in that of POPE.
 
-    python -m tests.integrations.tasks FOLDER [NUMBER]
+python -m tests.integrations.tasks FOLDER [NUMBER]
 """
 
 # pyright: reportMissingImports=false
@@ -49,6 +49,7 @@ metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 def write_tasks(folder: Path, number: int) -> None:
     """The tasks sparsevlm_digits and sparsevlm_pope, of so many questions each."""
     import lmms_eval
+
     from training.heldout import held_out
 
     data = held_out(number)
