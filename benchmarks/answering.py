@@ -1,10 +1,11 @@
-"""What answering a file of questions takes: the embedded model on held-out questions, one by one and in batches.
+"""What answering a file of questions takes: the embedded model on held-out questions, in batches and one by one.
 
     python -m benchmarks.answering --out benchmarks/results/answering.json
 
-Every run is `sparsevlm answer` in this process, into a new file of answers, with programs that are compiled already.
-The runs take turns. Seconds are those of the process by what they went to: on the thread that runs the programs and
-writes, and on the one that prepares the next batch meanwhile.
+"batch N" is `sparsevlm answer --batch-size N` in this process, from reading the questions to the last answer on the
+disk; "a call each" is a loop of `sv.answer` over the same questions. All programs are compiled before, and the sides
+take turns. Seconds are given by what they went to, on the thread that runs the programs and writes ("main") and on the
+one that prepares the next batch meanwhile ("ahead").
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from typing import Any
 from PIL import Image
 
 import sparsevlm_jax as sv
+from sparsevlm_jax.bench.machine import environment
 from sparsevlm_jax.data import demo_model
 from sparsevlm_jax.evaluate import answers_file, record, run
 from sparsevlm_jax.evaluate.engines import Local
+from sparsevlm_jax.evaluate.questions import read_questions
 from sparsevlm_jax.generation import batches
 from sparsevlm_jax.generation.programs import Programs
 from sparsevlm_jax.inputs import pixels
@@ -37,7 +40,7 @@ from training.heldout import held_out
 
 # Where seconds are counted, by what they are called. What such a call makes of others on the list is theirs.
 PARTS: tuple[tuple[str, Any, str], ...] = (
-    ("device", Programs, "timed"),
+    ("running programs", Programs, "timed"),
     ("decoding images", pixels, "open_image"),
     ("preparing images", pixels.Preparation, "image"),
     ("tokenising", Processor, "text_tokens"),
@@ -50,6 +53,7 @@ PARTS: tuple[tuple[str, Any, str], ...] = (
     ("checking weights", record, "settings_of"),
 )
 REST = "the rest"
+SIZES, NEW_TOKENS = (1, 8), 16
 
 
 class Clock:
@@ -118,17 +122,37 @@ def measure(batcher: batches.Batcher, questions: Path, answers: Path) -> dict[st
     return {"questions": summary["answered"], "seconds": seconds, **found}
 
 
+def measure_calls(model: sv.Model, method: str, questions: Path) -> dict[str, Any]:
+    """A call for each question."""
+    asked = [question.asked(questions.parent, None) for question in read_questions(questions)]
+    began = time.perf_counter()
+    for one in asked:
+        sv.answer(model, one.images, one.conversation.question, sparsity=method, max_new_tokens=NEW_TOKENS)
+    return {"questions": len(asked), "seconds": time.perf_counter() - began}
+
+
+def summarize(samples: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
+    """Medians over the rounds: questions a second, and the percent of the time that each part took."""
+    found: dict[str, dict[str, float]] = {}
+    for side, runs in samples.items():
+        found[side] = {"questions a second": median(one["questions"] / one["seconds"] for one in runs)}
+        for thread in ("main", "ahead"):
+            for part in sorted({part for one in runs for part in one.get(thread, {})}):
+                share = median(100 * one[thread].get(part, 0.0) / one["seconds"] for one in runs)
+                found[side][f"{thread}: {part}, %"] = share
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write raw samples there")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--questions", type=int, default=160)
+    parser.add_argument("--questions", type=int, default=240)
     parser.add_argument("--method", default="v1.5")
     options = parser.parse_args()
     model = sv.load(demo_model.path(), dtype=demo_model.DTYPE)
-    batchers = {
-        size: batches.Batcher(model, sparsity=options.method, batch_size=size, max_new_tokens=16) for size in (1, 8)
-    }
+    settings = {"sparsity": options.method, "max_new_tokens": NEW_TOKENS}
+    batchers = {size: batches.Batcher(model, batch_size=size, **settings) for size in SIZES}
     samples: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -138,23 +162,15 @@ def main() -> None:
                 found = measure(batcher, questions, folder / f"{number}-{size}.jsonl")
                 if number:  # the first round compiles
                     samples.setdefault(f"batch {size}", []).append(found)
-    for name, runs in samples.items():
-        print(name, f"{median(one['questions'] / one['seconds'] for one in runs):.1f} questions a second")
-        for thread in ("main", "ahead"):
-            shares = defaultdict(list)
-            for one in runs:
-                for part, seconds in one.get(thread, {}).items():
-                    shares[part].append(100 * seconds / one["seconds"])
-            print("  ", thread, ", ".join(f"{part} {median(found):.1f} %" for part, found in shares.items()))
+            found = measure_calls(model, options.method, questions)
+            if number:
+                samples.setdefault("a call each", []).append(found)
+    summary = summarize(samples)
+    for side, values in summary.items():
+        print(side, *(f"  {name} {value:.1f}" for name, value in values.items()), sep="\n")
     if options.out:
-        _write(options.out, samples)
-
-
-def _write(file: Path, samples: dict[str, Any]) -> None:
-    from sparsevlm_jax.bench.machine import environment
-
-    result: dict[str, Any] = {"machine": environment("cpu"), "load": os.getloadavg()}
-    file.write_text(json.dumps(result | {"runs": samples}, indent=1) + "\n")
+        about = {"machine": environment("cpu"), "load": os.getloadavg(), "method": options.method}
+        options.out.write_text(json.dumps({**about, "summary": summary, "runs": samples}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
