@@ -12,7 +12,8 @@ from sparsevlm_jax.models.family import FAMILIES as FAMILY_RECORDS
 PACKAGE = Path(__file__).parent.parent / "sparsevlm_jax"
 ORDER = (
     *("errors", "bounds", "process progress", "data", "text", "files", "layout rotary", "config", "config_json"),
-    *("parallel", "ops", "pruning inputs", "models", "checkpoints", "generation", "aot", "explain evaluate bench"),
+    *("parallel", "ops", "pruning inputs", "models", "checkpoints", "generation", "aot"),
+    "explain evaluate bench integrations",
     "methods __init__",  # names for users
     *("cli", "__main__"),
 )
@@ -27,7 +28,12 @@ KNOW_FAMILIES = (
     "bench/",
     *(f"models/{n}.py" for n in FAMILIES),
 )
-TORCH = ("checkpoints/torch_bin.py", "checkpoints/verify.py", "bench/torch_")
+# Where packages are imported that not everybody has.
+OWN_PLACES = {
+    "torch": ("checkpoints/torch_bin.py", "checkpoints/verify.py", "bench/torch_"),
+    "lmms_eval": ("integrations/",),
+    "ray": ("evaluate/ray_engine.py",),
+}
 
 
 def faults(file: str, source: str) -> list[str]:
@@ -46,7 +52,8 @@ def faults(file: str, source: str) -> list[str]:
             family = name.startswith(FAMILY_FILES) and not file.startswith(KNOW_FAMILIES)
             if (up and name != "sparsevlm_jax.__version__") or family:
                 found.append(f"{file} imports {name}")
-            if top in ("convert", "benchmarks", "training", "tests") or (top == "torch" and not file.startswith(TORCH)):
+            elsewhere = top in OWN_PLACES and not file.startswith(OWN_PLACES[top])
+            if top in ("convert", "benchmarks", "training", "tests") or elsewhere:
                 found.append(f"{file} imports {name}")
     return found
 
@@ -66,6 +73,8 @@ def test_imports_run_one_way() -> None:
         ("bench/report.py", "def late():\n    import sparsevlm_jax.explain.page"),
         ("checkpoints/load.py", "from sparsevlm_jax import generate"),
         ("generation/api.py", "import torch.nn"),
+        ("evaluate/run.py", "def late():\n    from ray import data"),
+        ("integrations/lmms_eval.py", "from sparsevlm_jax.evaluate.run import Job"),
         ("cli/bench.py", "from benchmarks.retention import run"),
         ("generation/api.py", "from sparsevlm_jax.models.llava_next import LlavaNextConfig"),
         ("models/stages.py", "from sparsevlm_jax.models.llava import LlavaConfig"),

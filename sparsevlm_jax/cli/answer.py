@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from sparsevlm_jax import files
+from sparsevlm_jax.checkpoints.load import Model
 from sparsevlm_jax.cli.options import (
     Aspect,
     FrameOptions,
@@ -22,9 +26,55 @@ from sparsevlm_jax.cli.options import (
     spread_options,
 )
 from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.evaluate.engines import Engine, Local
 from sparsevlm_jax.evaluate.run import Job, run
 from sparsevlm_jax.generation.batches import BATCH_SIZE, Batcher
 from sparsevlm_jax.text import count, in_si
+
+ENGINES = ("local", "ray")
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What answers."""
+
+    engine: Annotated[
+        str, typer.Option(metavar="|".join(ENGINES), help="This process, or workers on a Ray cluster.")
+    ] = "local"
+    workers: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="With ray: how many; default: one for each GPU, or one."),
+    ] = None
+    address: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="With ray: of a cluster; default: RAY_ADDRESS, or one on this machine."),
+    ] = None
+
+    def require_known(self) -> None:
+        """Looks at the options before a model is loaded.
+
+        Raises:
+          UserError: no such engine, or options of another one.
+        """
+        if self.engine not in ENGINES:
+            raise UserError(f"--engine {self.engine}: expected {' or '.join(ENGINES)}")
+        if self.engine == "local" and (self.workers is not None or self.address is not None):
+            raise UserError("--workers and --address go with --engine ray")
+
+    @contextmanager
+    def started(self, load: Callable[[], Model], settings: dict[str, Any]) -> Iterator[Engine]:
+        """The engine with its model.
+
+        Raises:
+          UserError: Ray or its cluster is not there, or the model cannot be loaded.
+        """
+        if self.engine == "local":
+            yield Local(Batcher(load(), **settings))
+            return
+        from sparsevlm_jax.evaluate.ray_engine import Recipe, connected
+
+        with connected(Recipe.here(load, settings), self.workers, self.address) as started:
+            yield started
 
 
 @spread_options
@@ -54,25 +104,29 @@ def answer(
     seed: Seed = 0,
     aspect: Aspect = None,
     frames: FrameOptions,
+    engine: EngineOptions,
     as_json: Json = False,
 ) -> None:
     """Answers a file of questions, greedily. Interrupted at any moment, the same command goes on."""
     sparsity = pruning.sparsity(seed=seed)
     sampling = frames.rule
+    engine.require_known()
     answers = files.require_writable(answers)
     job = Job(files.user_path(questions), files.user_path(images), answers, limit, _shard(shard), suffix, strict)
     asked = job.read()
-    batcher = Batcher(
-        source.load(),
-        sparsity=sparsity,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        aspect=aspect,
-        sampling=sampling,
-    )
+    if source.model is None:
+        note("no --model is given: the embedded demo model answers")
+    settings = {
+        "sparsity": sparsity,
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+        "aspect": aspect,
+        "sampling": sampling,
+    }
     try:
-        summary = run(batcher, job, asked, show=True)
+        with engine.started(source.load, settings) as started:
+            summary = run(started, job, asked, show=True)
     except KeyboardInterrupt:
         note("interrupted; the same command goes on with what is missing")
         raise typer.Exit(130) from None

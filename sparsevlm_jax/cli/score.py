@@ -11,12 +11,13 @@ from typing import Annotated
 import typer
 
 from sparsevlm_jax import files
-from sparsevlm_jax.cli.options import Json
+from sparsevlm_jax.cli.options import Json, note
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.evaluate.scorers import SCORERS
 from sparsevlm_jax.evaluate.scorers import score as run_score
 from sparsevlm_jax.evaluate.submit import SUBMISSIONS
 from sparsevlm_jax.evaluate.submit import submit as run_submit
+from sparsevlm_jax.text import count
 
 Answers = Annotated[Path, typer.Option(metavar="A.jsonl", help="What `sparsevlm answer` wrote, or LLaVA's scripts.")]
 Questions = Annotated[Path | None, typer.Option(metavar="Q", help="The file of questions that was answered.")]
@@ -53,8 +54,10 @@ def submit(
     """Writes the file that a benchmark's server takes; only the server knows the true answers."""
     _require_known(kind, SUBMISSIONS)
     output = files.require_writable(output)
-    run_submit(kind, files.user_path(answers), _user_path(questions), output)
+    errors = run_submit(kind, files.user_path(answers), _user_path(questions), output)
     print(output)
+    if errors:
+        note(f"{count(errors, 'answer')} of {answers} with an error, an empty text in {output}")
 
 
 def _user_path(file: Path | None) -> Path | None:

@@ -29,19 +29,21 @@ def record_file(answers: Path) -> Path:
     return answers.with_name(f"{answers.name}.run.json")
 
 
-def settings_of(batcher: Batcher, **others: Any) -> dict[str, Any]:
+def settings_of(batcher: Batcher) -> dict[str, Any]:
     """Everything that an answer depends on, as JSON has it."""
     model, settings = batcher.model, batcher.settings
+    key = settings.get("key")
     found = {
         "model": describe_model(model),
         "plan": asdict(as_sparsity(settings["sparsity"])),
         "max_new_tokens": settings["max_new_tokens"],
         "end_tokens": settings["end_tokens"],
         "temperature": settings.get("temperature", 0.0),
+        "top_p": settings.get("top_p", 1.0),
+        "key": None if key is None else jax.device_get(jax.random.key_data(key)).tolist(),
         "aspect": batcher.aspect,
         "frames": batcher.sampling.frames,
         "sampling": batcher.sampling.rule,
-        **others,
         "versions": versions(PACKAGES),
     }
     return json.loads(json.dumps(found))
@@ -86,7 +88,7 @@ def require_same(answers: Path, settings: dict[str, Any]) -> list[dict[str, Any]
     before, sittings = record.get("settings"), record.get("sittings")
     if not isinstance(before, dict) or not isinstance(sittings, list):
         raise UserError(f"{file}: is no record of a run: remove it together with {answers.name}")
-    differing = sorted(_differences(before, settings))
+    differing = sorted(differences(before, settings))
     if differing:
         raise UserError(
             f"{answers}: was begun with other settings ({'; '.join(differing[:3])}): give another name for the answers"
@@ -100,10 +102,10 @@ def write_record(answers: Path, settings: dict[str, Any], sittings: Iterable[Any
     write(record_file(answers), f"{json.dumps(content, indent=2)}\n".encode())
 
 
-def _differences(before: Any, now: Any, name: str = "") -> Iterable[str]:
-    """Which entries differ, by their path."""
+def differences(before: Any, now: Any, name: str = "") -> Iterable[str]:
+    """Which entries of two settings differ, by their path."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in before.keys() | now.keys():
-            yield from _differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
+            yield from differences(before.get(key), now.get(key), f"{name}.{key}" if name else key)
     elif before != now:
         yield f"{name} was {shown(before)}, now {shown(now)}"

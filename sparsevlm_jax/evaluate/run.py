@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from sparsevlm_jax.errors import UserError, shown
 from sparsevlm_jax.evaluate import record
 from sparsevlm_jax.evaluate.answers_file import AnswersFile, answer_row, writing
-from sparsevlm_jax.evaluate.questions import Key, Question, digest, read_questions
+from sparsevlm_jax.evaluate.engines import Engine
+from sparsevlm_jax.evaluate.questions import Question, digest, read_questions
 from sparsevlm_jax.generation.answer import Answer
-from sparsevlm_jax.generation.batches import Batcher, Numbered
+from sparsevlm_jax.generation.batches import Numbered
 from sparsevlm_jax.inputs.messages import Asked
 from sparsevlm_jax.progress import progress
 
@@ -76,16 +75,17 @@ class Clock:
     decode: float = 0.0
     answered: int = 0
 
-    def add(self, answered: Numbered) -> None:
+    def add(self, answered: Sequence[Answer]) -> None:
+        """Counts a batch."""
         self.answered += len(answered)
-        whole = next((answer for _, answer in answered if answer.error is None), None)
+        whole = next((answer for answer in answered if answer.error is None), None)
         if whole is not None:
             self.compile += whole.compile_seconds
             self.prefill += whole.prefill_seconds
             self.decode += whole.decode_seconds
 
 
-def run(batcher: Batcher, job: Job, questions: Sequence[Question], *, show: bool = False) -> dict[str, Any]:
+def run(engine: Engine, job: Job, questions: Sequence[Question], *, show: bool = False) -> dict[str, Any]:
     """Answers what is not answered yet.
 
     Args:
@@ -99,7 +99,7 @@ def run(batcher: Batcher, job: Job, questions: Sequence[Question], *, show: bool
       UserError: files that cannot be used, another run's answers, or with `strict` a question that has no answer.
     """
     shard = None if job.shard[1] == 1 else "{}/{}".format(*job.shard)
-    settings = record.settings_of(batcher, suffix=job.suffix, shard=shard, questions=digest(job.questions))
+    settings = {**engine.settings(), "suffix": job.suffix, "shard": shard, "questions": digest(job.questions)}
     wanted = job.wanted(questions)
     sittings = record.require_same(job.answers, settings)
     with writing(job.answers) as answers:
@@ -107,9 +107,9 @@ def run(batcher: Batcher, job: Job, questions: Sequence[Question], *, show: bool
         record.write_record(job.answers, settings, sittings, {})
         clock, began = Clock(), time.perf_counter()
         try:
-            _answer(batcher, job, wanted, answers, clock, show)
+            _answer(engine, Tray(job, wanted, answers, settings["model"]["name"], clock), show)
         finally:
-            sitting = _sitting(clock, time.perf_counter() - began, batcher)
+            sitting = _sitting(clock, time.perf_counter() - began, engine)
             if clock.answered:
                 sittings.append(sitting)
             with suppress(UserError):  # what went wrong before is worth more
@@ -127,18 +127,51 @@ def summarize(rows: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return {"answers": len(found), "errors": len(found) - len(whole), **totals}
 
 
-def _answer(
-    batcher: Batcher, job: Job, wanted: Sequence[Question], answers: AnswersFile, clock: Clock, show: bool
-) -> None:
-    rows, numbers, astray = _askable(wanted, job)
-    done = {place for place, number in enumerate(numbers) if wanted[number].key in answers.rows}
-    before = sum(question.key in answers.rows for question in wanted)
-    with progress("answering", len(wanted), before, show=show) as advance:
-        refused = [(number, answer) for number, answer in astray if wanted[number].key not in answers.rows]
-        _keep(refused, wanted, answers, batcher, job, clock)
+@dataclass
+class Tray:
+    """Where the answers of a job go.
+
+    Attributes:
+      wanted: the questions that are asked, in the order of the numbers that answers come with.
+      model_id: what the answers call their model.
+    """
+
+    job: Job
+    wanted: Sequence[Question]
+    answers: AnswersFile
+    model_id: str
+    clock: Clock
+
+    def has(self, number: int) -> bool:
+        return self.wanted[number].key in self.answers.rows
+
+    def keep(self, answered: Numbered) -> None:
+        """Puts a batch into the file, but for what is there.
+
+        Raises:
+          UserError: one of them is an error, and that ends the run.
+        """
+        fresh = [(self.wanted[number], answer) for number, answer in answered if not self.has(number)]
+        errors = [(question, answer) for question, answer in fresh if answer.error is not None]
+        kept = [pair for pair in fresh if not (self.job.strict and pair in errors)]
+        if kept:
+            rows = {question.key: answer_row(question, answer, self.model_id) for question, answer in kept}
+            self.answers.append(rows)
+        self.clock.add([answer for _, answer in fresh])
+        if self.job.strict and errors:
+            question, answer = errors[0]
+            raise UserError(f"question_id {shown(question.question_id)}: {answer.error}")
+
+
+def _answer(engine: Engine, tray: Tray, show: bool) -> None:
+    rows, numbers, astray = _askable(tray.wanted, tray.job)
+    done = {place for place, number in enumerate(numbers) if tray.has(number)}
+    with progress("answering", len(tray.wanted), sum(map(tray.has, range(len(tray.wanted)))), show=show) as advance:
+        refused = [(number, answer) for number, answer in astray if not tray.has(number)]
+        tray.keep(refused)
         advance(len(refused))
-        for answered in batcher.answers(rows, done):
-            _keep([(numbers[place], answer) for place, answer in answered], wanted, answers, batcher, job, clock)
+        for answered in engine.answers(rows, done):
+            tray.keep([(numbers[place], answer) for place, answer in answered])
             advance(len(answered))
 
 
@@ -154,34 +187,12 @@ def _askable(wanted: Sequence[Question], job: Job) -> tuple[list[Asked], list[in
     return rows, numbers, astray
 
 
-def _keep(
-    answered: Numbered, wanted: Sequence[Question], answers: AnswersFile, batcher: Batcher, job: Job, clock: Clock
-) -> None:
-    """Puts a batch of answers into the file.
-
-    Raises:
-      UserError: one of them is an error, and that ends the run.
-    """
-    kept: dict[Key, dict[str, Any]] = {}
-    failed = next(((wanted[number], answer) for number, answer in answered if answer.error is not None), None)
-    for number, answer in answered:
-        if not (job.strict and answer.error is not None):
-            kept[wanted[number].key] = answer_row(wanted[number], answer, batcher.model.name)
-    if kept:
-        answers.append(kept)
-    clock.add(answered)
-    if job.strict and failed is not None:
-        raise UserError(f"question_id {shown(failed[0].question_id)}: {failed[1].error}")
-
-
-def _sitting(clock: Clock, seconds: float, batcher: Batcher) -> dict[str, Any]:
+def _sitting(clock: Clock, seconds: float, engine: Engine) -> dict[str, Any]:
     return {
         "answered": clock.answered,
         "seconds": seconds,
         "compile_seconds": clock.compile,
         "prefill_seconds": clock.prefill,
         "decode_seconds": clock.decode,
-        "batch_size": batcher.batch_size,
-        "backend": jax.default_backend(),
-        "device": jax.devices()[0].device_kind,
+        **engine.place(),
     }

@@ -61,11 +61,14 @@ SUBMISSIONS: dict[str, Callable[[Given, Path], None]] = {
 }
 
 
-def submit(kind: str, answers: Path, questions: Path | None, out: Path) -> None:
+def submit(kind: str, answers: Path, questions: Path | None, out: Path) -> int:
     """Writes what a benchmark's server takes.
 
     Args:
       questions: LLaVA's own file of them; mmvet needs none.
+
+    Returns:
+      How many of the answers are errors; their texts are empty.
 
     Raises:
       UserError: files that cannot be used, or do not belong together.
@@ -75,3 +78,4 @@ def submit(kind: str, answers: Path, questions: Path | None, out: Path) -> None:
     table = questions if kind == "mmbench" else None
     given = Given.read(answers, table or answers, None if kind in ("mmbench", "mmvet") else questions)
     SUBMISSIONS[kind](given, out)
+    return given.errors

@@ -119,7 +119,8 @@ class Batcher:
           UserError: it cannot be asked, or leaves no room for an answer.
         """
         config, images, videos = self.model.config, asked.images, asked.videos
-        text = self.processor.text_tokens(asked.conversation, len(images), len(videos))
+        with self._words:
+            text = self.processor.text_tokens(asked.conversation, len(images), len(videos))
         visual = sum(self._visual_tokens(image) for image in images)
         visual += sum(config.video_layout(self.sampling.frames).tokens for _ in videos)
         require_room(config, text + visual, self.settings["max_new_tokens"])
@@ -145,6 +146,16 @@ class Batcher:
         size = self.batch_size
         sorted_rows = [numbers for _, numbers in sorted(buckets.items())]
         return [numbers[i : i + size] for numbers in sorted_rows for i in range(0, len(numbers), size)], refused
+
+    def left(self, rows: Sequence[Asked], done: Collection[int]) -> tuple[list[list[int]], Numbered]:
+        """`cut`, without batches and refused rows that are all done.
+
+        Raises:
+          UserError: a budget that no row can meet.
+        """
+        batches, refused = self.cut(rows)
+        batches = [batch for batch in batches if not all(number in done for number in batch)]
+        return batches, [(number, answer) for number, answer in refused if number not in done]
 
     def prepare(self, rows: Sequence[Asked]) -> Prepared:
         """The host's part of a batch of one bucket: what is shown is read once, whatever number of rows show it."""
@@ -197,10 +208,9 @@ class Batcher:
         Args:
           done: rows that are answered already. They still stand where they would in their batch, if that has others.
         """
-        batches, refused = self.cut(rows)
-        if refused := [(number, answer) for number, answer in refused if number not in done]:
+        batches, refused = self.left(rows, done)
+        if refused:
             yield refused
-        batches = [batch for batch in batches if not all(number in done for number in batch)]
         with ThreadPoolExecutor(1) as ahead:
             following = None
             for batch, later in zip_longest(batches, batches[1:], fillvalue=[]):

@@ -15,6 +15,7 @@ from PIL import Image
 
 from sparsevlm_jax import Model, Sparsity, load
 from sparsevlm_jax.evaluate.answers_file import AnswersFile
+from sparsevlm_jax.evaluate.engines import Local
 from sparsevlm_jax.evaluate.run import Job, run
 from sparsevlm_jax.generation.batches import Batcher
 
@@ -69,7 +70,7 @@ def batcher(model: Model, **settings: Any) -> Batcher:
 
 
 def answer(model: Model, job: Job, **settings: Any) -> dict[str, Any]:
-    return run(batcher(model, **settings), job, job.read())
+    return run(Local(batcher(model, **settings)), job, job.read())
 
 
 def victim(checkpoint: Path, job: Job, batches: int) -> None:

@@ -18,6 +18,7 @@ import pytest
 import sparsevlm_jax as sv
 from sparsevlm_jax import Model, UserError
 from sparsevlm_jax.cli import main
+from sparsevlm_jax.data import demo_model
 from sparsevlm_jax.evaluate import answers_file
 from sparsevlm_jax.evaluate.record import checksum, record_file
 from sparsevlm_jax.evaluate.run import Job
@@ -176,6 +177,8 @@ def test_other_settings_are_refused_by_name(model: Model, make_job: MakeJob, tmp
     for changed, message in (
         ({"sparsity": "dense"}, 'plan.method was "v1.5", now "dense"'),
         ({"max_new_tokens": 4}, "max_new_tokens was 3, now 4"),
+        ({"top_p": 0.5}, "top_p was 1.0, now 0.5"),
+        ({"seed": 1}, "key was .*, now"),
     ):
         with pytest.raises(UserError, match=message):
             answer(model, job, **changed)
@@ -293,21 +296,25 @@ def test_videos_are_answered_too(tmp_path: Path) -> None:
 
 
 def test_the_command_prints_a_summary_and_counts_errors_in_its_exit_code(
-    checkpoint: Path, make_job: MakeJob, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path, make_job: MakeJob, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = make_job([*sets.questions()[:3], {"question_id": "bad", "image": "nope.png", "text": "what"}])
     options = ["answer", "--questions", job.questions, "--images", job.images, "--answers", job.answers]
-    options += ["--model", checkpoint, "--batch-size", 2, "--max-new-tokens", NEW, "--keep-at", "0:5"]
+    options += ["--batch-size", 2, "--max-new-tokens", NEW, "--keep-at", "0:5"]
 
-    def call(*more: object) -> tuple[Any, str, str]:
+    def call(*more: object, model: Path | None = checkpoint) -> tuple[Any, str, str]:
+        which = [] if model is None else ["--model", model]
         with pytest.raises(SystemExit) as stop:
-            main.main([*map(str, [*options, *more])])
+            main.main([*map(str, [*options, *which, *more])])
         printed = capsys.readouterr()
         return stop.value.code, printed.out, printed.err
 
     code, out, err = call("--json")
-    assert code == 1 and json.loads(out)["errors"] == 1
+    assert code == 1 and json.loads(out)["errors"] == 1 and "embedded" not in err
     assert "4 answers, 4 of them now; v1.5: of 16.0 visual tokens" in err and "1 question without an answer" in err
+    monkeypatch.setattr(demo_model, "path", lambda: checkpoint)
+    _, out, err = call("--json", model=None)
+    assert "no --model is given: the embedded demo model answers" in err and json.loads(out)["answered"] == 0
     code, _, err = call("--shard", "3/3")
     assert code == 2 and "shard 3/3" in err
     code, _, err = call("--images", job.images / "none")

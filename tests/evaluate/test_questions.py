@@ -196,6 +196,10 @@ def test_mmvet_needs_no_questions_and_the_command_says_who_does(
     monkeypatch.setenv("HOME", str(tmp_path))  # a shell leaves ~ alone behind --answers=
     out.unlink()
     assert call("mmvet", "--answers=~/a.jsonl", "--output=~/out.json")[:2] == (0, f"{out}\n") and out.exists()
+    wrong = {"question_id": 1, "text": "", "metadata": {"error": "a.png: no such file"}}
+    write_lines(answers, [{"question_id": 0, "text": "It is.", "metadata": {}}, wrong])
+    code, _, err = call("mmvet", "--answers", answers, "-o", out)
+    assert code == 0 and f"1 answer of {answers} with an error, an empty text in {out}" in err
     code, _, err = call("vizwiz", "--answers", answers, "-o", out)
     assert code == 2 and "vizwiz: the file of questions is needed too" in err
     code, _, err = call("pope", "--answers", answers, "-o", out)

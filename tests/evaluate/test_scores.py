@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -15,7 +16,7 @@ from sparsevlm_jax import UserError
 from sparsevlm_jax.cli import main
 from sparsevlm_jax.evaluate.normalize import normalize
 from sparsevlm_jax.evaluate.scorers import SCORERS, score
-from sparsevlm_jax.evaluate.scorers.mme import verdict
+from sparsevlm_jax.evaluate.scorers.mme import COGNITION, PERCEPTION, verdict
 from sparsevlm_jax.evaluate.scorers.pope import says_yes
 from sparsevlm_jax.evaluate.scorers.scienceqa import letter
 from sparsevlm_jax.evaluate.scorers.textvqa import accuracy, question_of
@@ -165,8 +166,8 @@ def test_mme_adds_what_is_right_and_images_with_both_right(tmp_path: Path) -> No
     found = score("mme", answers(tmp_path, rows), truth)
     count, ocr, code = 100 * 3 / 4 + 100 * 1 / 2, 100 * 2 / 4 + 100 * 1 / 2, 100 * 2 / 4 + 0
     assert found["count"] == count and found["OCR"] == ocr and found["code_reasoning"] == code
-    assert (found["perception"], found["cognition"]) == (count + ocr, code)
-    assert found["total"] == count + ocr + code
+    assert (found["partial_perception"], found["partial_cognition"]) == (count + ocr, code)
+    assert (found["partial_total"], found["tasks"]) == (count + ocr + code, 3)
     for changed, message in (
         (rows[:-1], "1 images have questions without an answer, such as code_reasoning/0002"),
         (rows[:-2], "1 images have questions without an answer, such as code_reasoning/0002"),
@@ -176,6 +177,21 @@ def test_mme_adds_what_is_right_and_images_with_both_right(tmp_path: Path) -> No
     ):
         with pytest.raises(UserError, match=message):
             score("mme", answers(tmp_path, changed), truth)
+
+
+def test_mme_calls_a_sum_whole_only_where_all_its_tasks_are(tmp_path: Path) -> None:
+    rows = []
+    for task in (*PERCEPTION, *COGNITION):
+        file = tmp_path / "mme" / task / "1.txt"
+        file.parent.mkdir(parents=True)
+        file.write_text("Is it one?\tYes\n")
+        rows.append((f"{task}/1.png", "Is it one?", "Yes"))
+    found = score("mme", answers(tmp_path, rows), tmp_path / "mme")
+    assert (found["total"], found["perception"], found["cognition"]) == (2800, 2000, 800) and "tasks" not in found
+    shutil.rmtree(tmp_path / "mme" / COGNITION[-1])
+    found = score("mme", answers(tmp_path, rows[:-1]), tmp_path / "mme")
+    assert (found["partial_total"], found["perception"], found["partial_cognition"]) == (2600, 2000, 600)
+    assert found["tasks"] == 13 and not {"total", "cognition"} & found.keys()
 
 
 # TextVQA

@@ -4,6 +4,7 @@ that of images with both right; the published number adds the scores of all task
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from sparsevlm_jax.errors import UserError, shown
@@ -22,6 +23,8 @@ Place = tuple[str, str]  # a task, and an image of it without its ending
 
 def score(given: Given) -> Scores:
     """The score of every task, of perception and cognition, and their total.
+
+    A sum over fewer tasks than MME has says so in its name, `partial_total`, and `tasks` says how many there are.
 
     Raises:
       UserError: answers and truth do not belong together.
@@ -48,8 +51,14 @@ def score(given: Given) -> Scores:
         task: share(one for both in images.values() for one in both) + share(all(both) for both in images.values())
         for task, images in right.items()
     }
-    halves = {name: sum(tasks.get(task, 0.0) for task in part) for name, part in _HALVES.items()}
-    return {"total": sum(halves.values()), **halves, **{task: tasks[task] for task in sorted(tasks)}}
+    sums = {_whole(name, part, tasks): sum(tasks.get(task, 0.0) for task in part) for name, part in _SUMS.items()}
+    counted = {"tasks": float(len(tasks))} if len(tasks) < len(_SUMS["total"]) else {}
+    return {**sums, **counted, **{task: tasks[task] for task in sorted(tasks)}}
+
+
+def _whole(name: str, part: Sequence[str], tasks: Collection[str]) -> str:
+    """What to call a sum over a part of MME's tasks, of which only some may be there."""
+    return name if set(part) <= set(tasks) else f"partial_{name}"
 
 
 def verdict(text: str) -> str:
@@ -101,4 +110,4 @@ def _truth(folder: Path, place: Place) -> dict[str, str]:
     return found
 
 
-_HALVES = {"perception": PERCEPTION, "cognition": COGNITION}
+_SUMS = {"total": PERCEPTION + COGNITION, "perception": PERCEPTION, "cognition": COGNITION}
