@@ -47,7 +47,7 @@ def prompts(questions: Sequence[Question], config: ModelConfig) -> tuple[np.ndar
       Ids, int32 [n, l], and lengths, int32 [n].
     """
     prefix = [BEGIN, ID["user:"], *[IMAGE] * config.tokens_per_image]
-    rows = [[*prefix, *encode(question.text), ID["assistant:"]] for question in questions]
+    rows = [[*prefix, *encode(question.text, ID), ID["assistant:"]] for question in questions]
     longest = len(prefix) + LONGEST - 2  # an answer and an end are never part of a prompt
     ids = np.asarray([row + [PAD] * (longest - len(row)) for row in rows], np.int32)
     return ids, np.asarray([len(row) for row in rows], np.int32)
