@@ -24,7 +24,9 @@ def export(task: Task, params: Params, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in _json_files(task.config).items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (folder / "tokenizer.json").write_text(tokenizer(task.ids, task.spellings).to_str(pretty=True) + "\n", encoding="utf-8")
+    (folder / "tokenizer.json").write_text(
+        tokenizer(task.ids, task.spellings).to_str(pretty=True) + "\n", encoding="utf-8"
+    )
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     leaves = traverse_util.flatten_dict(params)
     tensors = {

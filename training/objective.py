@@ -39,9 +39,7 @@ class Losses(NamedTuple):
     blind_accuracy: Float[Array, ""]  # where only the question's words see the scene
 
 
-def losses(
-    params: Params, config: LlavaConfig, batch: Batch, told: Sequence[int], *, with_questions: bool
-) -> Losses:
+def losses(params: Params, config: LlavaConfig, batch: Batch, told: Sequence[int], *, with_questions: bool) -> Losses:
     """Losses of a batch.
 
     Args:

@@ -21,10 +21,10 @@ from orbax.checkpoint import v1 as ocp
 from sparsevlm_jax.models.llava import LlavaConfig
 from training.batches import Batch
 from training.demo import DEMO
-from training.easy_vqa import EASY_VQA
 from training.export import export
 from training.log import Log, draw_curves
 from training.model import start
+from training.shapes import EASY_VQA
 from training.stages import Stage, State, Task, begin, make_step
 
 TASKS = {"demo": DEMO, "easy-vqa": EASY_VQA}

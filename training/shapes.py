@@ -7,14 +7,16 @@ from its own questions' answers, and its patches are those whose pixels are not 
 
 from __future__ import annotations
 
+import importlib
 from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from sparsevlm_jax.errors import UserError
 from training.batches import Batch, normalise, pack, thin
 from training.model import llava_config
 from training.stages import Stage, Task
@@ -72,13 +74,23 @@ STAGES = (
 )
 
 
+def package() -> Any:
+    """The module of the package `easy-vqa`, which has images and questions in it.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module("easy_vqa")
+    except ImportError:
+        raise UserError("its images and questions are in a package of their own: pip install easy-vqa") from None
+
+
 @cache
 def samples() -> tuple[Sample, ...]:
     """The training split in the package's order."""
-    from easy_vqa import get_train_image_paths, get_train_questions
-
-    paths, asked = get_train_image_paths(), defaultdict(list)
-    for text, answer, image in zip(*get_train_questions(), strict=True):
+    paths, asked = package().get_train_image_paths(), defaultdict(list)
+    for text, answer, image in zip(*package().get_train_questions(), strict=True):
         asked[image].append((text, answer))
     return tuple(read_sample(Image.open(paths[number]), asked[number]) for number in sorted(paths))
 
@@ -91,8 +103,13 @@ def learned_from() -> tuple[Sample, ...]:
 
 def read_sample(image: Image.Image, questions: Sequence[tuple[str, str]]) -> Sample:
     """An image and its questions as they are learned from."""
-    pixels = np.asarray(image.convert("RGB").resize((PIXELS, PIXELS), Image.Resampling.BICUBIC))
+    pixels = resized(image)
     return Sample(pixels, holding(questions), shape_mask(pixels), tuple(questions))
+
+
+def resized(image: Image.Image) -> np.ndarray:
+    """uint8 [PIXELS, PIXELS, 3], as the checkpoint's processor resizes it."""
+    return np.asarray(image.convert("RGB").resize((PIXELS, PIXELS), Image.Resampling.BICUBIC))
 
 
 def holding(questions: Sequence[tuple[str, str]]) -> tuple[str, ...]:
@@ -124,11 +141,11 @@ def mirrored(sample: Sample) -> Sample:
 def make_batch(drawn: Sequence[Sample], random: np.random.Generator, questions: int, *, thinned: int = 0) -> Batch:
     """A batch of these images, with so many of each one's questions."""
     asked = [sample.questions[i] for sample in drawn for i in random.integers(len(sample.questions), size=questions)]
-    ids, ends = zip(*(pack(*each, IDS, LONGEST) for each in asked), strict=True) if asked else ((), ())
+    ids, ends = zip(*(pack(text, answer, IDS, LONGEST) for text, answer in asked), strict=True) if asked else ((), ())
     masks = np.stack([sample.mask for sample in drawn])
     words = np.zeros((len(drawn), GRID**2, len(IDS)), bool)
     for found, sample in zip(words, drawn, strict=True):
-        found[np.ix_(sample.mask, [IDS[word] for word in sample.said])] = True
+        found[:, [IDS[word] for word in sample.said]] = sample.mask[:, None]
     return Batch(
         pixels=np.stack([normalise(sample.pixels) for sample in drawn]),
         words=words,
