@@ -60,7 +60,7 @@ STAGES = (
     Stage("see", 500, 16, 0, rate=4e-3, warm_up=50, seeing=(1.0, 1.0), alignment=1.0, presence=0.1),
     Stage(
         "answer",
-        2400,
+        1000,
         5,
         12,
         rate=1.5e-3,
