@@ -16,6 +16,7 @@ from typing import Any
 import jax
 from rich.progress import track
 
+import sparsevlm_jax as sv
 from benchmarks.easy_vqa import killed, words
 from benchmarks.easy_vqa.answer import command, outcome, sparsevlm
 from benchmarks.easy_vqa.data import Files, blind_accuracies, prepare, split
@@ -62,12 +63,13 @@ def _answer(options: argparse.Namespace) -> None:
 
 def _cuts(options: argparse.Namespace) -> None:
     asked = split("test")
-    found = words.run(options.model, asked)
+    model = sv.load(str(options.model), dtype="float32")
+    found = words.run(model, asked)
     rows = [
         row({"label": each.label, "keep": each.keep, "entering": run.entering}, run.right, found[0][1].right, asked)
         for each, run in found
     ]
-    _write(options, "cuts", {"rows": rows}, asked)
+    _write(options, "cuts", {"held_out": words.held_out_accuracy(model), "rows": rows}, asked)
 
 
 def _killed(options: argparse.Namespace) -> None:

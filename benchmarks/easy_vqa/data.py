@@ -60,20 +60,21 @@ def split(name: str) -> list[Asked]:
     return [Asked(*row) for row in zip(*found, strict=True)]
 
 
-def image_paths() -> dict[int, Path]:
-    """The images of the test split by their number.
+def image_paths(name: str) -> dict[int, Path]:
+    """The images of "train" or "test" by their number.
 
     Raises:
       UserError: the package is not installed.
     """
-    return {number: Path(path) for number, path in sorted(package().get_test_image_paths().items())}
+    found = {"train": package().get_train_image_paths, "test": package().get_test_image_paths}[name]()
+    return {number: Path(path) for number, path in sorted(found.items())}
 
 
 def prepare(folder: Path) -> Files:
     """Writes the test split as LLaVA's evaluation has its sets: questions, a folder of images, and the truth."""
     files, asked = Files(folder), split("test")
     files.images.mkdir(parents=True, exist_ok=True)
-    for path in image_paths().values():
+    for path in image_paths("test").values():
         shutil.copyfile(path, files.images / path.name)
     rows = [{"question_id": i, "image": f"{row.image}.png", "text": row.text} for i, row in enumerate(asked)]
     _write_lines(files.questions, rows)
