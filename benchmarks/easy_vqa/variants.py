@@ -9,7 +9,7 @@ import sparsevlm_jax as sv
 from benchmarks.retention.variants import HEADS, Variant, single_cut
 
 BUDGETS = (48, 32, 24)  # of 144 visual tokens, mean over layers: a third, two ninths, a sixth
-SCALES = (4.0, 2.0, 1.0)  # of v1, which has no budget in tokens
+SCALES = (16.0, 8.0, 4.0)  # of v1, which has no budget in tokens
 CUTS = (16, 8, 4)  # of 144 visual tokens left by one cut after layer 0
 CHOOSING = ("v1.5", "v2.0", "vision", "random", "uniform")
 
