@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, default=MODEL, help="made by `training.train --task easy-vqa`")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
     parser.add_argument("--docs", type=Path, help="Markdown file that gets the table")
+    parser.add_argument("--limit", type=int, help="answer: only the first so many questions")
     parser.add_argument("--seed", type=int, default=0, help="of the moments of `killed`")
     options = parser.parse_args(arguments)
     STEPS[options.step](options)
@@ -48,17 +49,17 @@ def _prepare(options: argparse.Namespace) -> None:
 
 
 def _answer(options: argparse.Namespace) -> None:
-    files, asked, rows = Files(options.folder), split("test"), []
-    dense = None
+    files, asked, rows = Files(options.folder), split("test")[: options.limit], []
+    without_image, dense = blind_accuracies(split("train"), asked), None
     for each in track(list(commands()), "answering"):
         answers = options.folder / f"{each.label}-{each.keep}.jsonl"
-        sparsevlm(command(files, answers, options.model, each.options))
+        limit = [] if options.limit is None else ["--limit", str(options.limit)]
+        sparsevlm([*command(files, answers, options.model, each.options), *limit])
         found = outcome(files, answers, asked)
         dense = found["right"] if dense is None else dense
-        columns = {name: found[name] for name in ("entering", "seconds")} | each._asdict()
+        columns = {name: found[name] for name in ("entering", "sittings")} | each._asdict()
         rows.append(row(columns, found["right"], dense, asked))
-    content = {"without_image": blind_accuracies(split("train"), asked), "rows": rows}
-    _write(options, "answers", content, asked)
+        _write(options, "answers", {"without_image": without_image, "rows": rows}, asked)
 
 
 def _cuts(options: argparse.Namespace) -> None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
-import subprocess
-import sys
+import shlex
+import tempfile
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.easy_vqa.data import Asked, Files
-from sparsevlm_jax.evaluate.scorers.base import Given
+from benchmarks.easy_vqa.data import Asked, Files, write_lines
+from sparsevlm_jax.bench.files import read_json
+from sparsevlm_jax.cli.main import main
 from sparsevlm_jax.evaluate.scorers.exact import plain
 from sparsevlm_jax.files import read_json_lines
 
@@ -28,28 +31,46 @@ def command(files: Files, answers: Path, model: Path, options: Sequence[str]) ->
 
 
 def sparsevlm(words: Sequence[str]) -> str:
-    """Runs the command and returns what it prints.
+    """Runs the command in this process, which keeps what is loaded, and returns what it prints.
 
     Raises:
-      CalledProcessError: it fails.
+      RuntimeError: it fails.
     """
-    call = [sys.executable, "-m", "sparsevlm_jax", *words]
-    return subprocess.run(call, check=True, stdout=subprocess.PIPE, text=True).stdout
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        try:
+            main(words)
+        except SystemExit as end:
+            if end.code:
+                raise RuntimeError(f"sparsevlm {shlex.join(words)}: exit code {end.code}") from None
+    return printed.getvalue()
 
 
 def outcome(files: Files, answers: Path, asked: Sequence[Asked]) -> dict[str, Any]:
     """What a file of answers says: its score by the command, which answers are right, and what entered the layers.
 
+    Args:
+      asked: the questions that are scored, the first of the split or all; the file may have answers to more.
+
     Raises:
       ValueError: the command's score is not that of the answers read here.
     """
-    scored = sparsevlm(["score", "exact", "--answers", str(answers), "--truth", str(files.truth), "--json"])
-    said = Given.read(answers, files.truth).by_id()
-    right = np.array([plain(said[number].text) == plain(row.answer) for number, row in enumerate(asked)])
-    accuracy = json.loads(scored)["accuracy"]
+    rows = [row for _, row in read_json_lines(answers) if row["question_id"] < len(asked)]
+    right = np.array([plain(row["text"]) == plain(asked[row["question_id"]].answer) for row in rows])
+    accuracy = _score(files, rows)
     if abs(accuracy - 100 * right.mean()) > 1e-6:
         raise ValueError(f"`score exact` says {accuracy} percent, the answers say {100 * right.mean()}")
-    record = json.loads(Path(f"{answers}.run.json").read_text(encoding="utf-8"))
-    entering = [row["metadata"]["entering_tokens"] for _, row in read_json_lines(answers)]
-    seconds = sum(sitting["seconds"] for sitting in record["sittings"])
-    return {"right": right, "entering": float(np.mean(entering)), "seconds": round(seconds, 1)}
+    record = read_json(Path(f"{answers}.run.json"))
+    entering = [row["metadata"]["entering_tokens"] for row in rows]
+    return {"right": right, "entering": float(np.mean(entering)), "sittings": record["sittings"]}
+
+
+def _score(files: Files, rows: Sequence[dict[str, Any]]) -> float:
+    """What `sparsevlm score exact` gives for answers to the first questions."""
+    truth = [row for _, row in read_json_lines(files.truth)][: len(rows)]
+    with tempfile.TemporaryDirectory() as folder:
+        answers, true = Path(folder) / "answers.jsonl", Path(folder) / "truth.jsonl"
+        write_lines(answers, rows)
+        write_lines(true, truth)
+        scored = sparsevlm(["score", "exact", "--answers", str(answers), "--truth", str(true), "--json"])
+    return json.loads(scored)["accuracy"]

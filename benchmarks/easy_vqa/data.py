@@ -77,8 +77,8 @@ def prepare(folder: Path) -> Files:
     for path in image_paths("test").values():
         shutil.copyfile(path, files.images / path.name)
     rows = [{"question_id": i, "image": f"{row.image}.png", "text": row.text} for i, row in enumerate(asked)]
-    _write_lines(files.questions, rows)
-    _write_lines(files.truth, [{"question_id": i, "answer": row.answer} for i, row in enumerate(asked)])
+    write_lines(files.questions, rows)
+    write_lines(files.truth, [{"question_id": i, "answer": row.answer} for i, row in enumerate(asked)])
     return files
 
 
@@ -95,5 +95,6 @@ def blind_accuracies(learned: Sequence[Asked], tested: Sequence[Asked]) -> dict[
     }
 
 
-def _write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_lines(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes JSON lines."""
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
