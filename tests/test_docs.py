@@ -133,7 +133,7 @@ def test_functions_named_behind_a_file_are_in_it(document: Path) -> None:
             assert re.search(rf"^(?:def|class) {name}\b", source, re.MULTILINE), f"{file}: {name}"
 
 
-@pytest.mark.parametrize("name", ["bench", "retention"])
+@pytest.mark.parametrize("name", ["bench", "retention", "easy_vqa"])
 def test_tables_that_commands_write_have_their_place(name: str) -> None:
     text = (ROOT / "docs" / f"{'benchmarks' if name == 'bench' else name}.md").read_text(encoding="utf-8")
     assert 0 <= text.find(f"\n<!-- {name} -->\n") < text.find(f"\n<!-- /{name} -->\n")

@@ -16,7 +16,8 @@ from sparsevlm_jax.checkpoints.load import load
 from sparsevlm_jax.models.embedding import encode_images
 from sparsevlm_jax.models.llava import Llava
 from training import scenes as scenes_module
-from training.batches import make_batch, patch_words
+from training.batches import LONGEST, make_batch, patch_words
+from training.demo import DEMO, STAGES
 from training.export import export
 from training.heldout import held_out, prompts
 from training.log import draw_curves
@@ -33,16 +34,19 @@ from training.model import (
 from training.objective import answer_logits, losses, renumbered
 from training.questions import ANSWERS, KINDS, MOST_COUNTED, Question, ask, ask_some
 from training.scenes import COLOURS, GRID, PATCH, PIXELS, PLACES, SPLITS, draw_scene, handwriting, patch_mask
-from training.stages import EARLY_RATE, STAGES, optimizer
+from training.stages import EARLY_RATE, optimizer
 from training.train import train
-from training.words import END, ID, VOCABULARY, encode, tokenizer
+from training.words import END, ID, SPELLINGS, VOCABULARY, encode, tokenizer
 
 # As the real stages, and small.
-SMALL = (
-    STAGES[0]._replace(steps=50, scenes=2),
-    STAGES[1]._replace(steps=50, scenes=2, questions=4, easy=10, harder=10),
-    STAGES[2]._replace(steps=25, scenes=2, questions=4),
+SMALL = DEMO._replace(
+    stages=(
+        STAGES[0]._replace(steps=50, scenes=2),
+        STAGES[1]._replace(steps=50, scenes=2, questions=4, easy=10, harder=10),
+        STAGES[2]._replace(steps=25, scenes=2, questions=4),
+    )
 )
+TOLD = DEMO.ids_of(DEMO.told)
 
 
 @pytest.fixture(scope="module")
@@ -153,11 +157,18 @@ def test_patches_of_a_digit_are_called_by_its_value_and_colour_and_every_patch_b
 
 def test_question_ids_are_those_of_the_tokenizer(questions):
     for text in {question.text for _, question in questions}:
-        assert tokenizer().encode(text, add_special_tokens=False).ids == encode(text)
+        assert tokenizer(ID, SPELLINGS).encode(text, add_special_tokens=False).ids == encode(text, ID)
 
 
 def test_tokenizer_takes_american_spelling_capitals_and_unknown_words():
-    assert tokenizer().encode("What COLOR is the zebra?").tokens == ["<s>", "what", "colour", "is", "the", "<unk>"]
+    assert tokenizer(ID, SPELLINGS).encode("What COLOR is the zebra?").tokens == [
+        "<s>",
+        "what",
+        "colour",
+        "is",
+        "the",
+        "<unk>",
+    ]
 
 
 def test_held_out_scenes_do_not_depend_on_their_number():
@@ -280,7 +291,7 @@ def test_patches_that_are_the_sum_of_their_words_are_aligned_however_long_they_a
         projected = size * rows @ words
         monkeypatch.setattr("sparsevlm_jax.models.llava.Projector.__call__", lambda *_, found=projected: found)
         arrays = jax.tree.map(jnp.asarray, batch)
-        found = losses(params | {"language_model": decoder}, config(), arrays, with_questions=False)
+        found = losses(params | {"language_model": decoder}, config(), arrays, TOLD, with_questions=False)
         assert found.alignment < 0.05 and found.presence < 5 and found.recognition == 1
 
 
@@ -290,7 +301,7 @@ def test_losses_of_right_answers_are_small(params, batch, monkeypatch):
     assert (wanted[..., 1] == END).all()
     perfect = 50 * jax.nn.one_hot(jnp.asarray(wanted), len(VOCABULARY))
     monkeypatch.setattr("training.objective.answer_logits", lambda *_: perfect)
-    found = losses(params, config(), jax.tree.map(jnp.asarray, batch), with_questions=True)
+    found = losses(params, config(), jax.tree.map(jnp.asarray, batch), TOLD, with_questions=True)
     assert found.answer < 1e-3 and found.accuracy == 1
 
 
@@ -312,7 +323,7 @@ def test_balanced_words_and_visual_tokens_are_of_one_length_and_have_nothing_in_
 
 def test_words_look_for_tokens_that_resemble_them_and_in_every_other_layer_for_words(balanced):
     """The attention logits of a word over patches that are just words, and over itself."""
-    decoder = init_lookup_heads(balanced, config(), seed=0)["language_model"]
+    decoder = init_lookup_heads(balanced, config(), seed=0, said=DEMO.ids_of(DEMO.said))["language_model"]
     ids = [ID[word] for word in PATCH_WORDS]
     patches = balanced["language_model"]["embed_tokens"]["embedding"][jnp.asarray(ids)]
     words = decoder["embed_tokens"]["embedding"][jnp.asarray(ids)]
@@ -367,7 +378,7 @@ def test_a_stage_without_questions_leaves_the_decoder_layers_alone(params):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("training") / "whole"
-    train(folder, SMALL, save_every=25)
+    train(SMALL, folder, save_every=25)
     return folder
 
 
@@ -385,9 +396,9 @@ def test_losses_fall_in_both_long_stages(uninterrupted):
 @pytest.mark.parametrize("stop", [50, 110])
 def test_training_goes_on_from_a_checkpoint_with_the_losses_of_an_uninterrupted_run(uninterrupted, tmp_path, stop):
     """At the end of a stage, and in the middle of one; the steps since the checkpoint are done again."""
-    train(tmp_path, SMALL, save_every=25, stop=stop)
+    train(SMALL, tmp_path, save_every=25, stop=stop)
     assert len(read_log(tmp_path)) == stop // 25
-    train(tmp_path, SMALL, save_every=25)
+    train(SMALL, tmp_path, save_every=25)
     assert read_log(tmp_path) == read_log(uninterrupted)
 
 
@@ -397,10 +408,10 @@ def test_curves_are_drawn_from_the_log(uninterrupted, tmp_path):
 
 
 def test_exported_model_loads_with_the_same_answers(params, tmp_path):
-    export(params, tmp_path / "model")
+    export(DEMO, params, tmp_path / "model")
     model = load(tmp_path / "model", dtype="float32")
     data = held_out(1)
-    ids, lengths = prompts(data.questions[:1], model.config)
+    ids, lengths = prompts([data.questions[0].text], model.config, ID, LONGEST)
     assert model.processor is not None
     found = model.processor([[data.scenes[0].pixels]], [data.questions[0].text])
     assert found.ids[0].tolist() == ids[0, : lengths[0]].tolist()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from sparsevlm_jax.inputs.images import CLIP_MEAN, CLIP_STD
-from training.questions import Question, ask_some
+from training.questions import ask_some
 from training.scenes import CELLS, GRID, PLACES, Scene, draw_scene, patch_mask
 from training.words import END, ID, PAD, VOCABULARY, encode
 
@@ -48,7 +48,7 @@ def make_batch(
     random = np.random.default_rng((seed, step))
     drawn = [draw_scene(random, "train", int(random.integers(digits[0], digits[1] + 1))) for _ in range(scenes)]
     asked = [question for scene in drawn for question in ask_some(scene, random, questions)]
-    ids, ends = zip(*map(_ids, asked), strict=True) if asked else ((), ())
+    ids, ends = zip(*(pack(q.text, q.answer, ID, LONGEST) for q in asked), strict=True) if asked else ((), ())
     words = np.stack([patch_words(scene) for scene in drawn])
     return Batch(
         pixels=np.stack([normalise(scene.pixels) for scene in drawn]),
@@ -57,18 +57,23 @@ def make_batch(
         questions=np.asarray(ids, np.int32).reshape(scenes, questions, LONGEST),
         ends=np.asarray(ends, np.int32).reshape(scenes, questions),
         blind=random.random((scenes, questions)) < 0.5,
-        kept=_thin(random, drawn, thinned) if thinned else None,
+        kept=thin(random, np.stack([patch_mask(s.digits) for s in drawn]), thinned) if thinned else None,
     )
 
 
-def _thin(random: np.random.Generator, scenes: Sequence[Scene], layers: int) -> np.ndarray:
-    """Which patches every layer gets: in half of the scenes all, in the others those of digits and ever fewer more."""
-    count = len(scenes)
+def thin(random: np.random.Generator, told: np.ndarray, layers: int) -> np.ndarray:
+    """Which patches every layer gets, bool [m, layers, v]: in half of the scenes all, in the others what is told and
+    ever fewer more.
+
+    Args:
+      told: patches of what can be asked about, bool [m, v].
+    """
+    count = len(told)
     # Few are left in some scenes from the first layers on: else the model reads early, where there are many.
     shares = random.uniform(0.0, 1.0, (count, 1)) * np.sort(random.uniform(0.0, 1.0, (count, layers)), axis=1)[:, ::-1]
-    left = random.uniform(0.0, 1.0, (count, 1, GRID**2)) < shares[:, :, None]
+    left = random.uniform(0.0, 1.0, (count, 1, told.shape[1])) < shares[:, :, None]
     whole = random.random((count, 1, 1)) < 0.5
-    return whole | left | np.stack([patch_mask(scene.digits) for scene in scenes])[:, None]
+    return whole | left | told[:, None]
 
 
 def normalise(pixels: np.ndarray) -> np.ndarray:
@@ -94,7 +99,8 @@ def patch_words(scene: Scene) -> np.ndarray:
     return words
 
 
-def _ids(question: Question) -> tuple[list[int], int]:
-    asked = encode(question.text)
-    ids = [*asked, ID["assistant:"], ID[question.answer], END]
-    return ids + [PAD] * (LONGEST - len(ids)), len(asked)
+def pack(text: str, answer: str, ids: Mapping[str, int], longest: int) -> tuple[list[int], int]:
+    """Ids of a question, "assistant:", its answer and the end, padded, and where "assistant:" stands."""
+    asked = encode(text, ids)
+    row = [*asked, ids["assistant:"], ids[answer], END]
+    return row + [PAD] * (longest - len(row)), len(asked)

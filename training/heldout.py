@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from sparsevlm_jax.config import ModelConfig
-from training.batches import LONGEST
 from training.questions import KINDS, Question, ask
 from training.scenes import CELLS, Scene, draw_scene
-from training.words import BEGIN, ID, IMAGE, PAD, encode
+from training.words import BEGIN, IMAGE, PAD, encode
 
 SEED = 2026
 
@@ -40,14 +39,21 @@ def held_out(scenes: int, seed: int = SEED) -> HeldOut:
     return HeldOut(tuple(drawn), tuple(asked), np.asarray(scene_of))
 
 
-def prompts(questions: Sequence[Question], config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+def prompts(
+    texts: Sequence[str], config: ModelConfig, numbers: Mapping[str, int], longest: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Prompts as the processor makes them, all of one padded length.
+
+    Args:
+      texts: questions.
+      numbers: ids of the model's words.
+      longest: ids of the longest question with "assistant:", its answer and the end.
 
     Returns:
       Ids, int32 [n, l], and lengths, int32 [n].
     """
-    prefix = [BEGIN, ID["user:"], *[IMAGE] * config.tokens_per_image]
-    rows = [[*prefix, *encode(question.text), ID["assistant:"]] for question in questions]
-    longest = len(prefix) + LONGEST - 2  # an answer and an end are never part of a prompt
-    ids = np.asarray([row + [PAD] * (longest - len(row)) for row in rows], np.int32)
+    prefix = [BEGIN, numbers["user:"], *[IMAGE] * config.tokens_per_image]
+    rows = [[*prefix, *encode(text, numbers), numbers["assistant:"]] for text in texts]
+    room = len(prefix) + longest - 2  # an answer and an end are never part of a prompt
+    ids = np.asarray([row + [PAD] * (room - len(row)) for row in rows], np.int32)
     return ids, np.asarray([len(row) for row in rows], np.int32)

@@ -1,7 +1,8 @@
-"""The demo model's shape, and where its training starts from."""
+"""Shapes of the models that are trained, and where training starts from."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,60 +15,65 @@ from sparsevlm_jax.models.llava import LlavaConfig
 from sparsevlm_jax.models.parameters import init_params
 from sparsevlm_jax.models.stages import Params
 from training.scenes import COLOURS, PATCH, PIXELS, PLACES
-from training.words import BEGIN, END, ID, IMAGE, PAD, VOCABULARY
+from training.words import BEGIN, END, IMAGE, PAD, VOCABULARY
 
 PATCH_WORDS = (*map(str, range(10)), *COLOURS, *PLACES)  # what is said of patches
 
-# Hugging Face's config.json.
-CONFIG: dict[str, Any] = {
-    "architectures": ["LlavaForConditionalGeneration"],
-    "model_type": "llava",
-    "dtype": "float16",
-    "image_token_index": IMAGE,
-    "image_seq_length": (PIXELS // PATCH) ** 2,
-    "vision_feature_layer": -1,
-    "vision_feature_select_strategy": "default",
-    "projector_hidden_act": "gelu",
-    "multimodal_projector_bias": True,
-    "tie_word_embeddings": False,
-    "vision_config": {
-        "model_type": "clip_vision_model",
-        "hidden_size": 128,
-        "intermediate_size": 512,
-        "projection_dim": 128,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_channels": 3,
-        "image_size": PIXELS,
-        "patch_size": PATCH,
-        "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-5,
-    },
-    "text_config": {
-        "model_type": "llama",
-        "vocab_size": len(VOCABULARY),
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "hidden_act": "silu",
-        "max_position_embeddings": 1024,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000000.0,
-        "attention_bias": False,
-        "mlp_bias": False,
+
+def llava_config(*, pixels: int, patch: int, words: int, layers: int) -> dict[str, Any]:
+    """Hugging Face's config.json of a small LLaVA for square images, with a vocabulary of so many words."""
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "dtype": "float16",
+        "image_token_index": IMAGE,
+        "image_seq_length": (pixels // patch) ** 2,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "default",
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": True,
         "tie_word_embeddings": False,
-        "bos_token_id": BEGIN,
-        "eos_token_id": END,
-        "pad_token_id": PAD,
-    },
-}
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": 128,
+            "intermediate_size": 512,
+            "projection_dim": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_channels": 3,
+            "image_size": pixels,
+            "patch_size": patch,
+            "hidden_act": "quick_gelu",
+            "layer_norm_eps": 1e-5,
+        },
+        "text_config": {
+            "model_type": "llama",
+            "vocab_size": words,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "hidden_act": "silu",
+            "max_position_embeddings": 1024,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000000.0,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "tie_word_embeddings": False,
+            "bos_token_id": BEGIN,
+            "eos_token_id": END,
+            "pad_token_id": PAD,
+        },
+    }
+
+
+CONFIG = llava_config(pixels=PIXELS, patch=PATCH, words=len(VOCABULARY), layers=12)
 
 
 def config() -> LlavaConfig:
-    """The same as the package's own configuration."""
+    """The demo model's, as the package's own configuration."""
     return LlavaConfig.from_hf(CONFIG)
 
 
@@ -124,7 +130,7 @@ FIRST_READER = 3  # the first layer whose attention brings something home
 EARLY_OUTPUT_SCALE = 0.05  # size of the outputs of the layers before it
 
 
-def init_lookup_heads(params: Params, config: LlavaConfig, seed: int) -> Params:
+def init_lookup_heads(params: Params, config: LlavaConfig, seed: int, said: Sequence[int]) -> Params:
     """The same tower, projector and words, with a decoder that looks things up from its first step.
 
     Layers take turns. In some a token attends to what resembles it in the span of the words that are said of patches,
@@ -136,10 +142,11 @@ def init_lookup_heads(params: Params, config: LlavaConfig, seed: int) -> Params:
 
     Args:
       params: balanced.
+      said: ids of the words that are said of patches.
     """
     text, random = config.text, np.random.default_rng(seed)
     table = np.asarray(params["language_model"]["embed_tokens"]["embedding"])
-    said, _ = np.linalg.qr(table[[ID[word] for word in PATCH_WORDS]].T)
+    patch_words, _ = np.linalg.qr(table[list(said)].T)
     words, _ = np.linalg.qr(table.T)
     mark = random.standard_normal(text.hidden_size)
     mark -= words @ (words.T @ mark)
@@ -148,7 +155,7 @@ def init_lookup_heads(params: Params, config: LlavaConfig, seed: int) -> Params:
     for number in range(text.num_hidden_layers):
         layer = decoder[f"layers_{number}"]
         reads_words = number > FIRST_READER and (number - FIRST_READER) % 2 == 1
-        query, key = _resemblance(config, said, mark, reads_words=reads_words, random=random)
+        query, key = _resemblance(config, patch_words, mark, reads_words=reads_words, random=random)
         value, _ = np.linalg.qr(random.standard_normal((text.hidden_size, text.hidden_size)))
         output = value.T if number >= FIRST_READER else EARLY_OUTPUT_SCALE * value.T
         for name, kernel in (("q_proj", query), ("k_proj", key), ("v_proj", value), ("o_proj", output)):

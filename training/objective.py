@@ -6,6 +6,7 @@ n heads, h head dim, d width, w words of the vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -32,14 +33,17 @@ class Losses(NamedTuple):
 
     alignment: Float[Array, ""]
     presence: Float[Array, ""]
-    recognition: Float[Array, ""]  # share of digits' patches whose best digit word is the right one
+    recognition: Float[Array, ""]  # share of patches with one of the `told` words whose best of these is the right one
     answer: Float[Array, ""]
     accuracy: Float[Array, ""]
     blind_accuracy: Float[Array, ""]  # where only the question's words see the scene
 
 
-def losses(params: Params, config: LlavaConfig, batch: Batch, with_questions: bool) -> Losses:
+def losses(params: Params, config: LlavaConfig, batch: Batch, told: Sequence[int], *, with_questions: bool) -> Losses:
     """Losses of a batch.
+
+    Args:
+      told: ids of words of which at most one holds for a patch, and by which recognition is counted.
 
     alignment: binary cross-entropy of the cosines of projected patches and word embeddings, over all patches and
     words. It stands in for CLIP's pretraining and LLaVA's first stage. presence: the same for the projected class
@@ -47,16 +51,16 @@ def losses(params: Params, config: LlavaConfig, batch: Batch, with_questions: bo
     answer: cross-entropy of the answer and the end token; 0 without questions.
     """
     model = Llava(config)
-    return model.apply({"params": params}, batch, with_questions, method=_losses)  # pyright: ignore[reportReturnType]
+    return model.apply({"params": params}, batch, told, with_questions, method=_losses)  # pyright: ignore[reportReturnType]
 
 
-def _losses(model: Llava, batch: Batch, with_questions: bool) -> Losses:
+def _losses(model: Llava, batch: Batch, told: Sequence[int], with_questions: bool) -> Losses:
     features, _ = model.vision_tower(batch.pixels)
     projected = model.multi_modal_projector(features)
     cosines = _cosines(projected, model.language_model.embed_tokens.embedding)
     alignment = _weighted(SHARPNESS * (cosines[:, 1:] - THRESHOLD), batch.words)
     presence = _weighted(SHARPNESS * (cosines[:, :1] - SCENE_THRESHOLD), batch.present[:, None])
-    recognition = _recognition(cosines[:, 1:], batch.words)
+    recognition = _recognition(cosines[:, 1:], batch.words, jnp.asarray(told))
     if not with_questions:
         zero = jnp.zeros(())
         return Losses(alignment, presence, recognition, zero, zero, zero)
@@ -178,8 +182,7 @@ def _weighted(scores: Float[Array, "m v w"], holds: Bool[Array, "m v w"]) -> Flo
     return jnp.mean(jnp.sum(jnp.where(holds, RARE, 1.0) * entropy, axis=-1))
 
 
-def _recognition(scores: Float[Array, "m v w"], holds: Bool[Array, "m v w"]) -> Float[Array, ""]:
-    digits = jnp.asarray([ID[str(value)] for value in range(10)])
-    scores, holds = scores[..., digits], holds[..., digits]
+def _recognition(scores: Float[Array, "m v w"], holds: Bool[Array, "m v w"], told: Int[Array, "k"]) -> Float[Array, ""]:
+    scores, holds = scores[..., told], holds[..., told]
     best = jnp.take_along_axis(holds, jnp.argmax(scores, axis=-1, keepdims=True), axis=-1)[..., 0]
     return jnp.mean(best.astype(jnp.float32), where=jnp.any(holds, axis=-1))

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple, cast
 
 import jax
+import numpy as np
 import optax
 from jaxtyping import Array
 from optax.contrib import MuonDimensionNumbers, muon
 
 from sparsevlm_jax.models.llava import LlavaConfig
 from sparsevlm_jax.models.stages import Params
-from training.batches import Batch, make_batch
+from training.batches import Batch
 from training.model import FIRST_READER, init_lookup_heads, normalise_embeddings
 from training.objective import Losses, losses
+from training.words import Spellings
 
 DIGITS = 9  # the most in a scene
 
@@ -49,51 +51,45 @@ class Stage(NamedTuple):
     wired: bool = False
     thin: bool = False
 
-    def batch(self, seed: int, step: int, of_stage: int, layers: int) -> Batch:
-        """The batch of a step, which is that many steps into the stage, for a decoder of so many layers."""
-        thinned, digits = layers if self.thin else 0, self.digits(of_stage)
-        return make_batch(seed, step, self.scenes, self.questions, digits, thinned=thinned)
-
     def digits(self, step: int) -> tuple[int, int]:
         """The curriculum: the fewest and the most digits of a scene at a step of the stage."""
         most = min(DIGITS, 2 + max(0, step - self.easy) // self.harder) if self.harder else DIGITS
         return self.fewest, most
 
 
-STAGES = (
-    Stage("see", 2000, 12, 0, rate=4e-3, warm_up=100, seeing=(1.0, 1.0), alignment=1.0, presence=0.1, fewest=DIGITS),
-    Stage(
-        "answer",
-        2800,
-        4,
-        24,
-        rate=1.5e-3,
-        warm_up=40,
-        seeing=(0.0, 0.4),
-        alignment=0.3,
-        presence=0.03,
-        easy=100,
-        harder=50,
-        wired=True,
-    ),
-    Stage(
-        "thin",
-        450,
-        4,
-        24,
-        rate=3e-4,
-        warm_up=20,
-        seeing=(0.1, 0.1),
-        alignment=0.3,
-        presence=0.03,
-        thin=True,
-    ),
-)
-MEASURED = 24  # scenes that a wired stage measures the image's tokens on before it starts
 SEEING = ("vision_tower", "multi_modal_projector", "embed_tokens")
 EARLY = tuple(f"layers_{number}" for number in range(FIRST_READER))
 B2, DECAY = 0.99, 0.05  # of squared gradients' mean, and of weights
 EARLY_RATE = 0.05  # of the rate, for the decoder layers before the first that reads
+
+
+class Task(NamedTuple):
+    """What a model learns, and from what.
+
+    Attributes:
+      config: Hugging Face's config.json.
+      ids, spellings: the vocabulary, as in `words`.
+      said: words that are said of patches.
+      told: those of them by which recognition is counted; at most one holds for a patch.
+      stages: trained one after the other.
+      batch: makes the batch of a stage from a seed, a step, and how many steps into the stage that is.
+      measured: makes images from a seed, on which a wired stage measures the image's tokens before it starts.
+      packages: whose versions decide what is drawn.
+    """
+
+    config: dict[str, Any]
+    ids: dict[str, int]
+    spellings: Spellings
+    said: tuple[str, ...]
+    told: tuple[str, ...]
+    stages: tuple[Stage, ...]
+    batch: Callable[[Stage, int, int, int], Batch]
+    measured: Callable[[int], np.ndarray]
+    packages: tuple[str, ...]
+
+    def ids_of(self, words: Sequence[str]) -> tuple[int, ...]:
+        """Ids of words of the vocabulary."""
+        return tuple(self.ids[word] for word in words)
 
 
 class State(NamedTuple):
@@ -160,12 +156,12 @@ def _is_in(parts: tuple[str, ...], params: Params) -> Params:
 
 
 @cache
-def make_step(config: LlavaConfig, stage: Stage) -> Step:
-    """The compiled training step of a stage, compiled once for all runs of a process."""
+def make_step(config: LlavaConfig, stage: Stage, told: tuple[int, ...]) -> Step:
+    """The compiled training step of a stage, compiled once for all runs of a process; `told` as in `losses`."""
     transform = optimizer(stage)
 
     def objective(params: Params, batch: Batch) -> tuple[Array, Losses]:
-        found = losses(params, config, batch, with_questions=stage.questions > 0)
+        found = losses(params, config, batch, told, with_questions=stage.questions > 0)
         return found.answer + stage.alignment * found.alignment + stage.presence * found.presence, found
 
     def step(state: State, batch: Batch) -> tuple[State, Losses]:
@@ -178,12 +174,12 @@ def make_step(config: LlavaConfig, stage: Stage) -> Step:
     return jax.jit(step, donate_argnums=0)
 
 
-def begin(stage: Stage, config: LlavaConfig, params: Params, seed: int) -> State:
+def begin(task: Task, stage: Stage, config: LlavaConfig, params: Params, seed: int) -> State:
     """The state at the start of a stage.
 
     In a wired stage words and image are brought to one scale, and the decoder starts from them.
     """
     if stage.wired:
-        pixels = make_batch(seed, 0, MEASURED, 0, (1, DIGITS)).pixels
-        params = init_lookup_heads(normalise_embeddings(params, config, pixels), config, seed)
+        balanced = normalise_embeddings(params, config, task.measured(seed))
+        params = init_lookup_heads(balanced, config, seed, task.ids_of(task.said))
     return State(params, optimizer(stage).init(params))

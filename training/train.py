@@ -1,4 +1,5 @@
-"""Trains the demo model: `python -m training.train OUT`. The same command after a kill goes on from a checkpoint."""
+"""Trains a small LLaVA: `python -m training.train OUT [--task easy-vqa]`. The same command after a kill goes on from a
+checkpoint."""
 
 from __future__ import annotations
 
@@ -17,18 +18,22 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from sparsevlm_jax.models.llava import LlavaConfig
 from training.batches import Batch
+from training.demo import DEMO
 from training.export import export
 from training.log import Log, draw_curves
-from training.model import config, start
-from training.stages import STAGES, Stage, State, begin, make_step
+from training.model import start
+from training.shapes import EASY_VQA
+from training.stages import Stage, State, Task, begin, make_step
 
+TASKS = {"demo": DEMO, "easy-vqa": EASY_VQA}
 SAVE_EVERY = 200  # steps; a multiple of log.LOG_EVERY, so that a mean of losses never spans a restart
 
 
 def train(
+    task: Task,
     folder: Path,
-    stages: Sequence[Stage] = STAGES,
     *,
     seed: int = 0,
     save_every: int = SAVE_EVERY,
@@ -40,7 +45,7 @@ def train(
     the state before it, so a run that was stopped gives the losses of one that was not.
 
     Args:
-      stages: what to train, one after the other.
+      task: what to train, and in which stages.
       seed: of parameters and batches.
       save_every: steps from one checkpoint to the next, a multiple of log.LOG_EVERY.
       stop: end after that many steps, as a kill would.
@@ -49,20 +54,19 @@ def train(
       The state after the last step.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model = config()
+    model = LlavaConfig.from_hf(task.config)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(_checkpoints(folder, save_every))
         done = checkpoints.latest.step if checkpoints.latest else 0
-        log = stack.enter_context(Log(folder / "log.jsonl", done, sum(stage.steps for stage in stages)))
+        log = stack.enter_context(Log(folder / "log.jsonl", done, sum(stage.steps for stage in task.stages)))
         state, first = State(start(model, seed), ()), 0
-        for stage in stages:
+        for stage in task.stages:
             last = first + stage.steps
-            state = begin(stage, model, state.params, seed)
+            state = begin(task, stage, model, state.params, seed)
             if first < done <= last:
                 state = _uncommitted(checkpoints.load(done, jax.tree.map(_abstract, state)))
-            step = make_step(model, stage)
-            batches = _batches(stage, seed, first, range(max(done, first), last), model.text.num_hidden_layers)
-            for number, batch in batches:
+            step = make_step(model, stage, task.ids_of(task.told))
+            for number, batch in _batches(task, stage, seed, first, range(max(done, first), last)):
                 state, losses = step(state, batch)
                 log.add(number + 1, stage, losses)
                 checkpoints.save(number + 1, state)
@@ -91,11 +95,11 @@ def _checkpoints(folder: Path, every: int) -> ocp.training.Checkpointer:
     )
 
 
-def _batches(stage: Stage, seed: int, first: int, steps: range, layers: int) -> Iterator[tuple[int, Batch]]:
+def _batches(task: Task, stage: Stage, seed: int, first: int, steps: range) -> Iterator[tuple[int, Batch]]:
     """The stage's batches, each made while the one before it is learned from."""
 
     def make(step: int) -> Batch:
-        return stage.batch(seed, step, step - first, layers)
+        return task.batch(stage, seed, step, step - first)
 
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(make, steps.start) if steps else None
@@ -109,16 +113,18 @@ def _batches(stage: Stage, seed: int, first: int, steps: range, layers: int) -> 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.train", description=__doc__)
     parser.add_argument("out", type=Path, help="folder for log, checkpoints and, at the end, the model")
+    parser.add_argument("--task", choices=TASKS, default="demo", help="what is learned; easy-vqa needs that package")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    state = train(options.out, seed=options.seed)
-    export(state.params, options.out / "model")
+    task = TASKS[options.task]
+    state = train(task, options.out, seed=options.seed)
+    export(task, state.params, options.out / "model")
     draw_curves(options.out / "log.jsonl", options.out / "curves.png")
     environment = {
-        "command": f"python -m training.train OUT --seed {options.seed}",
+        "command": f"python -m training.train OUT --task {options.task} --seed {options.seed}",
         "python": platform.python_version(),
         "processor": f"{platform.machine()}, {os.cpu_count()} cores",
-        **{name: version(name) for name in ("jax", "flax", "optax", "numpy", "scikit-learn", "pillow")},
+        **{name: version(name) for name in ("jax", "flax", "optax", "numpy", *task.packages)},
     }
     (options.out / "run.json").write_text(json.dumps(environment, indent=2) + "\n")
 

@@ -1,7 +1,9 @@
-"""The demo model's tokenizer: a word is a token, and the words are those of the questions and answers."""
+"""The tokenizers of trained models, and the demo model's words: a word is a token, and the words are those of the
+questions and answers."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from training.questions import ANSWERS
@@ -13,9 +15,17 @@ FUNCTION_WORDS = (
     *("what", "which", "where", "how", "many", "is", "are", "at", "the", "there", "a"),
     *("digit", "digits", "colour"),
 )
-WORDS = (*TURNS, *FUNCTION_WORDS, *ANSWERS)
-VOCABULARY = (*SPECIAL, *WORDS)
-ID = {word: number for number, word in enumerate(VOCABULARY)}
+Spellings = Sequence[tuple[str, str]]  # how a word may be written, and how it is in the vocabulary
+SPELLINGS = (("color", "colour"), ("center", "centre"))
+
+
+def number_words(words: Sequence[str]) -> dict[str, int]:
+    """Ids of a vocabulary: special tokens and the words of turns, the same in all, and these words behind them."""
+    return {word: number for number, word in enumerate((*SPECIAL, *TURNS, *words))}
+
+
+ID = number_words((*FUNCTION_WORDS, *ANSWERS))
+VOCABULARY = tuple(ID)
 # Roles as the words above; pictures before the question, as everywhere in the training set.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: "
@@ -24,22 +34,21 @@ CHAT_TEMPLATE = (
 )
 
 
-def encode(text: str) -> list[int]:
+def encode(text: str, ids: Mapping[str, int]) -> list[int]:
     """Ids of a question, as the tokenizer gives them."""
-    return [ID[word] for word in text.rstrip("?").split()]
+    return [ids[word] for word in text.rstrip("?").split()]
 
 
-def tokenizer() -> Any:
+def tokenizer(ids: Mapping[str, int], spellings: Spellings) -> Any:
     """The same as a `tokenizers.Tokenizer`: lower case, punctuation left out, unknown words as `<unk>`."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-    tokenizer = Tokenizer(models.WordLevel(dict(ID), unk_token=SPECIAL[UNKNOWN]))
+    tokenizer = Tokenizer(models.WordLevel(dict(ids), unk_token=SPECIAL[UNKNOWN]))
     tokenizer.normalizer = normalizers.Sequence(
         [
             normalizers.Lowercase(),
             normalizers.Replace(Regex(r"[?.!,]"), " "),
-            normalizers.Replace(Regex(r"\bcolor\b"), "colour"),
-            normalizers.Replace(Regex(r"\bcenter\b"), "centre"),
+            *(normalizers.Replace(Regex(rf"\b{written}\b"), meant) for written, meant in spellings),
         ]
     )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

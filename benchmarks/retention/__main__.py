@@ -14,7 +14,7 @@ from rich.progress import track
 
 import sparsevlm_jax as sv
 from benchmarks.retention.report import LEVEL, RESAMPLES, draw, interval, table
-from benchmarks.retention.run import Outcome, Study
+from benchmarks.retention.run import Outcome, Study, held_out_questions
 from benchmarks.retention.variants import Variant, variants
 from sparsevlm_jax.bench.files import put_between, write_json, write_text
 from sparsevlm_jax.bench.machine import environment
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     model = sv.load(options.model, dtype="float32")
     data = held_out(options.scenes)
-    study = Study(model, data)
+    study = Study(model, held_out_questions(data, model.config))
     outcomes = [(variant, study.run(variant)) for variant in track(variants(), "retention")]
     report = {
         "environment": environment(jax.devices()[0].device_kind) | {name: version(name) for name in PACKAGES},
@@ -99,7 +99,9 @@ def _row(variant: Variant, outcome: Outcome, all_: Sequence[tuple[Variant, Outco
 def _dense_by_kind(model: Any, scenes: int) -> dict[str, Any]:
     """Dense accuracy of every kind of question on more scenes."""
     data = held_out(scenes)
-    right = Study(model, data).run(Variant("dense", "dense", sv.Sparsity.dense())).right
+    right = (
+        Study(model, held_out_questions(data, model.config)).run(Variant("dense", "dense", sv.Sparsity.dense())).right
+    )
     kinds = np.array([question.kind for question in data.questions])
     by_kind = {str(kind): float(right[kinds == kind].mean()) for kind in np.unique(kinds)}
     return {"scenes": scenes, "questions": len(kinds), "accuracy": float(right.mean()), "kinds": by_kind}

@@ -12,6 +12,11 @@ from benchmarks.retention.variants import BUDGETS
 
 RESAMPLES = 2000
 LEVEL = 95  # percent
+ACROSS = {
+    "keep": "visual tokens kept of 196",
+    "layer": "cut after layer",
+    "entering": "visual tokens entering a layer",
+}
 
 
 def interval(scenes: np.ndarray, difference: np.ndarray) -> tuple[float, float]:
@@ -64,7 +69,7 @@ def draw(results: Sequence[dict[str, Any]], image: Path) -> None:
         (axes[1, 0], "layer", "layer", "Where the cut is (20 of 196 tokens kept)"),
         (axes[1, 1], "schedule", "entering", "Methods as published, at two budgets"),
     ):
-        _panel(ax, [row for row in results if row["family"] == family], across)
+        panel(ax, [row for row in results if row["family"] == family], across, ACROSS[across])
         ax.set_title(title)
         dense = next(row for row in results if row["family"] == "dense")
         ax.axhline(dense["accuracy"], color="0.5", linewidth=1, linestyle=":", label="dense")
@@ -73,12 +78,13 @@ def draw(results: Sequence[dict[str, Any]], image: Path) -> None:
     plt.close(figure)
 
 
-def _panel(ax: Any, rows: Sequence[dict[str, Any]], across: str) -> None:
-    names = {
-        "keep": "visual tokens kept of 196",
-        "layer": "cut after layer",
-        "entering": "visual tokens entering a layer",
-    }
+def panel(ax: Any, rows: Sequence[dict[str, Any]], across: str, name: str) -> None:
+    """Accuracies with their intervals against one of the rows' figures, a line for every label.
+
+    Args:
+      across: which figure; "keep" is drawn on a logarithmic axis.
+      name: the figure in words.
+    """
     markers = "osv^D<>Pp*hX"
     series = list(dict.fromkeys(row["label"].split(", a ")[0] for row in rows))
     for number, label in enumerate(series):
@@ -96,7 +102,7 @@ def _panel(ax: Any, rows: Sequence[dict[str, Any]], across: str) -> None:
             label=label,
             color=f"C{number}" if number < 10 else "black",
         )
-    ax.set_xlabel(names[across])
+    ax.set_xlabel(name)
     ax.set_ylabel("accuracy, held-out questions")
     if across == "keep":
         ax.set_xscale("log")
