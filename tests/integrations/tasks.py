@@ -58,7 +58,7 @@ def write_tasks(folder: Path, number: int) -> None:
         for question, scene in zip(data.questions, data.scene_of.tolist(), strict=True)
     ]
     presence = [{**row, "question_id": i} for i, row in enumerate(rows) if row["answer"] in ("yes", "no")]
-    pope = Path(lmms_eval.__file__).parent / "tasks" / "pope" / "pope.yaml"
+    pope = Path(*lmms_eval.__path__) / "tasks" / "pope" / "pope.yaml"
     _write(folder / "digits", DIGITS, "digits.parquet", rows[:number])
     _write(folder / "pope", POPE % pope, "pope.parquet", presence[:number])
 

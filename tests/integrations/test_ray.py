@@ -77,7 +77,7 @@ def undisturbed(folder: Path) -> bytes:
     return (folder / "one.jsonl").read_bytes()
 
 
-def wait_for(found: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
+def wait_for(found: Callable[[], Any], process: subprocess.Popen[Any]) -> Any:
     ends = time.monotonic() + PATIENCE
     while not (value := found()):
         assert process.poll() is None and time.monotonic() < ends, process.communicate()
