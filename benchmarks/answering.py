@@ -4,8 +4,8 @@
 
 "batch N" is `sparsevlm answer --batch-size N` in this process, from reading the questions to the last answer on the
 disk; "a call each" is a loop of `sv.answer` over the same questions. All programs are compiled before, and the sides
-take turns. Seconds are given by what they went to, on the thread that runs the programs and writes ("main") and on the
-one that prepares the next batch meanwhile ("ahead").
+take turns. "idle" is the share of the time in which no program ran; the other shares are those of what each thread did
+("main" writes, the others prepare and run batches).
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ from sparsevlm_jax.inputs import pixels
 from sparsevlm_jax.inputs.processor import Processor
 from training.heldout import held_out
 
+PROGRAMS = "running programs"
 # Where seconds are counted, by what they are called. What such a call makes of others on the list is theirs.
 PARTS: tuple[tuple[str, Any, str], ...] = (
-    ("running programs", Programs, "timed"),
+    (PROGRAMS, Programs, "timed"),
     ("decoding images", pixels, "open_image"),
     ("preparing images", pixels.Preparation, "image"),
     ("tokenising", Processor, "text_tokens"),
@@ -61,6 +62,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self.ran: list[tuple[float, float]] = []  # when programs did
         self._local = threading.local()
 
     @contextmanager
@@ -71,8 +73,11 @@ class Clock:
         try:
             yield
         finally:
-            seconds = time.perf_counter() - began
-            thread = "main" if threading.current_thread() is threading.main_thread() else "ahead"
+            ended = time.perf_counter()
+            seconds = ended - began
+            if name == PROGRAMS:
+                self.ran.append((began, ended))
+            thread = "main" if threading.current_thread() is threading.main_thread() else "others"
             self.seconds[thread][name] += seconds - self._local.inside
             self._local.inside = inside + seconds
 
@@ -82,6 +87,14 @@ class Clock:
                 return function(*args, **named)
 
         return counted
+
+    def running(self) -> float:
+        """Seconds in which at least one program ran."""
+        total, until = 0.0, 0.0
+        for began, ended in sorted(self.ran):
+            total += max(0.0, ended - max(began, until))
+            until = max(until, ended)
+        return total
 
     @contextmanager
     def attached(self) -> Iterator[None]:
@@ -119,7 +132,7 @@ def measure(batcher: batches.Batcher, questions: Path, answers: Path) -> dict[st
         summary = run.run(Local(batcher), job, job.read())
         seconds = time.perf_counter() - began
     found = {thread: dict(parts) for thread, parts in clock.seconds.items()}
-    return {"questions": summary["answered"], "seconds": seconds, **found}
+    return {"questions": summary["answered"], "seconds": seconds, "idle": seconds - clock.running(), **found}
 
 
 def measure_calls(model: sv.Model, method: str, questions: Path) -> dict[str, Any]:
@@ -136,7 +149,9 @@ def summarize(samples: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, f
     found: dict[str, dict[str, float]] = {}
     for side, runs in samples.items():
         found[side] = {"questions a second": median(one["questions"] / one["seconds"] for one in runs)}
-        for thread in ("main", "ahead"):
+        if "idle" in runs[0]:
+            found[side]["idle, %"] = median(100 * one["idle"] / one["seconds"] for one in runs)
+        for thread in ("main", "others"):
             for part in sorted({part for one in runs for part in one.get(thread, {})}):
                 share = median(100 * one[thread].get(part, 0.0) / one["seconds"] for one in runs)
                 found[side][f"{thread}: {part}, %"] = share

@@ -99,6 +99,7 @@ def test_options_in_running_text_are_those_of_a_command(document: Path, program:
     options = [option for command in program.commands.values() for option in command.params]
     known = {name for option in options for name in [*option.opts, *option.secondary_opts]}
     others = {"--golden", "--scenes", "--version", "--help"}
+    others |= {"--model_args", "--use_cache", "--log_samples", "--force_simple", "--batch_size"}  # of lmms-eval
     for code in re.findall(r"`([^`\n]+)`", prose(document)):
         if code.startswith(("--", "sparsevlm ")):
             found = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", code))
@@ -109,7 +110,7 @@ def test_options_in_running_text_are_those_of_a_command(document: Path, program:
 def test_modules_make_targets_and_tests_are_there(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
     for module in re.findall(r"python3? -m ([\w.]+)", text):
-        assert module in {"pytest", "pip", "venv"} or importlib.util.find_spec(module) is not None, module
+        assert module in {"pytest", "pip", "venv", "lmms_eval"} or importlib.util.find_spec(module) is not None, module
     targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for target in re.findall(r"(?:^|`)make ([a-z][\w-]*)", text, re.MULTILINE):
         assert target in targets, target

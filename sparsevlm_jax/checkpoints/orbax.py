@@ -241,15 +241,14 @@ def _changed(folder: Path, number: int, note: Note) -> list[str]:
 
 def _digests(folder: Path, names: Sequence[str]) -> list[str | None]:
     """sha256 of files; None where there is none that can be read."""
+    return parallel(_digest_if_there, [folder / name for name in names])
 
-    def one(name: str) -> str | None:
-        try:
-            return file_digest(folder / name)
-        except UserError:
-            return None
 
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(one, names))
+def _digest_if_there(file: Path) -> str | None:
+    try:
+        return file_digest(file)
+    except UserError:
+        return None
 
 
 @contextmanager

@@ -1,17 +1,15 @@
 """Many questions to answers, in batches of one shape each, so that every bucket is one program.
 
 Batches are cut before anything is answered: what is left of a run that was interrupted is computed as it would have
-been. The host prepares the next batch while the device works on one.
-
-Axis letters: m images, t tiles.
+been. The host prepares the next batch while the device works on one; a CPU works on two.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from threading import Lock
@@ -20,29 +18,28 @@ from zlib import crc32
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
 
 from sparsevlm_jax.checkpoints.load import Model
-from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.generation.answer import Answer, read_answers
 from sparsevlm_jax.generation.api import Images, Videos, asked_about, non_finite, require_processor, settings_for
+from sparsevlm_jax.generation.held_once import encode_held_once, held_once
 from sparsevlm_jax.generation.programs import Programs
 from sparsevlm_jax.generation.request import GenerationRequest, Settings, plan_for, require_limit, require_room
 from sparsevlm_jax.inputs.images import image_size
 from sparsevlm_jax.inputs.messages import Asked
-from sparsevlm_jax.inputs.packing import TEXT_BUCKETS, TiledImages, bucket
+from sparsevlm_jax.inputs.packing import TEXT_BUCKETS, bucket
 from sparsevlm_jax.inputs.pixels import Visual
 from sparsevlm_jax.inputs.processor import Inputs
 from sparsevlm_jax.inputs.video import SAMPLING, Sampling
-from sparsevlm_jax.models.embedding import encode_images
-from sparsevlm_jax.models.stages import ImageFeatures, Params
-from sparsevlm_jax.parallel.arrays import on_mesh_of, put_beside, require_rows
+from sparsevlm_jax.models.stages import Params
+from sparsevlm_jax.parallel.arrays import mesh_of, on_mesh_of, put_beside, require_rows
 from sparsevlm_jax.progress import progress as show_progress
 from sparsevlm_jax.pruning.methods import METHODS, as_sparsity
 from sparsevlm_jax.pruning.settings import Sparsity
 
 BATCH_SIZE = 8
+ABREAST = 2  # batches at a time where one leaves cores idle
 Numbered = list[tuple[int, Answer]]
 
 
@@ -176,7 +173,7 @@ class Batcher:
             inputs = self.processor(images, talks, self.aspect, videos, self.sampling)
         order = None
         if self._encodes_apart() and not any(videos):
-            inputs, order = _once(inputs, [visual for row in images for visual in row], self.model.config)
+            inputs, order = held_once(inputs, [visual for row in images for visual in row], self.model.config)
         return Prepared(inputs, order, [*ready], errors)
 
     def run(self, prepared: Prepared) -> Numbered:
@@ -211,13 +208,32 @@ class Batcher:
         batches, refused = self.left(rows, done)
         if refused:
             yield refused
+        answered = (
+            self._abreast(rows, batches) if _leaves_cores_idle(self.model.params) else self._in_turn(rows, batches)
+        )
+        for batch, found in zip(batches, answered, strict=True):
+            numbered = [(batch[number], answer) for number, answer in found]
+            yield [(number, answer) for number, answer in numbered if number not in done]
+
+    def _in_turn(self, rows: Sequence[Asked], batches: Sequence[list[int]]) -> Iterator[Numbered]:
+        """Batch after batch; a thread prepares the next one meanwhile."""
         with ThreadPoolExecutor(1) as ahead:
             following = None
             for batch, later in zip_longest(batches, batches[1:], fillvalue=[]):
                 prepared = self.prepare([rows[i] for i in batch]) if following is None else following.result()
                 following = ahead.submit(self.prepare, [rows[i] for i in later]) if later else None
-                answered = [(batch[number], answer) for number, answer in self.run(prepared)]
-                yield [(number, answer) for number, answer in answered if number not in done]
+                yield self.run(prepared)
+
+    def _abreast(self, rows: Sequence[Asked], batches: Sequence[list[int]]) -> Iterator[Numbered]:
+        """Two batches at a time, each on a thread of its own; in their order."""
+        with ThreadPoolExecutor(ABREAST) as threads:
+            running: deque[Future[Numbered]] = deque()
+            for batch in batches:
+                running.append(threads.submit(lambda own: self.run(self.prepare([rows[i] for i in own])), batch))
+                if len(running) > ABREAST:  # one more, so that no thread waits for who takes the answers
+                    yield running.popleft().result()
+            while running:
+                yield running.popleft().result()
 
     def _settings_of(self, inputs: Inputs) -> Settings:
         """Of one batch: those that are sampled do not all draw the same numbers."""
@@ -279,7 +295,7 @@ class Batcher:
         params = self.model.params
         images = put_beside(params, (inputs.images, order))
         with on_mesh_of(params):
-            return self._programs.timed(_encode, params, *images, config=self.model.config)
+            return self._programs.timed(encode_held_once, params, *images, config=self.model.config)
 
 
 def answer_all(
@@ -316,47 +332,10 @@ def answer_all(
             yield from answered
 
 
-def _once(inputs: Inputs, visuals: Sequence[Visual], config: ModelConfig) -> tuple[Inputs, np.ndarray | None]:
-    """The inputs with images that several rows show held once, padded to one of a few numbers of images.
-
-    Of a family with tiles the packing says which tiles each row shows; elsewhere the order does.
-    """
-    places: dict[int, int] = {}
-    order = np.array([places.setdefault(id(visual), len(places)) for visual in visuals], np.int32)
-    if not len(order):
-        return inputs, None
-    size = len(order)
-    while size > 1 and -(-size // 4) >= len(places):
-        size = -(-size // 4)
-    first = np.unique(order, return_index=True)[1]
-    taken = np.resize(first, size)
-    each = len(inputs.pixel_values) // len(order)
-    pixels = inputs.pixel_values.reshape(len(order), each, *inputs.pixel_values.shape[1:])[taken]
-    inputs = inputs._replace(pixel_values=pixels.reshape(-1, *inputs.pixel_values.shape[1:]))
-    if inputs.packing is not None:
-        patches = each * config.tile_tokens
-        index = inputs.packing.index
-        own = np.where(index < 0, index, order[index // patches] * patches + index % patches)
-        inputs = inputs._replace(packing=inputs.packing._replace(index=own.astype(np.int32)))
-    return inputs, order
+def _leaves_cores_idle(params: Params) -> bool:
+    """Whether the device is a CPU, on which one program seldom keeps all cores busy. On others a second batch would
+    take the memory that the first one may need; on a mesh the devices of two programs would wait for each other."""
+    return jax.default_backend() == "cpu" and mesh_of(params) is None
 
 
 _fold_in = jax.jit(jax.random.fold_in)
-
-
-@partial(jax.jit, static_argnames=("config",))
-def _encode(
-    params: Params,
-    images: Float[Array, "m 3 height width"] | TiledImages,
-    order: Int[Array, "n"],
-    *,
-    config: ModelConfig,
-) -> ImageFeatures:
-    """Visual tokens of all rows, from images that are held once."""
-    features = encode_images(params, images, config)
-    if isinstance(images, TiledImages):
-        return features
-    each = len(features.tokens) // len(images)
-    tokens = features.tokens.reshape(-1, each, features.tokens.shape[1])[order]
-    saliency = features.saliency.reshape(-1, each)[order]
-    return features._replace(tokens=tokens.reshape(-1, tokens.shape[2]), saliency=saliency.reshape(-1))

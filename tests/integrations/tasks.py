@@ -13,17 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-DIGITS = """\
-task: sparsevlm_digits
-dataset_path: parquet
-dataset_kwargs: {data_files: {test: digits.parquet}}
+PLAIN = """\
+task: sparsevlm_{name}
+dataset_path: {kind}
+dataset_kwargs: {{data_files: {{test: {name}.{kind}}}}}
 test_split: test
 output_type: generate_until
-doc_to_visual: image
-doc_to_text: "{{question}}"
+doc_to_visual: {shown}
+doc_to_text: "{{{{question}}}}"
 doc_to_target: answer
-generation_kwargs: {max_new_tokens: 16, temperature: 0, until: ["\\n"]}
-metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+generation_kwargs: {{max_new_tokens: {most}, temperature: 0, until: ["\\n"]}}
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
 """
 POPE = """\
 include: %s
@@ -31,18 +31,6 @@ task: sparsevlm_pope
 dataset_path: parquet
 dataset_kwargs: {data_files: {test: pope.parquet}}
 lmms_eval_specific_kwargs: {default: {pre_prompt: "", post_prompt: ""}}
-"""
-CLIPS = """\
-task: sparsevlm_clips
-dataset_path: json
-dataset_kwargs: {data_files: {test: clips.json}}
-test_split: test
-output_type: generate_until
-doc_to_visual: video
-doc_to_text: "{{question}}"
-doc_to_target: answer
-generation_kwargs: {max_new_tokens: 3, temperature: 0, until: ["\\n"]}
-metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
 """
 
 
@@ -58,15 +46,16 @@ def write_tasks(folder: Path, number: int) -> None:
         for question, scene in zip(data.questions, data.scene_of.tolist(), strict=True)
     ]
     presence = [{**row, "question_id": i} for i, row in enumerate(rows) if row["answer"] in ("yes", "no")]
-    pope = Path(lmms_eval.__file__).parent / "tasks" / "pope" / "pope.yaml"
-    _write(folder / "digits", DIGITS, "digits.parquet", rows[:number])
+    pope = Path(*lmms_eval.__path__) / "tasks" / "pope" / "pope.yaml"
+    digits = PLAIN.format(name="digits", kind="parquet", shown="image", most=16)
+    _write(folder / "digits", digits, "digits.parquet", rows[:number])
     _write(folder / "pope", POPE % pope, "pope.parquet", presence[:number])
 
 
 def write_clips(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
     """The task sparsevlm_clips, of questions about video files."""
     folder.mkdir(parents=True)
-    (folder / "clips.yaml").write_text(CLIPS)
+    (folder / "clips.yaml").write_text(PLAIN.format(name="clips", kind="json", shown="video", most=3))
     (folder / "clips.json").write_text(json.dumps(rows))
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.evaluate.sets import write_lines
-from training.heldout import held_out
+from benchmarks.answering import write_questions
+from tests.evaluate.sets import lines, write_lines
 
 QUESTIONS, BATCH, NEW, PATIENCE = 60, 4, 16, 400
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: make test-integrations")
@@ -27,17 +27,10 @@ pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not ins
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Held-out questions of the embedded model with their images."""
-    from PIL import Image
-
-    made, data = tmp_path_factory.mktemp("ray"), held_out(-(-QUESTIONS // 8))
-    for number, scene in enumerate(data.scenes):
-        Image.fromarray(scene.pixels).save(made / f"{number}.png")
-    rows = [
-        {"question_id": number, "image": f"{scene}.png", "text": question.text}
-        for number, (question, scene) in enumerate(zip(data.questions, data.scene_of.tolist(), strict=True))
-    ]
+    made = tmp_path_factory.mktemp("ray")
+    rows = lines(write_questions(made, QUESTIONS))
     rows[5]["image"] = "missing.png"
-    write_lines(made / "q.jsonl", rows[:QUESTIONS])
+    write_lines(made / "q.jsonl", rows)
     return made
 
 
@@ -77,7 +70,7 @@ def undisturbed(folder: Path) -> bytes:
     return (folder / "one.jsonl").read_bytes()
 
 
-def wait_for(found: Callable[[], Any], process: subprocess.Popen[str]) -> Any:
+def wait_for(found: Callable[[], Any], process: subprocess.Popen[Any]) -> Any:
     ends = time.monotonic() + PATIENCE
     while not (value := found()):
         assert process.poll() is None and time.monotonic() < ends, process.communicate()
