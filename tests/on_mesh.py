@@ -18,6 +18,8 @@ import numpy as np
 import sparsevlm_jax as sv
 from sparsevlm_jax.aot.hlo import parse
 from sparsevlm_jax.aot.programs import Prompts, lowered
+from sparsevlm_jax.bench.jax_side import JaxRunner
+from sparsevlm_jax.bench.shapes import Cell, Side
 from sparsevlm_jax.inputs.processor import Processor
 from sparsevlm_jax.parallel.mesh import MeshShape, make_mesh
 
@@ -65,6 +67,16 @@ def chatted(model: sv.Model, selection: str) -> list[str]:
     return [chat.ask(question) for question in QUESTIONS[:2]]
 
 
+def benched(mesh: str) -> list[Any]:
+    """The benchmark's tokens, what its sides keep, and that every phase of its runs."""
+    runner = JaxRunner(Cell("tiny", 2, 48, 16, "float32"), Side("jax", "v1.5", 8).on(mesh), NEW)
+    tokens, seconds = runner.generate((1, NEW))
+    followed, logits = runner.follow(2, tokens[:, :2])
+    for phase in runner.phases().values():
+        phase()
+    return [tokens.tolist(), runner.selections(), followed.tolist(), logits.argmax(axis=-1).tolist(), len(seconds)]
+
+
 def refused(model: sv.Model, sparsity: sv.Sparsity) -> str:
     """Why it is not answered."""
     try:
@@ -108,6 +120,7 @@ def main(what: str, folder: str) -> dict[str, Any]:
     if what == "ways":
         alone, on_mesh = sv.load(folder), {shape: sv.load(folder, sharding=shape) for shape in (PRESETS[2], "tensor=4")}
         found = {name: [ask(alone), ask(on_mesh[shape])] for name, (shape, ask) in ways().items()}
+        found["benchmark"] = [benched(""), benched(PRESETS[2])]
         return found | {"refused": {"v1": refused(on_mesh[PRESETS[2]], sv.Sparsity.v1(scale=1.5, bias=1.0))}}
     alone = generated(sv.load(folder))
     found = {}

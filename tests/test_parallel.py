@@ -43,7 +43,7 @@ FAMILIES = {
 PRESETS = ("tensor=8", "data=8", "data=2,tensor=4")
 WAYS = (
     *("dense", "v2.0", "pyramiddrop", "vision", "random"),
-    *("chat, again", "chat, first", "in batches", "stream, sampled"),
+    *("chat, again", "chat, first", "in batches", "stream, sampled", "benchmark"),
 )
 
 
@@ -100,7 +100,7 @@ def test_tensor_parallel_programs_exchange_what_tensor_parallelism_needs(family:
 def test_two_processes_of_two_devices_each_answer_as_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     demo, tiny = tmp_path / "demo", tmp_path / "tiny"
     convert(demo_model.path(), demo, dtype="float32")
-    convert(HF, tiny)
+    convert(tiny_llava(tmp_path / "source", layers=2), tiny)
     wanted = {"demo": two_processes.demo_answers(sv.load(demo))}
     monkeypatch.setattr(Processor, "decode", lambda _, tokens: " ".join(map(str, tokens)))
     wanted["tiny"] = two_processes.tiny_answers(sv.load(tiny))

@@ -15,7 +15,7 @@ from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 
 from sparsevlm_jax.config import ModelConfig
-from sparsevlm_jax.generation.loop import DecodeState, LoopConfig, SamplingParams, decode, start
+from sparsevlm_jax.generation.loop import LoopConfig, SamplingParams, decode, shapes_of_state, start
 from sparsevlm_jax.generation.request import plan_of_rows
 from sparsevlm_jax.inputs.packing import NEW_TOKEN_BUCKETS, Packed, TiledImages, bucket, pack, pack_images
 from sparsevlm_jax.layout import ImageLayout
@@ -101,9 +101,7 @@ def lowered(
     keys = placed(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts.batch)))
     with target(platform), on_mesh_of(params):
         begun = start.lower(params, *arguments, keys, sampler, seed, config=config, plan=plan, decoding=decoding)
-        state: DecodeState = placed(begun.out_info)
-        cached = placed((state.cache.keys, state.cache.values), by_head)
-        state = state._replace(cache=state.cache._replace(keys=cached[0], values=cached[1]))
+        state = shapes_of_state(begun.out_info, everywhere, by_head)
         limit = placed(jax.ShapeDtypeStruct((), jnp.int32))
         looped = decode.lower(params, state, limit, sampler, config=config, stops=plan.stops, decoding=decoding)
         lengths = _lengths(plan, packed.text)

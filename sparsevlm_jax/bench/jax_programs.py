@@ -22,6 +22,7 @@ from sparsevlm_jax.models.parameters import entries
 from sparsevlm_jax.models.stages import Cache, Params, Prompt, decoder_of, last_logits, prefill, run_stage, start
 from sparsevlm_jax.ops.attention import exact
 from sparsevlm_jax.ops.layers import apart
+from sparsevlm_jax.parallel.rules import placement
 from sparsevlm_jax.pruning.budgets import make_plan
 from sparsevlm_jax.pruning.plan import Plan, StagePlan
 from sparsevlm_jax.pruning.positions import after_cut, renumbers
@@ -30,12 +31,14 @@ from sparsevlm_jax.pruning.sparsify import take
 
 
 @lru_cache(maxsize=1)
-def draw_params(config: ModelConfig, dtype: str) -> Params:
-    """The hash's weights as a parameter tree, made on the device; sides of one process share them."""
+def draw_params(config: ModelConfig, dtype: str, mesh: str = "") -> Params:
+    """The hash's weights as a parameter tree, made on the device, or on the first of a mesh and from there one by one
+    to all; sides of one process share them."""
+    where = placement(mesh, config) if mesh else None
     tree = {}
     for name, entry in entries(config).items():
         draw = draw_of(name, entry.hf_shape)
-        tree[entry.path] = _draw(
+        drawn = _draw(
             jnp.int32(draw.seed),
             jnp.float32(draw.scale),
             shape=entry.hf_shape,
@@ -43,6 +46,7 @@ def draw_params(config: ModelConfig, dtype: str) -> Params:
             norm=draw.norm,
             dtype=dtype,
         )
+        tree[entry.path] = drawn if where is None else jax.device_put(drawn, where(entry.path, drawn.shape))
     return traverse_util.unflatten_dict(tree)
 
 

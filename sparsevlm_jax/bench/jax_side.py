@@ -10,12 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from sparsevlm_jax.bench import hash_weights, jax_programs
 from sparsevlm_jax.bench.metrics import layer_lengths
 from sparsevlm_jax.bench.shapes import SHAPES, Cell, Side
 from sparsevlm_jax.bench.timing import timed
-from sparsevlm_jax.generation.loop import LoopConfig, SamplingParams, decode, start
+from sparsevlm_jax.generation.loop import LoopConfig, SamplingParams, decode, shapes_of_state, start
 from sparsevlm_jax.inputs.packing import TiledImages, shrink_markers
 from sparsevlm_jax.models import stages
 from sparsevlm_jax.models.cost import frame_xla_flops, tower_xla_flops, xla_flops
@@ -23,6 +24,9 @@ from sparsevlm_jax.models.embedding import embed, encode_images
 from sparsevlm_jax.models.parameters import tree_bytes
 from sparsevlm_jax.models.stages import Prompt
 from sparsevlm_jax.ops.attention import exact
+from sparsevlm_jax.parallel.arrays import mesh_of, on_mesh_of, put_beside, require_rows
+from sparsevlm_jax.parallel.inside import BY_HEAD
+from sparsevlm_jax.parallel.rules import WHOLE
 from sparsevlm_jax.pruning.budgets import make_plan
 from sparsevlm_jax.pruning.methods import METHODS
 
@@ -37,7 +41,8 @@ class Program(NamedTuple):
     static: dict[str, Any]
 
     def compile(self) -> Any:
-        return self.function.lower(*self.args, **self.static).compile()
+        with on_mesh_of(self.args[0]):  # the parameters
+            return self.function.lower(*self.args, **self.static).compile()
 
 
 class JaxRunner:
@@ -52,15 +57,17 @@ class JaxRunner:
         self.layer_lengths = tuple(layer_lengths(cell, side))
         sparsity = side.sparsity(SHAPES[cell.shape], cell.visual_tokens)
         self.plan = make_plan(sparsity, self.config, cell.visual_tokens, cell.text_tokens)
-        self.params = jax_programs.draw_params(self.config, cell.dtype)
-        self.images = _on_device(hash_weights.images(cell), cell.dtype)
+        self.params = jax_programs.draw_params(self.config, cell.dtype, side.mesh)
+        self.mesh = mesh_of(self.params)
+        require_rows(self.params, cell.batch)
+        self.images = self._put(_on_device(hash_weights.images(cell), cell.dtype))
         rows = list(hash_weights.input_ids(cell))
         if self.plan.grid is not None:
             markers = self.config.image_token_id, self.config.tokens_per_image
             rows = [shrink_markers(row, *markers, self.plan.grid**2) for row in rows]
-        self.ids, self.lengths = jnp.asarray(np.stack(rows)), jnp.full(cell.batch, len(rows[0]))
+        self.ids, self.lengths = self._put((jnp.asarray(np.stack(rows)), jnp.full(cell.batch, len(rows[0]))))
         self.prefix = int(np.argmax(rows[0] == self.config.image_token_id))
-        self.sampler = SamplingParams(jnp.float32(1.0), jnp.float32(1.0))
+        self.sampler = self._put(SamplingParams(jnp.float32(1.0), jnp.float32(1.0)))
         self.compiled: dict[str, Any] = {}
 
     def prepare(self, phases: Sequence[str]) -> None:
@@ -101,7 +108,7 @@ class JaxRunner:
         state = self.program("start")(*self.programs["start"].args)
         for mark in marks:
             if mark > 1:
-                state = self.program("decode")(self.params, state, jnp.int32(mark), self.sampler)
+                state = self.program("decode")(self.params, state, self._put(jnp.int32(mark)), self.sampler)
             jax.block_until_ready(state)
             seconds.append(time.perf_counter() - began)
         return np.asarray(state.tokens)[:, : marks[-1]], seconds
@@ -127,7 +134,8 @@ class JaxRunner:
         found, followed = [np.asarray(logits)], []
         for number in range(steps):
             column = found[-1].argmax(axis=-1) if tokens is None else tokens[:, number]
-            logits, cache = step(self.params, jnp.asarray(column, jnp.int32), cache)
+            with on_mesh_of(self.params):
+                logits, cache = step(self.params, jnp.asarray(column, jnp.int32), cache)
             followed.append(column)
             found.append(np.asarray(logits))
         return np.stack(followed, axis=1), np.stack(found, axis=1)
@@ -150,7 +158,8 @@ class JaxRunner:
         return frame_xla_flops(self.config) if self.cell.video else tower_xla_flops(self.config, self.plan)
 
     def calibrate(self, size: int, buffer_bytes: int) -> dict[str, float]:
-        """What this device reaches: FLOP/s of a matrix product in this dtype, bytes per second of reading once.
+        """What the devices reach, all as one does: FLOP/s of a matrix product in this dtype, and bytes per second of
+        reading once.
 
         What is read is a float32 matrix, times a vector: in 16 bit a CPU is busy with more than reading.
         """
@@ -161,14 +170,21 @@ class JaxRunner:
             product = jax.jit(partial(jnp.matmul, precision=exact(left.dtype)))
             return min(timed(lambda: jax.block_until_ready(product(left, right)))[1] for _ in range(6))
 
-        return {"flops_per_s": 2 * size**3 / best(square, square), "bytes_per_s": tall.nbytes / best(tall, tall[0])}
+        devices = 1 if self.mesh is None else self.mesh.size
+        found = {"flops_per_s": 2 * size**3 / best(square, square), "bytes_per_s": tall.nbytes / best(tall, tall[0])}
+        return {name: devices * value for name, value in found.items()}
 
     def device_peak_bytes(self) -> int | None:
         """Peak of device memory of this process; None where the backend keeps no count."""
         return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
     def _recorded(self, room: int) -> Any:
-        return jax_programs.recorded_prefill(self.params, self.prompt, config=self.config, plan=self.plan, room=room)
+        prompt = self.prompt
+        with on_mesh_of(self.params):
+            return jax_programs.recorded_prefill(self.params, prompt, config=self.config, plan=self.plan, room=room)
+
+    def _put(self, tree: Any) -> Any:
+        return tree if self.mesh is None else put_beside(self.params, tree)
 
     def _phases(self) -> list[str]:
         """What is timed by itself. Where data decides the counts there is nothing to give beforehand."""
@@ -190,7 +206,8 @@ class JaxRunner:
     def prompt(self) -> Prompt:
         """The rows' embeddings. Compiled when first asked for: while workers start, others may be busy."""
         program = jax.jit(embed, static_argnames=("config", "plan"))
-        return program(self.params, self.ids, self.lengths, self.images, config=self.config, plan=self.plan)
+        with on_mesh_of(self.params):
+            return program(self.params, self.ids, self.lengths, self.images, config=self.config, plan=self.plan)
 
     @cached_property
     def programs(self) -> dict[str, Program]:
@@ -199,12 +216,14 @@ class JaxRunner:
         static = {"config": config, "plan": plan}
         encode = jax.jit(encode_images, static_argnames=("config", "plan"))
         prefill = jax.jit(stages.prefill, static_argnames=("config", "plan", "max_new_tokens"))
-        keys = jax.random.split(jax.random.key(0), self.cell.batch)
+        keys = self._put(jax.random.split(jax.random.key(0), self.cell.batch))
         question = (self.params, self.ids, self.lengths, self.images, keys, self.sampler)
         decoding = LoopConfig(room, True, ())
         starting = static | {"decoding": decoding}
         going_on = {"config": config, "stops": plan.stops, "decoding": decoding}
-        state = jax.eval_shape(partial(start, **starting), *question)
+        state: Any = jax.eval_shape(partial(start, **starting), *question)
+        if self.mesh is not None:
+            state = shapes_of_state(state, NamedSharding(self.mesh, WHOLE), NamedSharding(self.mesh, BY_HEAD))
         return {
             "tower": Program(encode, (self.params, self.images), static),
             "prefill": Program(prefill, (self.params, self.prompt), static | {"max_new_tokens": room}),
@@ -212,13 +231,13 @@ class JaxRunner:
                 jax_programs.products, (self.params, self.prompt.embeddings), {"lengths": self.layer_lengths}
             ),
             "start": Program(start, question, starting),
-            "decode": Program(decode, (self.params, state, jnp.int32(1), self.sampler), going_on),
+            "decode": Program(decode, (self.params, state, self._put(jnp.int32(1)), self.sampler), going_on),
         }
 
     def _survivors(self) -> list[Any]:
         visual = (slice(self.prefix, self.prefix + stage.visual) for stage in self.plan.stages)
         return [
-            jnp.asarray(jax_programs.survivors(kept, centers, span))
+            self._put(jnp.asarray(jax_programs.survivors(kept, centers, span)))
             for (kept, centers), span in zip(self.choices, visual, strict=False)
         ]
 

@@ -16,6 +16,7 @@ from sparsevlm_jax.models.llava import LlavaConfig
 from sparsevlm_jax.models.llava_next import LlavaNextConfig
 from sparsevlm_jax.models.presets import llava_15_7b, llava_15_13b, llava_next_7b, tiny, video_llava_7b
 from sparsevlm_jax.models.video_llava import VideoLlavaConfig
+from sparsevlm_jax.parallel.mesh import MeshShape
 from sparsevlm_jax.pruning.methods import METHODS, sparsity
 from sparsevlm_jax.pruning.settings import PRUNING_LAYERS, PUBLISHED_VISUAL_TOKENS, Sparsity
 from sparsevlm_jax.rotary import plain_rope
@@ -124,15 +125,18 @@ class Side:
       engine: "jax"; "eager", "sdpa", "compile" (PyTorch, dense); "faithful", "best", "batched" (PyTorch SparseVLM).
       method: a name in `methods.METHODS`.
       keep: equivalent tokens, or None for the method's default.
+      mesh: of JAX's the devices that share the model, as "tensor=4"; empty for one.
     """
 
     engine: str
     method: str
     keep: int | None = None
+    mesh: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.engine}:{self.method}" + ("" if self.keep is None else f"@{self.keep}")
+        budget, devices = "" if self.keep is None else f"@{self.keep}", self.mesh and f"/{self.mesh}"
+        return f"{self.engine}:{self.method}{budget}{devices}"
 
     @property
     def counterpart(self) -> tuple[str, int | None]:
@@ -141,12 +145,13 @@ class Side:
 
     @classmethod
     def parse(cls, text: str, visual_tokens: int) -> Side:
-        """Reads ENGINE:METHOD[@KEEP]; KEEP may be a share of the visual tokens, as in 33%.
+        """Reads ENGINE:METHOD[@KEEP][/MESH]; KEEP may be a share of the visual tokens, as in 33%.
 
         Raises:
           UserError: an unknown engine or method, or one that the engine does not run.
         """
-        engine, _, rest = text.partition(":")
+        before, _, mesh = text.partition("/")
+        engine, _, rest = before.partition(":")
         method, _, budget = rest.partition("@")
         if engine not in ENGINES:
             raise UserError(f'sides="{text}": no engine "{engine}", expected one of {", ".join(ENGINES)}')
@@ -157,7 +162,19 @@ class Side:
             keep = round(visual_tokens * float(budget[:-1]) / 100) if share else int(budget) if budget else None
         except ValueError:
             raise UserError(f'sides="{text}": "{budget}" is neither a number of tokens nor a share as 33%') from None
-        return cls(engine, method, keep)
+        return cls(engine, method, keep).on(mesh)
+
+    def on(self, mesh: str) -> Side:
+        """The same on several devices.
+
+        Raises:
+          UserError: an engine that runs on one, or what is no mesh.
+        """
+        if not mesh:
+            return self
+        if self.engine != "jax":
+            raise UserError(f'mesh="{mesh}": {self.engine} runs on one device')
+        return replace(self, mesh=str(MeshShape.parse(mesh)))
 
     def sparsity(self, shape: Shape, visual_tokens: int) -> Sparsity:
         """The settings that the budget means in this shape."""

@@ -26,7 +26,7 @@ def bench(
     sides: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="ENGINE:METHOD[@N|@P%]",
+            metavar="ENGINE:METHOD[@N|@P%][/MESH]",
             help="Repeat it. Engines: jax; eager, sdpa, compile (PyTorch); faithful, best, batched (SparseVLM in "
             "PyTorch). The first is what the others are compared with.",
         ),
@@ -36,6 +36,9 @@ def bench(
     visual_tokens: Annotated[str | None, typer.Option(metavar="N,...", help="Visual tokens of a prompt.")] = None,
     dtype: Annotated[str, typer.Option(metavar="D,...", help="float32, bfloat16, float16.")] = "float32",
     new_tokens: Annotated[str, typer.Option(metavar="N,...", help="Lengths of the answers.")] = "16,128",
+    mesh: Annotated[
+        str | None, typer.Option(metavar="tensor=N", help="Several devices for every JAX side; see ask --mesh.")
+    ] = None,
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Turns of every side that count.")] = 7,
     device: Annotated[str, typer.Option(metavar="auto|cpu|gpu", help="Where all sides run.")] = "auto",
     at_once: Annotated[
@@ -91,6 +94,7 @@ def bench(
     try:
         for cell in _cells(names, batch, text_tokens, visual_tokens, dtype):
             wanted = [Side.parse(text, cell.visual_tokens) for text in sides or default_sides(SHAPES[cell.shape])]
+            wanted = [side.on(mesh or "") if side.engine == "jax" and not side.mesh else side for side in wanted]
             if profile is not None:
                 _profile(cell, wanted, settings, profile)
             elif break_even:

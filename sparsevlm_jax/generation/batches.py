@@ -33,7 +33,7 @@ from sparsevlm_jax.inputs.pixels import Visual
 from sparsevlm_jax.inputs.processor import Inputs
 from sparsevlm_jax.inputs.video import SAMPLING, Sampling
 from sparsevlm_jax.models.stages import Params
-from sparsevlm_jax.parallel.arrays import mesh_of, on_mesh_of, put_beside, require_rows
+from sparsevlm_jax.parallel.arrays import mesh_of, on_mesh_of, put_beside
 from sparsevlm_jax.progress import progress as show_progress
 from sparsevlm_jax.pruning.methods import METHODS, as_sparsity
 from sparsevlm_jax.pruning.settings import Sparsity
@@ -101,7 +101,6 @@ class Batcher:
         """
         require_limit("batch_size", batch_size)
         require_limit("max_new_tokens", max_new_tokens)
-        require_rows(model.params, batch_size)
         self.model, self.batch_size, self.aspect, self.sampling = model, batch_size, aspect, sampling
         self.processor = require_processor(model)
         self.settings = settings_for(model, sparsity, max_new_tokens, temperature, top_p, seed)
@@ -211,7 +210,7 @@ class Batcher:
         answered = (
             self._abreast(rows, batches) if _leaves_cores_idle(self.model.params) else self._in_turn(rows, batches)
         )
-        for batch, found in zip(batches, answered, strict=True):
+        for batch, found in zip(batches, answer(rows, batches), strict=True):
             numbered = [(batch[number], answer) for number, answer in found]
             yield [(number, answer) for number, answer in numbered if number not in done]
 
@@ -292,10 +291,10 @@ class Batcher:
         """The visual tokens of all rows and the tower's seconds, or what the tower has yet to see, and none."""
         if order is None:
             return inputs.images, 0.0
-        params = self.model.params
-        images = put_beside(params, (inputs.images, order))
+        params, config = self.model.params, self.model.config
         with on_mesh_of(params):
-            return self._programs.timed(encode_held_once, params, *images, config=self.model.config)
+            images = put_beside(params, (inputs.images, order))
+            return self._programs.timed(encode_held_once, params, *images, config=config)
 
 
 def answer_all(

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 from jaxtyping import Array, Bool, Float, Int
 
 from sparsevlm_jax.config import ModelConfig
@@ -49,6 +50,17 @@ class DecodeState(NamedTuple):
     finite: Bool[Array, "b"]  # whether all logits were numbers that a token of the row was chosen by
     steps: Int[Array, ""]  # tokens chosen in the rows that are not done
     keys: Array  # a PRNG key per row
+
+
+def shapes_of_state(state: Any, everywhere: Sharding, by_head: Sharding) -> DecodeState:
+    """Shapes of a state whose keys and values lie by head, and all else everywhere."""
+
+    def placed(tree: Any, where: Sharding) -> Any:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree)
+
+    keys, values = placed((state.cache.keys, state.cache.values), by_head)
+    whole: DecodeState = placed(state, everywhere)
+    return whole._replace(cache=whole.cache._replace(keys=keys, values=values))
 
 
 @partial(jax.jit, static_argnames=("config", "plan", "decoding"))

@@ -13,7 +13,6 @@ from typing import Any, NotRequired, TypedDict
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from sparsevlm_jax.config import ModelConfig
@@ -32,9 +31,9 @@ from sparsevlm_jax.inputs.packing import (
 )
 from sparsevlm_jax.models.embedding import embed
 from sparsevlm_jax.models.stages import Cache, ImageFeatures, Params
-from sparsevlm_jax.parallel.arrays import fetch, mesh_of, on_mesh_of, put_beside, require_rows
+from sparsevlm_jax.parallel.arrays import fetch, on_mesh_of, put_beside, require_one_cpu, require_rows
 from sparsevlm_jax.pruning.budgets import make_plan, plan_of_row
-from sparsevlm_jax.pruning.methods import METHODS, Method, as_sparsity
+from sparsevlm_jax.pruning.methods import METHODS, as_sparsity
 from sparsevlm_jax.pruning.plan import Plan
 from sparsevlm_jax.pruning.settings import Sparsity
 
@@ -109,10 +108,9 @@ class GenerationRequest:
         self.max_new_tokens = max_new_tokens
         self.packed = pack(rows, config.image_token_id, config.visual_bucket)
         sparsity = as_sparsity(sparsity)
-        _require_ranks(params, METHODS.get(sparsity.method))
-        self.seed = _seed(sparsity)
-        if self.seed is not None:
-            self.seed = self._put(self.seed)
+        if sparsity.method in METHODS and METHODS[sparsity.method].counts_are_bounds:
+            require_one_cpu(params, f"{sparsity.method} computes ranks")
+        self.seed = self._put(_seed(sparsity))
         # The seed is traced: in the plan it would make another program.
         self.plan = plan_of_rows(replace(sparsity, seed=None), config, self.packed)
         if self.plan.grid is not None:
@@ -302,22 +300,6 @@ def _check_settings(
     if not longest:
         raise UserError("no prompt, or an empty one: nothing to answer")
     require_room(config, longest, max_new_tokens)
-
-
-def _require_ranks(params: Params, method: Method | None) -> None:
-    """Refuses v1 on several CPU devices of a process, each of which would wait for the other's singular values: JAX's
-    threads all wait, and none is left to compute (seen with jax 0.10.2).
-
-    Raises:
-      UserError: it would hang.
-    """
-    mesh = mesh_of(params)
-    if method is None or not method.counts_are_bounds or not isinstance(mesh, Mesh) or mesh.size == 1:
-        return
-    if mesh.devices.flat[0].platform == "cpu":
-        raise UserError(
-            f"{method.name} computes ranks, which several CPU devices cannot do at a time: use one, or another method"
-        )
 
 
 def require_room(config: ModelConfig, prompt_tokens: int, max_new_tokens: int) -> None:
