@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import random
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from benchmarks.easy_vqa.answer import command, sparsevlm
 from benchmarks.easy_vqa.data import Files
 
 QUESTIONS, KILLS, SHARDS = 1000, 5, 3
+LAST_KILL = 700  # answers, at most: what is left outlasts the second that a kill may come later
 OPTIONS = ("--limit", str(QUESTIONS), "--method", "v1.5")
 
 
@@ -32,15 +35,14 @@ def study(files: Files, model: Path, work: Path, seed: int) -> dict[str, Any]:
     if any(work.iterdir()):
         raise ValueError(f"{work}: expected an empty folder")
     whole, killed = work / "whole.jsonl", work / "killed.jsonl"
-    answering = _watched(command(files, whole, model, OPTIONS), whole)
-    kills = _kill_and_resume(command(files, killed, model, OPTIONS), killed, answering, random.Random(seed))
+    sparsevlm(command(files, whole, model, OPTIONS))
+    kills = _kill_and_resume(command(files, killed, model, OPTIONS), killed, random.Random(seed))
     parts = [work / f"shard_{number}.jsonl" for number in range(SHARDS)]
     for number, part in enumerate(parts):
         sparsevlm(command(files, part, model, [*OPTIONS, "--shard", f"{number}/{SHARDS}"]))
     return {
         "questions": QUESTIONS,
         "options": list(OPTIONS),
-        "seconds": {"until_first_answers": answering[0], "whole": answering[1]},
         "seed": seed,
         "kills": kills,
         "uninterrupted": _digest([whole]),
@@ -51,37 +53,23 @@ def study(files: Files, model: Path, work: Path, seed: int) -> dict[str, Any]:
     }
 
 
-def _watched(words: Sequence[str], answers: Path) -> tuple[float, float]:
-    """Runs a command: seconds until its file has a line, and until it ends."""
-    began, process = time.perf_counter(), _start(words)
-    while process.poll() is None and not _lines(answers):
-        time.sleep(0.01)
-    first = time.perf_counter() - began
-    if process.wait():
-        raise subprocess.CalledProcessError(process.returncode, list(words))
-    return round(first, 2), round(time.perf_counter() - began, 2)
+def _kill_and_resume(words: Sequence[str], answers: Path, moments: random.Random) -> list[dict[str, int | float]]:
+    """Starts a command KILLS times and kills it, then lets it end; how many lines its file had at each kill.
 
-
-def _kill_and_resume(
-    words: Sequence[str], answers: Path, answering: tuple[float, float], moments: random.Random
-) -> list[dict[str, Any]]:
-    """Starts a command KILLS times and kills it, then lets it end; what was in its file at each kill.
-
-    A run may be killed from half-way to its first answers on, and so early that five of them cannot end the work.
+    Lines to wait for are drawn, and up to a second behind them: long enough for the next batches.
     """
-    first, whole = answering
     kills = []
-    for _ in range(KILLS):
-        moment = moments.uniform(first / 2, first + (whole - first) / KILLS)
+    for wanted in sorted(moments.sample(range(1, LAST_KILL), KILLS)):
+        delay = moments.random()
         process = _start(words)
-        try:
-            process.wait(moment)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        if process.wait() >= 0:
-            raise ValueError(f"the run ended within {moment:.1f} s, before it was killed")
-        torn = answers.exists() and not answers.read_bytes().endswith(b"\n")
-        kills.append({"seconds": round(moment, 2), "lines": _lines(answers), "last_line_cut_off": torn})
+        while process.poll() is None and _lines(answers) < wanted:
+            time.sleep(0.001)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(delay)
+        process.kill()
+        if process.wait() != -signal.SIGKILL:
+            raise ValueError(f"the run ended before it was killed, {delay:.2f} s behind {wanted} answers")
+        kills.append({"lines_waited_for": wanted, "seconds_behind": round(delay, 3), "lines": _lines(answers)})
     sparsevlm(words)
     return kills
 
