@@ -207,9 +207,7 @@ class Batcher:
         batches, refused = self.left(rows, done)
         if refused:
             yield refused
-        answered = (
-            self._abreast(rows, batches) if _leaves_cores_idle(self.model.params) else self._in_turn(rows, batches)
-        )
+        answer = self._abreast if _leaves_cores_idle(self.model.params) else self._in_turn
         for batch, found in zip(batches, answer(rows, batches), strict=True):
             numbered = [(batch[number], answer) for number, answer in found]
             yield [(number, answer) for number, answer in numbered if number not in done]
