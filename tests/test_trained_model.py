@@ -9,7 +9,7 @@ import pytest
 
 import sparsevlm_jax as sv
 from benchmarks.retention.report import interval
-from benchmarks.retention.run import Study
+from benchmarks.retention.run import Study, held_out_questions
 from benchmarks.retention.variants import HEADS, Variant, single_cut
 from sparsevlm_jax.checkpoints.load import Model, load
 from sparsevlm_jax.data import demo_model
@@ -31,19 +31,23 @@ def model() -> Model:
 
 @pytest.fixture(scope="module")
 def study(model) -> Study:
-    return Study(model, held_out(SCENES))
+    return Study(model, held_out_questions(held_out(SCENES), model.config))
 
 
 @pytest.fixture(scope="module")
 def more(model) -> np.ndarray:
     """Which questions about more scenes the dense model answers rightly."""
-    return Study(model, held_out(MORE_SCENES)).run(Variant("dense", "dense", Sparsity.dense())).right
+    return (
+        Study(model, held_out_questions(held_out(MORE_SCENES), model.config))
+        .run(Variant("dense", "dense", Sparsity.dense()))
+        .right
+    )
 
 
 @pytest.fixture(scope="module")
 def dense(study, more) -> np.ndarray:
     """The study's part of them: its scenes come first."""
-    return more[: len(study.answers)]
+    return more[: len(study.data.answers)]
 
 
 def test_all_its_files_are_at_most_12_megabytes():
@@ -121,5 +125,5 @@ def test_the_answer_is_not_read_before_the_first_cut(study, dense):
 @pytest.mark.parametrize("keep", [20, 10])
 def test_the_questions_own_words_choose_better_than_chance(study, keep):
     guided, random = (study.run(Variant("scoring", m, single_cut(m, 0, keep))).right for m in ("v1.5", "random"))
-    low, _ = interval(study.data.scene_of, guided.astype(float) - random)
+    low, _ = interval(study.data.image_of, guided.astype(float) - random)
     assert low > 0

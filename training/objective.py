@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparsevlm_jax.models.llava import Llava, LlavaConfig
 from sparsevlm_jax.models.stages import Params
+from sparsevlm_jax.ops.rope import rotation
 from training.batches import Batch
 from training.words import BEGIN, END, ID
 
@@ -110,7 +111,7 @@ def answer_logits(
             return _attend_packed(query, key, value, prefix, sees_scene, there), None
 
         own = positions if there is None else renumbered(positions, there)
-        hidden, _ = layer(hidden, own[..., None], attend_packed)
+        hidden, _ = layer(hidden, rotation(own[..., None], decoder.config.rope), attend_packed)
     asked = hidden[:, prefix:].reshape(scenes, count, length, -1)
     last = ends[:, :, None] + jnp.arange(2)[None, None, :]
     return decoder.logits(jnp.take_along_axis(asked, last[..., None], axis=2))
