@@ -248,7 +248,7 @@ def test_every_batch_is_on_the_disk_before_the_next_or_on_a_cpu_the_third_after_
     model: Model, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, abreast: bool
 ) -> None:
     job, written, synced = make_job(), [], []
-    monkeypatch.setattr(batches, "_leaves_cores_idle", lambda: abreast)
+    monkeypatch.setattr(batches, "_leaves_cores_idle", lambda _: abreast)
     run, fsync = Batcher.run, os.fsync
 
     def watched_run(self: Batcher, prepared: Any) -> Any:
@@ -334,7 +334,7 @@ def test_the_next_batch_is_prepared_while_the_device_works(
     model: Model, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     began, overlapped = threading.Event(), []
-    monkeypatch.setattr(batches, "_leaves_cores_idle", lambda: False)
+    monkeypatch.setattr(batches, "_leaves_cores_idle", lambda _: False)
     run, prepare = Batcher.run, Batcher.prepare
 
     def watched_prepare(self: Batcher, rows: Any) -> Any:

@@ -92,7 +92,7 @@ def guarded() -> Iterator[None]:
 def test_nothing_is_moved_to_the_device_on_the_side(
     model: Model, images: list[Path], monkeypatch: pytest.MonkeyPatch, guarded: None, abreast: bool
 ) -> None:
-    monkeypatch.setattr(batches, "_leaves_cores_idle", lambda: abreast)
+    monkeypatch.setattr(batches, "_leaves_cores_idle", lambda _: abreast)
     batcher = sets.batcher(model, temperature=1.0)
     found = list(batcher.answers([asked("it", images[0]), asked("what")]))
     assert [len(batch) for batch in found] == [1, 1]
@@ -102,7 +102,7 @@ def test_a_cpu_works_on_two_batches_at_a_time_and_says_the_same(
     model: Model, images: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [asked(text, image) for text in ("it", f"{LONG} now") for image in images]
-    monkeypatch.setattr(batches, "_leaves_cores_idle", lambda: False)
+    monkeypatch.setattr(batches, "_leaves_cores_idle", lambda _: False)
     batcher = sets.batcher(model)
     wanted = list(batcher.answers(rows))
     met, run = threading.Barrier(2), Batcher.run
@@ -112,7 +112,7 @@ def test_a_cpu_works_on_two_batches_at_a_time_and_says_the_same(
         return run(self, prepared)
 
     monkeypatch.setattr(Batcher, "run", watched)
-    monkeypatch.setattr(batches, "_leaves_cores_idle", lambda: True)
+    monkeypatch.setattr(batches, "_leaves_cores_idle", lambda _: True)
     found = list(batcher.answers(rows))
     assert [[(number, answer.text) for number, answer in batch] for batch in found] == [
         [(number, answer.text) for number, answer in batch] for batch in wanted
