@@ -67,6 +67,24 @@ def test_loops_count_their_turns_and_one_where_only_data_knows_them() -> None:
     ]
 
 
+def test_a_norm_is_no_part_of_what_made_its_input() -> None:
+    """A fusion has the phase of what it computes: of a bitcast at its head only the name comes from elsewhere."""
+    text = """HloModule norm
+
+%fused (param_0: bf16[8,1,4]) -> bf16[1,8,4] {
+  %param_0 = bf16[8,1,4]{2,1,0} parameter(0)
+  %bitcast.1 = bf16[1,8,4]{2,1,0} bitcast(%param_0), metadata={op_name="jit(start)/rebuild/gather"}
+  ROOT %mul = bf16[1,8,4]{2,1,0} multiply(%bitcast.1, %bitcast.1), metadata={op_name="jit(start)/layers_3/norm/mul"}
+}
+
+ENTRY %main (a: bf16[8,1,4]) -> bf16[1,8,4] {
+  %a = bf16[8,1,4]{2,1,0} parameter(0)
+  ROOT %norm = bf16[1,8,4]{2,1,0} fusion(%a), kind=kLoop, calls=%fused, metadata={op_name="jit(start)/norm/mul"}
+}
+"""
+    assert named(text)["norm"].phase == OTHER
+
+
 def test_what_names_nests_or_waits_is_no_kernel() -> None:
     assert list(named(GPU)) == [
         *("mlp", "split", "sum", "embedded", "longer", "attended", "gemm", "twice", "gathered", "out")
@@ -196,7 +214,10 @@ def test_programs_are_lowered_with_the_shapes_of_prompts_and_no_arrays(model: An
         raise ReachedError
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ReachedError):
-        patch.setattr("sparsevlm_jax.aot.programs.start", type("Start", (), {"lower": staticmethod(start)}))
+        patch.setattr(
+            "sparsevlm_jax.aot.programs.start",
+            type("Start", (), {"lower": staticmethod(start), "clear_cache": lambda: None}),
+        )
         lowered(config, sparsity("v1.5"), Prompts(3, (layout,), 90, 100), "bfloat16", jax.devices()[0], "cuda")
     assert seen["ids"].shape == (3, 96 + layout.tokens) and seen["plan"].visual_tokens == layout.tokens
     pixels = getattr(seen["images"], "pixel_values", seen["images"])
@@ -204,11 +225,16 @@ def test_programs_are_lowered_with_the_shapes_of_prompts_and_no_arrays(model: An
     assert not frames or seen["images"].frames.shape[0] == 3 * frames
 
 
-def test_a_tiny_model_s_programs_are_those_of_an_answer() -> None:
-    config = tiny()
+@pytest.mark.parametrize("platform, multiple", [("cpu", 1), ("cuda", 8)])
+def test_a_tiny_model_s_programs_are_those_of_an_answer(platform: str, multiple: int) -> None:
+    config = replace(tiny(), attention="xla")
     prompts = Prompts(2, (config.image_layout(config.fullest_image),), 20, 10)
-    found = lowered(config, sparsity("v1.5", keep=8), prompts, "bfloat16", jax.devices()[0], "cpu")
+    found = lowered(config, sparsity("v1.5", keep=8), prompts, "bfloat16", jax.devices()[0], platform)
     assert found.lengths[0] == 32 + 16 and len(found.lengths) == len(found.plan.stages) > 1
+    cached: Any = found.start.out_info.cache.keys
+    for stage, length in zip(found.plan.stages, found.lengths, strict=True):
+        assert length == multiple * -(-(32 + stage.visual) // multiple)
+        assert all(key.shape[1] == length + 16 for key in cached[stage.start : stage.stop])
     state: Any = found.start.out_info
     assert state.tokens.shape == (2, 16) and state.cache.keys[0].shape[:2] == (2, 32 + 16 + 16)
     assert found.cache == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache))

@@ -101,15 +101,35 @@ def test_attention_that_is_not_causal_sees_all_that_is_valid(
     np.testing.assert_allclose(out[:, :1], expected[:, :1], atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
 @pytest.mark.parametrize("heads", HEADS)
-def test_attention_rows_are_rows_of_the_softmax(heads: tuple[int, int]) -> None:
+def test_attention_rows_are_rows_of_the_softmax(heads: tuple[int, int], platform: str) -> None:
     query, key, value = inputs(*heads)
     rows = np.array([[0, 13, 26], [3, 10, 9], [0, 0, 0]])
     _, expected = reference(query, key, value, causal())
     chosen = jnp.take_along_axis(query, rows[:, :, None, None], axis=1)
-    found = attention_rows(chosen, key, jnp.asarray(rows), jnp.asarray(LENGTHS))
+    with attention.target(platform):
+        found = attention_rows(chosen, key, jnp.asarray(rows), jnp.asarray(LENGTHS))
     for b in range(len(LENGTHS)):
         np.testing.assert_allclose(found[b], expected[b][:, rows[b]], atol=1e-6, rtol=0)
+
+
+def test_accelerators_get_the_keys_of_a_row_side_by_side() -> None:
+    """A softmax over them is one kernel then."""
+    query, key, _ = inputs(4, 2)
+    rows = jnp.zeros((3, 5), jnp.int32)
+    for platform, expected in (("cpu", (3, 2, 27, 5, 2)), ("cuda", (3, 2, 2, 5, 27)), ("tpu", (3, 2, 2, 5, 27))):
+        with attention.target(platform):
+            run = partial(attention_rows, query[:, :5], key, rows)  # a new one: traces are kept by function
+            jaxpr = jax.make_jaxpr(run)(jnp.asarray(LENGTHS))
+        (product,) = [e for e in jaxpr.eqns if e.primitive.name == "dot_general"]
+        assert product.outvars[0].aval.shape == expected, platform
+
+
+@pytest.mark.parametrize("platform, length, expected", [("cuda", 405, 408), ("cuda", 408, 408), ("cpu", 405, 405)])
+def test_a_shortened_sequence_is_a_multiple_of_eight_long_on_nvidia(platform: str, length: int, expected: int) -> None:
+    with attention.target(platform):
+        assert attention.padded_length(length) == expected
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

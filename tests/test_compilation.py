@@ -223,6 +223,35 @@ def values(jaxpr: Any, scopes: frozenset[str] = frozenset()) -> Iterator[tuple[f
                 yield from values(inner, inside)
 
 
+def primitives(jaxpr: Any, scopes: frozenset[str] = frozenset()) -> Iterator[tuple[str, frozenset[str], Any]]:
+    """Every primitive that a jaxpr and those inside it bind, its named scopes, and its first result."""
+    for equation in jaxpr.eqns:
+        inside = scopes | set(re.split(r"[/()]", str(equation.source_info.name_stack)))
+        yield equation.primitive.name, inside, equation.outvars[0].aval
+        for parameter in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "jaxpr")):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from primitives(inner, inside)
+
+
+@pytest.mark.parametrize("method", ["v1.5", "v2.0"])
+def test_a_pruning_point_sorts_once_beside_its_top_k_and_gathers_hidden_states_once(method: str) -> None:
+    """Each of these is a kernel, or two, on a GPU."""
+    plan = plan_of(method)
+    run = partial(prefill, config=MODEL, plan=plan, max_new_tokens=4)
+    found = list(primitives(jax.make_jaxpr(run)(*shapes()).jaxpr))
+    points = len(plan.stages) - 1
+    for scope, name, each in (
+        ("score", "sort", 0),  # raters are carried by their places
+        ("select", "top_k", 1),
+        ("recycle", "top_k", 2 if method == "v1.5" else 0),  # the nearest neighbours, and the centres
+        ("rebuild", "sort", 1),
+    ):
+        assert sum(p == name and scope in scopes for p, scopes, _ in found) == each * points, (scope, name)
+    gathered = [a.shape for p, scopes, a in found if p == "gather" and "rebuild" in scopes and a.shape[-1] == 64]
+    assert len(gathered) == points, gathered
+
+
 def long_axes(shape: tuple[int, ...], plan: Plan) -> int:
     shortest = TEXT + min(stage.visual for stage in plan.stages)
     return sum(size >= shortest for size in shape)

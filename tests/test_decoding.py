@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -16,6 +17,8 @@ from sparsevlm_jax.generation.api import generate_ids, stream_ids
 from sparsevlm_jax.generation.loop import SamplingParams, sample
 from sparsevlm_jax.inputs.packing import pack
 from sparsevlm_jax.models.stages import Trace
+from sparsevlm_jax.ops.attention import target
+from sparsevlm_jax.pruning.prune import PruningStep
 from tests import models, oracle
 
 MODEL = models.config(layers=4)
@@ -78,6 +81,36 @@ def answers(
         end_tokens=end,
         **options,
     )
+
+
+@pytest.mark.parametrize("method", ["v1.5", "v2.0"])
+def test_stages_padded_for_nvidia_keep_and_answer_the_same(method: str) -> None:
+    """Traced as for NVIDIA, run on the CPU: lengths are multiples of 8, and nothing valid differs."""
+    batch, plan, model = models.prompt(ROWS, text=TEXT, visual=VISUAL), plan_of(method), replace(MODEL, attention="xla")
+    found = []
+    for platform in ("cpu", "cuda"):
+        with target(platform):
+            run = partial(prefill, config=model, plan=plan, max_new_tokens=5, trace=True)
+            run = jax.jit(run, compiler_options=models.QUICK)
+            found.append(run(models.params(MODEL), batch))
+    (logits, cache, trace), (padded_logits, padded_cache, padded) = found
+    np.testing.assert_allclose(padded_logits, logits, atol=1e-4)
+    np.testing.assert_array_equal(padded_cache.lengths, cache.lengths)
+    assert any(event.after.visual.shape[1] % 8 for event in trace.events), "nothing to pad"
+    for event, other in zip(trace.events, padded.events, strict=True):
+        length, columns = event.after.visual.shape[1], other.after.visual.shape[1]
+        assert columns % 8 == 0 and 0 <= columns - length < 8
+        valid = np.asarray(event.after.valid)
+        np.testing.assert_array_equal(other.after.valid[:, :length], valid)
+        assert not np.any(other.after.valid[:, length:]) and not np.any(other.after.raters[:, length:])
+        np.testing.assert_array_equal(other.after.raters[:, :length], event.after.raters)
+        np.testing.assert_array_equal(from_one_side(other)[:, :length][valid], from_one_side(event)[valid])
+
+
+def from_one_side(event: PruningStep) -> np.ndarray:
+    """Where tokens come from; of merged ones their number, from -1 down."""
+    source, columns = np.asarray(event.source), event.before.visual.shape[1]
+    return np.where(source < columns, source, columns - 1 - source)
 
 
 # Caches against recomputation

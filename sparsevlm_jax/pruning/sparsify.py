@@ -192,7 +192,7 @@ def select(
     # Adding zero makes -0.0 and 0.0 one value, which top_k would tell apart.
     ranked = jnp.where(visual, scores + 0.0, -jnp.inf)
     _, order = jax.lax.top_k(ranked, min(keep + pool, scores.shape[1]))
-    # Nothing compiled reads this mask but a trace: the shorter sequence is made from places alone.
+    # For the record: what is built from this takes the places.
     kept = _scatter_true(order[:, :keep], jnp.arange(keep)[None, :] < kept_count[:, None], scores.shape[1])
     # A row's pool starts where its kept tokens end: at `keep`, unless the row has fewer visual tokens than others.
     slots = jnp.minimum(kept_count[:, None] + jnp.arange(pool)[None, :], order.shape[1] - 1)
@@ -280,17 +280,19 @@ def rebuild(
 
     def gather(values: Array, merge: Callable[[Array, Recycled], Array]) -> Array:
         if recycled is not None:
-            values = jnp.concatenate([values, merge(take(values, selection.pool), recycled)], axis=1)
+            values = jnp.concatenate([values, merge(values, recycled)], axis=1)
         return take(values, source)
 
-    def of_center(pool: Array, recycled: Recycled) -> Array:
-        return take(pool, recycled.centers)
+    def of_center(values: Array, recycled: Recycled) -> Array:
+        return take(take(values, selection.pool), recycled.centers)
 
-    def mean(pool: Array, recycled: Recycled) -> Array:
+    def mean(values: Array, recycled: Recycled) -> Array:
+        pool = take(values, selection.pool)
         merged = jnp.einsum("bcm,bm...->bc...", recycled.weights, pool.astype(jnp.float32), precision=EXACT)
         return merged.astype(pool.dtype)
 
-    lengths = tokens.text_count + selection.kept_count + selection.cluster_count
+    # int32, as everywhere: in 64-bit mode jax would count in int64 from here on.
+    lengths = (tokens.text_count + selection.kept_count + selection.cluster_count).astype(jnp.int32)
     in_row = jnp.arange(length)[None, :] < lengths[:, None]
     shorter = Tokens(
         hidden=gather(tokens.hidden, lambda _, recycled: recycled.merged),
