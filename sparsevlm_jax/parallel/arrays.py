@@ -13,6 +13,7 @@ from math import prod
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
@@ -82,7 +83,7 @@ def put_beside(params: Any, tree: Any) -> Any:
         if isinstance(leaf, jax.Array):
             if mesh_of(leaf) == mesh:
                 return leaf
-            if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
                 return _as_keys(everywhere, jax.random.key_impl(leaf))(put(jax.random.key_data(leaf)))
         host = np.asarray(leaf)
         return jax.make_array_from_callback(host.shape, everywhere, lambda index: host[index])
