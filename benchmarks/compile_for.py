@@ -26,6 +26,7 @@ from sparsevlm_jax.aot.report import answer_report, kernels_of_a_point
 from sparsevlm_jax.bench.tables import Table
 from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.models.presets import PRESETS
+from sparsevlm_jax.parallel.mesh import ONE, MeshShape
 from sparsevlm_jax.pruning.methods import sparsity
 from sparsevlm_jax.text import in_bytes
 
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--devices", nargs="+", choices=list(DEVICES), default=[])
     parser.add_argument("--models", nargs="+", choices=list(PRESETS), default=MODELS)
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
+    parser.add_argument("--mesh", type=MeshShape.parse, default=ONE, help="several of a device, as tensor=4")
     parser.add_argument("--no-search", action="store_true", help="leave the largest batch out")
     parser.add_argument("--tables", action="store_true", help="print the tables of what is there")
     options = parser.parse_args()
@@ -58,7 +60,8 @@ def main() -> None:
         require_compiler(DEVICES[name])
         for model in options.models:
             for method in METHODS:
-                for key, result in cells(DEVICES[name], model, method, options.batches, not options.no_search, results):
+                wanted = (options.batches, options.mesh, not options.no_search)
+                for key, result in cells(DEVICES[name], model, method, *wanted, results):
                     results[key] = result | provenance()
                     options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
                     print(key, file=sys.stderr, flush=True)
@@ -67,29 +70,38 @@ def main() -> None:
 
 
 def cells(
-    device: Device, model: str, method: str, batches: list[int], search: bool, results: dict[str, Any]
+    device: Device,
+    model: str,
+    method: str,
+    batches: list[int],
+    mesh: MeshShape,
+    search: bool,
+    results: dict[str, Any],
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """What is missing of one column: a result for each batch, and the largest batch behind them."""
-    prefix, known = f"{device.name} {model} {method}", []
+    name = device.name if mesh == ONE else f"{device.name}/{mesh}"
+    prefix, known = f"{name} {model} {method}", []
     config, settings = PRESETS[model](), sparsity(method)
     prompts = prompts_of(model, config)
     missing = [batch for batch in batches if f"{prefix} {batch}" not in results]
     for batch in missing:
-        report, answer = cell(config, settings, prompts(batch), device)
+        report, answer = cell(config, settings, prompts(batch), device, mesh)
         known += [answer] if answer is not None else []
         yield f"{prefix} {batch}", report
         if answer is None:  # larger ones do not fit, either
             break
     if search and f"{prefix} largest" not in results:
         if not known and "does_not_fit" not in results[f"{prefix} 1"]:
-            known = [compile_for(config, settings, prompts(1), DTYPE, device)]
-        largest = largest_batch(config, settings, prompts(1), DTYPE, device, known) if known else 0
+            known = [compile_for(config, settings, prompts(mesh.data), DTYPE, device, mesh)]
+        largest = largest_batch(config, settings, prompts(1), DTYPE, device, known, mesh) if known else 0
         yield f"{prefix} largest", {"batch": largest}
 
 
-def cell(config: ModelConfig, settings: Any, prompts: Prompts, device: Device) -> tuple[dict[str, Any], Answer | None]:
+def cell(
+    config: ModelConfig, settings: Any, prompts: Prompts, device: Device, mesh: MeshShape
+) -> tuple[dict[str, Any], Answer | None]:
     try:
-        answer = compile_for(config, settings, prompts, DTYPE, device)
+        answer = compile_for(config, settings, prompts, DTYPE, device, mesh)
     except TooLargeError as error:
         return {"does_not_fit": str(error)}, None
     return answer_report(answer, device), answer

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,11 @@ METHODS = {
     "random": sv.sparsity("random", layers=(0, 1), ratio=0.5),
 }
 Asked = Callable[[sv.Model], Any]
+
+
+def in_numbers(self: Processor, ids: Sequence[int] | np.ndarray) -> str:
+    """In place of text: what random weights say is hardly any."""
+    return " ".join(map(str, ids))
 
 
 def shown(model: sv.Model, rows: int) -> dict[str, Any]:
@@ -116,7 +121,7 @@ def collectives(config: sv.ModelConfig, shape: str) -> dict[str, dict[str, int]]
 def main(what: str, folder: str) -> dict[str, Any]:
     found: dict[str, Any]
     assert jax.device_count() == DEVICES
-    Processor.decode = lambda _, tokens: " ".join(map(str, tokens))  # what random weights say is hardly text
+    Processor.decode = in_numbers
     if what == "ways":
         alone, on_mesh = sv.load(folder), {shape: sv.load(folder, sharding=shape) for shape in (PRESETS[2], "tensor=4")}
         found = {name: [ask(alone), ask(on_mesh[shape])] for name, (shape, ask) in ways().items()}

@@ -31,6 +31,7 @@ from sparsevlm_jax.parallel.rules import placement, require_divides, spec_of
 from tests import models, two_processes
 from tests.hf import tiny_llava
 from tests.layouts import HF
+from tests.on_mesh import in_numbers
 
 ROOT = Path(__file__).parent.parent
 LAYERS, HEADS = 3, 8
@@ -102,7 +103,7 @@ def test_two_processes_of_two_devices_each_answer_as_one_does(tmp_path: Path, mo
     convert(demo_model.path(), demo, dtype="float32")
     convert(tiny_llava(tmp_path / "source", layers=2), tiny)
     wanted = {"demo": two_processes.demo_answers(sv.load(demo))}
-    monkeypatch.setattr(Processor, "decode", lambda _, tokens: " ".join(map(str, tokens)))
+    monkeypatch.setattr(Processor, "decode", in_numbers)
     wanted["tiny"] = two_processes.tiny_answers(sv.load(tiny))
     with socket.socket() as free:
         free.bind(("localhost", 0))

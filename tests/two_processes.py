@@ -15,7 +15,7 @@ import jax
 import sparsevlm_jax as sv
 from sparsevlm_jax.data import demo_model
 from sparsevlm_jax.inputs.processor import Processor
-from tests.on_mesh import generated
+from tests.on_mesh import generated, in_numbers
 
 BATCH = 4
 
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str]) -> dict[str, list[str]]:
     jax.distributed.initialize(f"localhost:{port}", 2, int(number))
     assert (jax.device_count(), jax.local_device_count()) == (4, 2)
     found = {"demo": demo_answers(sv.load(demo, sharding="data=2,tensor=2"))}
-    Processor.decode = lambda self, ids: " ".join(map(str, ids))
+    Processor.decode = in_numbers
     over_both = sv.load(tiny, sharding="tensor=4")
     require_parts(over_both.params, 2)
     return found | {"tiny": tiny_answers(over_both)}

@@ -27,6 +27,7 @@ from sparsevlm_jax.inputs.images import ImageLike
 from sparsevlm_jax.inputs.video import SAMPLING, Sampling, VideoLike
 from sparsevlm_jax.models.embedding import TowerImages, embed
 from sparsevlm_jax.models.stages import Cache, Params, Trace, prefill
+from sparsevlm_jax.parallel.arrays import on_mesh_of
 from sparsevlm_jax.pruning.plan import Plan, StagePlan
 from sparsevlm_jax.pruning.prune import PruningStep
 from sparsevlm_jax.pruning.settings import Sparsity
@@ -169,7 +170,8 @@ def _prefill_traced(
 def _run_traced(run: GenerationRequest, max_new_tokens: int) -> tuple[Generation, Trace]:
     """Answers on the very cache of the prefill that is recorded."""
     arrays = jnp.asarray(run.packed.input_ids), jnp.asarray(run.packed.lengths), run.images, run.seed
-    logits, cache, trace = _prefill_traced(run.params, *arrays, config=run.config, plan=run.plan, room=run.room)
+    with on_mesh_of(run.params):
+        logits, cache, trace = _prefill_traced(run.params, *arrays, config=run.config, plan=run.plan, room=run.room)
     return run.result(run.decode(run.resume(logits, cache), max_new_tokens)), trace
 
 

@@ -141,20 +141,23 @@ def first_token(
 def _choose(
     state: DecodeState, logits: Float[Array, "b vocab"], sampler: SamplingParams, decoding: LoopConfig
 ) -> DecodeState:
-    """Chooses the next token of every row; rows that are done repeat an end token that is not counted."""
+    """Chooses the next token of every row; rows that are done repeat an end token that is not counted.
+
+    On a mesh all that says of rows what was chosen is whole on every device, so that every process can read it.
+    """
     if decoding.greedy:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     else:
         keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys, state.steps)
         token = sample(logits, keys, sampler).astype(jnp.int32)
-    token = whole(token)  # every process reads them
+    token = whole(token)
     ends = jnp.zeros_like(state.done)
     for end in decoding.end_tokens:
         ends |= token == end
     return state._replace(
         tokens=jax.lax.dynamic_update_index_in_dim(state.tokens, token, state.steps, axis=1),
         counts=state.counts + (~state.done).astype(jnp.int32),
-        finite=state.finite & (state.done | jnp.all(jnp.isfinite(logits), axis=-1)),
+        finite=state.finite & (state.done | whole(jnp.all(jnp.isfinite(logits), axis=-1))),
         done=state.done | ends,
         steps=state.steps + 1,
     )

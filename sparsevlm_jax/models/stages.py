@@ -21,7 +21,7 @@ from sparsevlm_jax.models import fits
 from sparsevlm_jax.models.decoder import DecoderLayer, Llama
 from sparsevlm_jax.ops.attention import attend, target, traced_for
 from sparsevlm_jax.ops.rope import Rotation, rotation, rotation_of_all
-from sparsevlm_jax.parallel.inside import BY_HEAD, keep
+from sparsevlm_jax.parallel.inside import BY_HEAD, keep, whole
 from sparsevlm_jax.pruning.methods import METHODS, PruningContext
 from sparsevlm_jax.pruning.plan import Plan, StagePlan
 from sparsevlm_jax.pruning.positions import next_positions, on_all_axes, prompt_positions
@@ -130,7 +130,7 @@ def prefill(
         events += [event] if event is not None else []
         last_hidden += lasts
     logits = fits.or_nan(last_logits(decoder, tokens), fits.holds(prompt, plan))
-    cache = Cache(tuple(keys), tuple(values), jnp.stack(lengths), jnp.stack(positions))
+    cache = Cache(tuple(keys), tuple(values), whole(jnp.stack(lengths)), whole(jnp.stack(positions)))
     if not trace:
         return logits, cache, None
     return logits, cache, Trace(first, tuple(events), jnp.stack(last_hidden), tokens.hidden)
