@@ -18,7 +18,7 @@ from benchmarks.easy_vqa.__main__ import MODEL, RESULTS
 from benchmarks.easy_vqa.answer import command, outcome, sparsevlm
 from benchmarks.easy_vqa.data import KINDS, Asked, blind_accuracies, image_paths, prepare, split, write_lines
 from benchmarks.easy_vqa.killed import _digest
-from benchmarks.easy_vqa.report import row, table, unpacked
+from benchmarks.easy_vqa.report import kinds_table, row, table, unpacked
 from benchmarks.easy_vqa.variants import BUDGETS, CUTS, SCALES, commands, cuts
 from benchmarks.easy_vqa.words import questions
 from sparsevlm_jax.bench.files import read_json
@@ -106,10 +106,20 @@ def test_the_prepared_split_is_read_as_questions_about_its_images(package: Any, 
     assert [each["question_id"] for each in truth] == [each.question_id for each in read]
 
 
-def test_kinds_tell_colour_shape_presence_and_absence_apart() -> None:
-    kinds = [Asked(text, answer, 0).kind for text, answer in zip(TEXTS, true_answers(*DRAWN[0]), strict=True)]
-    assert tuple(kinds) == KINDS
-    assert Asked("is no blue shape present?", "yes", 0).kind == "absence"
+@pytest.mark.parametrize(
+    ("text", "answer", "kind"),
+    [
+        ("what color is the circle?", "red", "named"),
+        ("what is the red shape?", "circle", "named"),
+        ("what shape is present?", "circle", "unnamed"),
+        ("is there a red shape?", "yes", "there"),
+        ("is there not a red shape?", "no", "there"),
+        ("is there a blue shape?", "no", "not there"),
+        ("is no blue shape present?", "yes", "not there"),
+    ],
+)
+def test_kinds_say_what_the_words_of_a_question_name(text: str, answer: str, kind: str) -> None:
+    assert Asked(text, answer, 0).kind == kind in KINDS
 
 
 def test_answers_without_an_image_are_the_commonest_of_the_split_that_is_learned_from() -> None:
@@ -235,7 +245,7 @@ def test_a_row_gives_back_which_answers_are_right() -> None:
     assert np.array_equal(unpacked(found, 10), right)
     assert found["accuracy"] == 0.7 and found["minus_dense"] == pytest.approx(0.4)
     assert found["interval"][0] <= 0.7 <= found["interval"][1]
-    assert found["kinds"]["colour"] == pytest.approx(1 / 3)
+    assert found["kinds"]["unnamed"] == pytest.approx(3 / 6)
 
 
 def test_order_does_not_matter_to_a_digest_of_answers_and_a_missing_line_does(tmp_path: Path) -> None:
@@ -255,11 +265,11 @@ def test_the_committed_runs_that_were_killed_and_split_made_the_same_file() -> N
     assert any(0 < kill["lines"] < 1000 for kill in found["kills"])
 
 
-def test_the_table_in_the_documentation_is_that_of_the_committed_results() -> None:
+def test_the_tables_in_the_documentation_are_those_of_the_committed_results() -> None:
     answers, single = (read_json(ROOT / RESULTS / f"{name}.json") for name in ("answers", "cuts"))
-    assert f"<!-- easy_vqa -->\n{table(answers, single)}\n<!-- /easy_vqa -->" in (
-        ROOT / "docs" / "easy_vqa.md"
-    ).read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "easy_vqa.md").read_text(encoding="utf-8")
+    assert f"<!-- easy_vqa -->\n{table(answers, single)}\n<!-- /easy_vqa -->" in text
+    assert f"<!-- easy_vqa_kinds -->\n{kinds_table(answers)}\n<!-- /easy_vqa_kinds -->" in text
 
 
 def test_committed_accuracies_are_those_of_the_committed_answers() -> None:

@@ -20,7 +20,7 @@ import sparsevlm_jax as sv
 from benchmarks.easy_vqa import killed, words
 from benchmarks.easy_vqa.answer import command, outcome, sparsevlm
 from benchmarks.easy_vqa.data import Files, blind_accuracies, prepare, split
-from benchmarks.easy_vqa.report import add_controls, draw, row, table
+from benchmarks.easy_vqa.report import add_controls, draw, kinds_table, row, table
 from benchmarks.easy_vqa.variants import commands
 from benchmarks.retention.report import LEVEL, RESAMPLES
 from sparsevlm_jax.bench.files import put_between, read_json, write_json
@@ -83,6 +83,7 @@ def _report(options: argparse.Namespace) -> None:
     draw(answers, cuts, options.out / "easy_vqa.png")
     if options.docs is not None:
         put_between(options.docs, "easy_vqa", table(answers, cuts))
+        put_between(options.docs, "easy_vqa_kinds", kinds_table(answers))
 
 
 def _write(options: argparse.Namespace, name: str, content: dict[str, Any], asked: Sequence[Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from training.shapes import COLOURS, NEGATIONS, SHAPES, package
 
-KINDS = ("colour", "shape", "presence", "absence")
+KINDS = ("named", "unnamed", "there", "not there")
 
 
 class Asked(NamedTuple):
@@ -26,10 +26,12 @@ class Asked(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What is asked for; "absence": yes or no to a question with "not" or "no" in it."""
+        """What the question's words name: for colour or shape, the other one or nothing; for yes or no, what is there
+        or what is not."""
+        words = self.text.rstrip("?").split()
         if self.answer in COLOURS + SHAPES:
-            return "colour" if self.answer in COLOURS else "shape"
-        return "absence" if any(word in NEGATIONS for word in self.text.rstrip("?").split()) else "presence"
+            return "named" if any(word in COLOURS + SHAPES for word in words) else "unnamed"
+        return "there" if (self.answer == "yes") != any(word in NEGATIONS for word in words) else "not there"
 
 
 class Files(NamedTuple):

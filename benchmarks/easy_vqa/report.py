@@ -88,6 +88,18 @@ def _line(name: str, cells: Sequence[str]) -> str:
     return f"| {name} | " + " | ".join([*cells, *[""] * (width - len(cells))]) + " |"
 
 
+def kinds_table(answers: Mapping[str, Any]) -> str:
+    """Markdown: percent right by kind of question, at the middle budget."""
+    lines = ["| | " + " | ".join(KINDS) + " |", "|---" * (len(KINDS) + 1) + "|"]
+    rows = {(found["label"], found["keep"]): found for found in answers["rows"]}
+    middle = ("dense", None), *((label, BUDGETS[1]) for label in (*OWN_WORDS, *RIVALS, *CONTROLS))
+    for label, keep in middle:
+        found = rows.get((label, SCALES[1] if label == "v1" else keep))
+        if found is not None:
+            lines.append(f"| {label} | " + " | ".join(f"{100 * found['kinds'][kind]:.1f}" for kind in KINDS) + " |")
+    return "\n".join(lines)
+
+
 def draw(answers: Mapping[str, Any], cuts: Mapping[str, Any], image: Path) -> None:
     """Two plots: every method through the command, and who chooses at one cut."""
     import matplotlib.pyplot as plt
