@@ -83,7 +83,7 @@ def _report(options: argparse.Namespace) -> None:
     draw(answers, cuts, options.out / "easy_vqa.png")
     if options.docs is not None:
         put_between(options.docs, "easy_vqa", table(answers, cuts))
-        put_between(options.docs, "easy_vqa_kinds", kinds_table(answers))
+        put_between(options.docs, "easy_vqa_kinds", kinds_table(cuts))
 
 
 def _write(options: argparse.Namespace, name: str, content: dict[str, Any], asked: Sequence[Any]) -> None:

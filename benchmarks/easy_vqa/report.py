@@ -35,7 +35,7 @@ def row(columns: Mapping[str, Any], right: np.ndarray, dense: np.ndarray, asked:
         "interval": interval(images, right.astype(float)),
         "minus_dense": float(right.mean() - dense.mean()),
         "minus_dense_interval": interval(images, right.astype(float) - dense),
-        "kinds": {kind: float(right[kinds == kind].mean()) for kind in KINDS},
+        "kinds": {kind: float(right[kinds == kind].mean()) for kind in KINDS if (kinds == kind).any()},
         "right": np.packbits(right).tobytes().hex(),
     }
 
@@ -88,15 +88,13 @@ def _line(name: str, cells: Sequence[str]) -> str:
     return f"| {name} | " + " | ".join([*cells, *[""] * (width - len(cells))]) + " |"
 
 
-def kinds_table(answers: Mapping[str, Any]) -> str:
-    """Markdown: percent right by kind of question, at the middle budget."""
+def kinds_table(cuts: Mapping[str, Any]) -> str:
+    """Markdown: percent right by kind of question, dense and with the middle one of the cuts."""
     lines = ["| | " + " | ".join(KINDS) + " |", "|---" * (len(KINDS) + 1) + "|"]
-    rows = {(found["label"], found["keep"]): found for found in answers["rows"]}
-    middle = ("dense", None), *((label, BUDGETS[1]) for label in (*OWN_WORDS, *RIVALS, *CONTROLS))
-    for label, keep in middle:
-        found = rows.get((label, SCALES[1] if label == "v1" else keep))
-        if found is not None:
-            lines.append(f"| {label} | " + " | ".join(f"{100 * found['kinds'][kind]:.1f}" for kind in KINDS) + " |")
+    for found in cuts["rows"]:
+        if found["keep"] in (None, CUTS[1]):
+            cells = [f"{100 * found['kinds'][kind]:.1f}" for kind in KINDS]
+            lines.append(f"| {found['label']} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
