@@ -186,7 +186,7 @@ def start(prompt: Prompt, plan: Plan, axes: int) -> Tokens:
     with jax.named_scope("rate"):
         if len(plan.stages) > 1:
             raters = choose_raters(prompt.embeddings, prompt.visual, prompt.lengths, plan.visual_tokens)
-        rater_rows = positions_where(raters, plan.stages[0].text_tokens(shape[1]))
+        rater_rows = positions_where(raters, plan.stages[0].text_tokens(prompt.visual.shape[1]))
     return Tokens(
         hidden=prompt.embeddings,
         positions=prompt_positions(prompt.positions, shape, axes),
