@@ -83,7 +83,7 @@ def compare_event(event: Any, origins: np.ndarray, expected: oracle.Event, first
     selection = event.selection
     visual = slice(first, first + len(expected.scores))
     assert event.layer == expected.layer
-    np.testing.assert_array_equal(np.flatnonzero(event.before.raters), expected.raters)
+    np.testing.assert_array_equal(event.before.rater_rows[: event.before.rater_count], expected.raters)
     near(event.scores.values[visual], expected.scores, SCORES / smallest_gravity(expected) ** 2)
     np.testing.assert_array_equal(np.flatnonzero(selection.kept) - first, expected.kept)
     np.testing.assert_array_equal(selection.pool[: selection.pool_count] - first, expected.recycled)

@@ -90,7 +90,7 @@ def test_negative_gravity_turns_the_sign_of_a_score() -> None:
 
 def test_a_pair_of_no_gravity_at_all_counts_as_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     of = layer(0)
-    found = np.ones((1, WORDS, VISUAL + WORDS), np.float32)
+    found = np.ones((1, len(RATERS), VISUAL + WORDS), np.float32)
     found[0, 0, 3] = found[0, 1, 7] = 0
     monkeypatch.setattr(sparsevlm, "gravity", lambda *_: jnp.asarray(found))
     corrected = attention(of)

@@ -16,7 +16,7 @@ from sparsevlm_jax.explain.trace_run import Explanation, explain
 from sparsevlm_jax.generation.api import require_processor
 from sparsevlm_jax.generation.ladder import prefill_stage_by_stage
 from sparsevlm_jax.inputs.video import Sampling
-from sparsevlm_jax.pruning.sparsify import take_turns
+from sparsevlm_jax.pruning.frames import take_turns
 from tests.test_explain_video import FRAMES, clip, model
 
 

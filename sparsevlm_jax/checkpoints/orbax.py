@@ -241,7 +241,8 @@ def _changed(folder: Path, number: int, note: Note) -> list[str]:
 
 def _digests(folder: Path, names: Sequence[str]) -> list[str | None]:
     """sha256 of files; None where there is none that can be read."""
-    return parallel(_digest_if_there, [folder / name for name in names])
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(_digest_if_there, [folder / name for name in names]))
 
 
 def _digest_if_there(file: Path) -> str | None:

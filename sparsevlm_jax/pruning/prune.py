@@ -14,11 +14,12 @@ from jaxtyping import Array, Int
 
 from sparsevlm_jax.ops.attention import padded_length
 from sparsevlm_jax.pruning.budgets import kept_table
+from sparsevlm_jax.pruning.frames import take_turns
 from sparsevlm_jax.pruning.methods import METHODS, PruningContext, Scores
 from sparsevlm_jax.pruning.plan import Plan, StagePlan
 from sparsevlm_jax.pruning.positions import renumbers
 from sparsevlm_jax.pruning.settings import Sparsity
-from sparsevlm_jax.pruning.sparsify import Recycled, Selection, Tokens, rebuild, recycle, select, take, take_turns
+from sparsevlm_jax.pruning.sparsify import Recycled, Selection, Tokens, rebuild, recycle, select, take
 
 
 class PruningStep(NamedTuple):
