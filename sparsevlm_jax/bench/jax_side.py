@@ -13,8 +13,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from sparsevlm_jax.bench import hash_weights, jax_programs
-from sparsevlm_jax.bench.metrics import layer_lengths
-from sparsevlm_jax.bench.shapes import SHAPES, Cell, Side
+from sparsevlm_jax.bench.metrics import layer_lengths, plan_of
+from sparsevlm_jax.bench.shapes import Cell, Side
 from sparsevlm_jax.bench.timing import timed
 from sparsevlm_jax.generation.loop import LoopConfig, SamplingParams, decode, shapes_of_state, start
 from sparsevlm_jax.inputs.packing import TiledImages, shrink_markers
@@ -27,7 +27,6 @@ from sparsevlm_jax.ops.attention import exact
 from sparsevlm_jax.parallel.arrays import mesh_of, on_mesh_of, put_beside, require_rows
 from sparsevlm_jax.parallel.inside import BY_HEAD
 from sparsevlm_jax.parallel.rules import WHOLE
-from sparsevlm_jax.pruning.budgets import make_plan
 from sparsevlm_jax.pruning.methods import METHODS
 
 NEEDED_TO_ANSWER = ("start", "decode")
@@ -54,9 +53,8 @@ class JaxRunner:
 
     def __init__(self, cell: Cell, side: Side, room: int) -> None:
         self.cell, self.config, self.room = cell, cell.config, room
-        self.layer_lengths = tuple(layer_lengths(cell, side))
-        sparsity = side.sparsity(SHAPES[cell.shape], cell.visual_tokens)
-        self.plan = make_plan(sparsity, self.config, cell.visual_tokens, cell.text_tokens)
+        self.plan = plan_of(cell, side)
+        self.layer_lengths = layer_lengths(cell, self.plan)
         self.params = jax_programs.draw_params(self.config, cell.dtype, side.mesh)
         self.mesh = mesh_of(self.params)
         require_rows(self.params, cell.batch)

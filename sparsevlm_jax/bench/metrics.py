@@ -81,14 +81,14 @@ def plan_of(cell: Cell, side: Side) -> Plan:
     return make_plan(sparsity, cell.config, cell.visual_tokens, cell.text_tokens)
 
 
-def layer_lengths(cell: Cell, side: Side) -> list[int]:
+def layer_lengths(cell: Cell, plan: Plan) -> tuple[int, ...]:
     """Tokens of a prompt that enter each layer, text included."""
-    return [cell.text_tokens + visual for visual in plan_of(cell, side).entering()]
+    return tuple(cell.text_tokens + visual for visual in plan.entering())
 
 
 def multiply_adds(cell: Cell, side: Side) -> int:
     """Of a batch's prefill, by the paper's formula."""
-    return cell.batch * paper_flops(cell.config.text, layer_lengths(cell, side))
+    return cell.batch * paper_flops(cell.config.text, layer_lengths(cell, plan_of(cell, side)))
 
 
 def _figures(cell: Cell, report: Mapping[str, Any], name: str, samples: Samples, peaks: Mapping[str, float]) -> Figures:

@@ -12,12 +12,11 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from sparsevlm_jax.bench import hash_weights
-from sparsevlm_jax.bench.metrics import layer_lengths
-from sparsevlm_jax.bench.shapes import SHAPES, Cell, Side
+from sparsevlm_jax.bench.metrics import layer_lengths, plan_of
+from sparsevlm_jax.bench.shapes import Cell, Side
 from sparsevlm_jax.bench.timing import cores, timed
 from sparsevlm_jax.bench.torch_sparsevlm import Event, Span, SparseDecoder, State
 from sparsevlm_jax.bench.torch_weights import load
-from sparsevlm_jax.pruning.budgets import make_plan
 
 WRITTEN_OUT = {"eager": "eager", "faithful": "eager"}  # engines whose towers, too, write their attention out
 
@@ -32,7 +31,8 @@ class TorchRunner:
     def __init__(self, cell: Cell, side: Side, room: int, device: str) -> None:
         torch.set_num_threads(cores())
         self.cell, self.side, self.room = cell, side, room
-        self.layer_lengths = layer_lengths(cell, side)
+        self.plan = plan_of(cell, side)
+        self.layer_lengths = layer_lengths(cell, self.plan)
         self.device = torch.device("cuda" if device == "gpu" else device)
         self.model = load(cell.config, cell.dtype, self.device, WRITTEN_OUT.get(side.engine, "sdpa"))
         dtype = self.model.dtype
@@ -229,9 +229,7 @@ class Sparse(TorchRunner):
     """SparseVLM; the variant is the engine's name."""
 
     def set_up(self) -> None:
-        sparsity = self.side.sparsity(SHAPES[self.cell.shape], self.cell.visual_tokens)
-        plan = make_plan(sparsity, self.cell.config, self.cell.visual_tokens, self.cell.text_tokens)
-        self.decoder = SparseDecoder(self.model.model.language_model, self.model.lm_head, plan, self.side.engine)
+        self.decoder = SparseDecoder(self.model.model.language_model, self.model.lm_head, self.plan, self.side.engine)
         start = int((self.ids[0] == self.cell.config.image_token_id).int().argmax())
         self.visual = Span(start, start + self.cell.visual_tokens)
         self.events: list[Event] = []
