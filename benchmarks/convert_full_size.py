@@ -3,6 +3,8 @@
     python -m benchmarks.convert_full_size FOLDER        needs 30 GB there; --layers 2 for a rehearsal
 
 Writes benchmarks/results/convert_7b.json. The bound: the whole process stays below 3 GiB plus twice the largest group.
+Beside converting stands a plain copy of the same files, and beside loading a plain read of the converted ones, each
+from the disk: files leave the kernel's cache before. Loading takes the model's bytes of memory.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +30,7 @@ from sparsevlm_jax.models.presets import PRESETS
 RESULTS = Path(__file__).parent / "results"
 SHARDS = 3
 GIB = 2**30
+BLOCK = 2**24  # bytes at a time of plain copies and reads
 
 
 def main() -> None:
@@ -43,9 +47,16 @@ def main() -> None:
     try:
         nbytes = make_checkpoint(source, config)
         result = {"model": options.model, "dtype": "float16", "bytes": nbytes, "shards": SHARDS}
+        result["copy"] = timed(lambda: copy(source, back), nbytes, source)
+        shutil.rmtree(back)
+        forget(source)
         result["convert"] = measure("convert", [str(source), str(target)], nbytes)
-        result["check"] = measure("check", [str(target)], nbytes)
         shutil.rmtree(source)  # room for the way back
+        result["read"] = timed(lambda: read(target), nbytes, target)
+        for check in (True, False):
+            forget(target)
+            result[f"load{'' if check else '_unchecked'}"] = measure("load", [str(target), str(check)], nbytes)
+        result["check"] = measure("check", [str(target)], nbytes)
         result["to_hf"] = measure("to_hf", [str(target), str(back)], nbytes)
         result["machine"] = {
             "cpu": _cpu(),
@@ -92,6 +103,46 @@ def make_checkpoint(folder: Path, config: LlavaConfig) -> int:
     return total
 
 
+def timed(run: Callable[[], None], nbytes: int, folder: Path) -> dict[str, float | bool]:
+    """Seconds and rate of something that reads the files of a folder."""
+    forget(folder)
+    start = time.perf_counter()
+    run()
+    seconds = time.perf_counter() - start
+    return {"seconds": round(seconds, 1), "bytes_per_second": round(nbytes / seconds)}
+
+
+def forget(folder: Path) -> None:
+    """Writes the files of a folder to the disk, and has the kernel drop them from memory."""
+    for file in files(folder):
+        with file.open("rb") as stream:
+            os.fsync(stream.fileno())
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copies files, to the disk."""
+    target.mkdir()
+    for file in files(source):
+        with file.open("rb") as taken, (target / file.name).open("wb") as made:
+            shutil.copyfileobj(taken, made, BLOCK)
+            made.flush()
+            os.fsync(made.fileno())
+
+
+def read(folder: Path) -> None:
+    """Reads every byte."""
+    block = bytearray(BLOCK)
+    for file in files(folder):
+        with file.open("rb", buffering=0) as stream:
+            while stream.readinto(block):
+                pass
+
+
+def files(folder: Path) -> list[Path]:
+    return [item for item in sorted(folder.rglob("*")) if item.is_file()]
+
+
 def measure(what: str, arguments: list[str], nbytes: int) -> dict[str, float | bool]:
     """Runs one step as a process of its own: seconds, rate, and the memory that the kernel counted for it."""
     script = f"""
@@ -102,6 +153,9 @@ from sparsevlm_jax.process import memory
 from sparsevlm_jax.checkpoints.check import check
 from sparsevlm_jax.checkpoints.export import to_hf
 from sparsevlm_jax.checkpoints.convert import convert
+from sparsevlm_jax.checkpoints.load import load as load_model
+def load(folder, check, watch):
+    return jax.block_until_ready(load_model(folder, check=check == "True").params) and None
 anonymous = 0
 def watch(done, total):
     global anonymous
