@@ -4,8 +4,8 @@
 
 "batch N" is `sparsevlm answer --batch-size N` in this process, from reading the questions to the last answer on the
 disk; "a call each" is a loop of `sv.answer` over the same questions. All programs are compiled before, and the sides
-take turns. "idle" is the share of the time in which no program ran; the other shares are those of what each thread did
-("main" writes, the others prepare and run batches).
+take turns. "idle" is the share of the time in which no program ran, "outside" that in which no image was decoded
+either; the other shares are those of what each thread did ("main" writes, the others prepare and run batches).
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from sparsevlm_jax.inputs import pixels
 from sparsevlm_jax.inputs.processor import Processor
 from training.heldout import held_out
 
-PROGRAMS = "running programs"
+PROGRAMS, DECODING = "running programs", "decoding images"
 # Where seconds are counted, by what they are called. What such a call makes of others on the list is theirs.
 PARTS: tuple[tuple[str, Any, str], ...] = (
     (PROGRAMS, Programs, "timed"),
-    ("decoding images", pixels, "open_image"),
+    (DECODING, pixels, "open_image"),
     ("preparing images", pixels.Preparation, "image"),
     ("tokenising", Processor, "text_tokens"),
     ("tokenising", Processor, "__call__"),
@@ -62,7 +62,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-        self.ran: list[tuple[float, float]] = []  # when programs did
+        self.spans: dict[str, list[tuple[float, float]]] = defaultdict(list)  # from when to when
         self._local = threading.local()
 
     @contextmanager
@@ -75,8 +75,7 @@ class Clock:
         finally:
             ended = time.perf_counter()
             seconds = ended - began
-            if name == PROGRAMS:
-                self.ran.append((began, ended))
+            self.spans[name].append((began, ended))
             thread = "main" if threading.current_thread() is threading.main_thread() else "others"
             self.seconds[thread][name] += seconds - self._local.inside
             self._local.inside = inside + seconds
@@ -88,10 +87,10 @@ class Clock:
 
         return counted
 
-    def running(self) -> float:
-        """Seconds in which at least one program ran."""
+    def covered(self, *names: str) -> float:
+        """Seconds in which at least one thread was at one of these."""
         total, until = 0.0, 0.0
-        for began, ended in sorted(self.ran):
+        for began, ended in sorted(span for name in names for span in self.spans[name]):
             total += max(0.0, ended - max(began, until))
             until = max(until, ended)
         return total
@@ -132,7 +131,8 @@ def measure(batcher: batches.Batcher, questions: Path, answers: Path) -> dict[st
         summary = run.run(Local(batcher), job, job.read())
         seconds = time.perf_counter() - began
     found = {thread: dict(parts) for thread, parts in clock.seconds.items()}
-    return {"questions": summary["answered"], "seconds": seconds, "idle": seconds - clock.running(), **found}
+    idle, outside = (seconds - clock.covered(*names) for names in ((PROGRAMS,), (PROGRAMS, DECODING)))
+    return {"questions": summary["answered"], "seconds": seconds, "idle": idle, "outside": outside, **found}
 
 
 def measure_calls(model: sv.Model, method: str, questions: Path) -> dict[str, Any]:
@@ -149,8 +149,9 @@ def summarize(samples: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, f
     found: dict[str, dict[str, float]] = {}
     for side, runs in samples.items():
         found[side] = {"questions a second": median(one["questions"] / one["seconds"] for one in runs)}
-        if "idle" in runs[0]:
-            found[side]["idle, %"] = median(100 * one["idle"] / one["seconds"] for one in runs)
+        for name in ("idle", "outside"):
+            if name in runs[0]:
+                found[side][f"{name}, %"] = median(100 * one[name] / one["seconds"] for one in runs)
         for thread in ("main", "others"):
             for part in sorted({part for one in runs for part in one.get(thread, {})}):
                 share = median(100 * one[thread].get(part, 0.0) / one["seconds"] for one in runs)
@@ -162,7 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write raw samples there")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--questions", type=int, default=240)
+    parser.add_argument("--questions", type=int, default=960)
     parser.add_argument("--method", default="v1.5")
     options = parser.parse_args()
     model = sv.load(demo_model.path(), dtype=demo_model.DTYPE)

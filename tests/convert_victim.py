@@ -20,7 +20,7 @@ MOMENTS = {
     "while the first group is read": 0,
     "while the first group is written": 0,
     "behind the first group": 1,
-    "while the fifth group is read": 4,
+    "before the fifth group is written": 4,
     "while the fifth group is written": 4,
     "before the fifth group is noted": 4,
     "behind the fifth group": 5,
@@ -38,6 +38,8 @@ def victim(source: Path, target: Path, moment: str) -> None:
     number = {"first": 1, "fifth": 5, "last": GROUPS}.get(moment.split(" group")[0].rsplit(" ", 1)[-1], 0)
     if moment.endswith("group is read"):
         _kill_in(orbax, "parallel", number)
+    elif moment.startswith("before") and moment.endswith("group is written"):
+        _kill_in(run, "_write_group", number)
     elif moment.endswith("group is written"):
         _kill_in(AtomicRenameTemporaryPath, "finalize", number)  # data are there, their name is not
     elif moment.endswith("group is noted"):

@@ -209,7 +209,7 @@ def test_wrong_arguments_are_named(monkeypatch, capsys, tmp_path, arguments, wan
 def test_a_disk_that_is_too_small_is_known_before_anything_is_written(monkeypatch, capsys, tmp_path):
     usage = shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
-    monkeypatch.setattr(run, "_convert_group", lambda *a: pytest.fail("a group was converted"))
+    monkeypatch.setattr(run, "_write_group", lambda *a: pytest.fail("a group was converted"))
     error = fails(monkeypatch, capsys, "convert", HF, tmp_path / "orbax")
     assert "needs 979.62 KiB more, the disk has 976.56 KiB left: 3.06 KiB too little" in error
     assert not (tmp_path / "orbax").exists()
@@ -302,7 +302,7 @@ def test_what_no_conversion_made_is_neither_emptied_nor_filled(tmp_path, whole, 
 
 
 def test_a_target_that_is_a_link_to_nothing_is_in_the_way_from_the_start(monkeypatch, tmp_path, whole):
-    monkeypatch.setattr(run, "_convert_group", lambda *a: pytest.fail("a group was converted"))
+    monkeypatch.setattr(run, "_write_group", lambda *a: pytest.fail("a group was converted"))
     (tmp_path / "orbax").symlink_to(tmp_path / "nowhere")
     for attempt in (lambda: convert(HF, tmp_path / "orbax"), lambda: to_hf(whole, tmp_path / "orbax")):
         with pytest.raises(UserError, match="orbax: exists already"):
@@ -384,7 +384,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", list(CHANGES), ids=lambda change: change.__name__)
 @pytest.mark.parametrize("last", [True, False], ids=["behind the last group", "in the middle"])
 def test_a_source_that_changes_meanwhile_gives_no_target(monkeypatch, tmp_path, source, change, last):
-    one_group, calls = run._convert_group, []
+    one_group, calls = run._write_group, []
 
     def convert_group(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -394,7 +394,7 @@ def test_a_source_that_changes_meanwhile_gives_no_target(monkeypatch, tmp_path, 
         return records
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_convert_group", convert_group)
+        patch.setattr(run, "_write_group", convert_group)
         with pytest.raises(UserError, match="changed while it was converted, convert it again: .*") as caught:
             convert(source, tmp_path / "orbax")
     assert CHANGES[change] in str(caught.value) or change is overwrite_weights

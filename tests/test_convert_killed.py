@@ -60,8 +60,8 @@ def test_a_killed_conversion_goes_on(monkeypatch, processes, tmp_path, undisturb
     kill(processes, target, moment)
     assert target.exists() == (moment == "after the folder got its name")
     converted = []
-    one_group = run._convert_group
-    monkeypatch.setattr(run, "_convert_group", lambda *a: converted.append(a[0]) or one_group(*a))
+    one_group = run._write_group
+    monkeypatch.setattr(run, "_write_group", lambda *a: converted.append(a[0]) or one_group(*a))
     result = convert(HF, target)
     assert (result.resumed, len(converted)) == (MOMENTS[moment], GROUPS - MOMENTS[moment])
     assert_same(target, undisturbed)

@@ -9,7 +9,9 @@ import math
 import os
 import shutil
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,30 +75,44 @@ def convert(
     _check_target(target, opened.folder)
     with workplace(target) as partial:
         finished = _resume(partial, job, len(groups))
-        result = result._replace(resumed=len(finished))
+        earlier = set(finished)
+        result = result._replace(resumed=len(earlier))
         left = [pair for number, pairs in enumerate(groups) if number not in finished for pair in pairs]
         check_room(partial, sum(_stored_bytes(opened, pair, dtype) for pair in left))
         done = sum(sizes[number] for number in finished)
         watch(done, result.nbytes)
-        for number, pairs in enumerate(groups):
-            if number in finished:
-                continue
-            check_room(partial, sum(_stored_bytes(opened, pair, dtype) for pair in pairs))  # others fill the disk too
-            finished[number] = _convert_group(orbax.group_folder(partial, number), opened, pairs, dtype, job)
+        numbers = [number for number in range(len(groups)) if number not in finished]
+        for number, tensors in zip(numbers, _read_ahead(opened, [groups[n] for n in numbers], dtype), strict=True):
+            check_room(partial, sum(array.nbytes for array, _ in tensors.values()))  # others fill the disk too
+            finished[number] = _write_group(orbax.group_folder(partial, number), tensors, job)
             done += sizes[number]
             watch(done, result.nbytes)
-            torch_bin.release()
         records = [finished[number] for number in range(len(groups))]
         _finalise(partial, opened, dtype, job, records)
-        _require_unchanged(partial, opened, records)
+        _require_unchanged(partial, opened, records, earlier)
         publish(partial, target)
     return result
 
 
-def _convert_group(
-    folder: Path, source: Source, pairs: Sequence[Pair], dtype: str | None, job: str
-) -> tuple[Record, ...]:
-    """Reads, checks, casts and writes a group."""
+Tensors = dict[tuple[str, ...], tuple[np.ndarray, Record]]  # of a group, by path
+
+
+def _read_ahead(source: Source, groups: Sequence[Sequence[Pair]], dtype: str | None) -> Iterator[Tensors]:
+    """Group after group; a thread reads the next one while one is written."""
+    with ThreadPoolExecutor(1) as ahead:
+        following = None
+        for pairs, later in zip_longest(groups, groups[1:]):
+            tensors = _read_group(source, pairs, dtype) if following is None else following.result()
+            following = None if later is None else ahead.submit(_read_group, source, later, dtype)
+            yield tensors
+
+
+def _read_group(source: Source, pairs: Sequence[Pair], dtype: str | None) -> Tensors:
+    """Reads, checks and casts a group; its arrays as they are stored.
+
+    Raises:
+      UserError: a tensor that cannot be read, or NaN or infinity in one.
+    """
 
     def read(pair: Pair) -> tuple[np.ndarray, Record]:
         name, entry = pair
@@ -112,13 +128,17 @@ def _convert_group(
         return orbax.in_order(entry.to_param(array)), record
 
     tensors = orbax.parallel(read, pairs)
+    torch_bin.release()
     spoilt = [record.name for array, record in tensors if not all_finite(array)]
     if spoilt:
         stored = tensors[0][1].stored_dtype
         raise UserError(f"{source.folder}: NaN or infinity, as {stored}, in {len(spoilt)} tensors: {shortlist(spoilt)}")
-    state = {entry.path: array for (_, entry), (array, _) in zip(pairs, tensors, strict=True)}
-    records = tuple(record for _, record in tensors)
-    orbax.save_group(folder, state, job, records)
+    return {entry.path: tensor for (_, entry), tensor in zip(pairs, tensors, strict=True)}
+
+
+def _write_group(folder: Path, tensors: Tensors, job: str) -> tuple[Record, ...]:
+    records = tuple(record for _, record in tensors.values())
+    orbax.save_group(folder, {path: array for path, (array, _) in tensors.items()}, job, records)
     return records
 
 
@@ -208,8 +228,16 @@ def _finalise(partial: Path, source: Source, dtype: str | None, job: str, groups
     (partial / MANIFEST).write_text(manifest.to_json())
 
 
-def _require_unchanged(partial: Path, source: Source, groups: Sequence[tuple[Record, ...]]) -> None:
-    """Reads all of the source again: what was converted, by an earlier run too, is what it holds now.
+def _require_unchanged(
+    partial: Path, source: Source, groups: Sequence[tuple[Record, ...]], earlier: Collection[int]
+) -> None:
+    """What was converted is what the source holds now.
+
+    Tensors are read again where the times of files do not tell: those of files that something was done to, and those
+    that an earlier run read.
+
+    Args:
+      earlier: the numbers of groups that an earlier run converted.
 
     Raises:
       UserError: it is not; what was converted is removed.
@@ -218,10 +246,11 @@ def _require_unchanged(partial: Path, source: Source, groups: Sequence[tuple[Rec
     def same(record: Record) -> bool:
         return orbax.digest(source.tensors[record.name].read()) == record.digest
 
-    changed = source.changed()
-    for records in groups:
-        found = orbax.parallel(same, records)
-        changed += [record.name for record, equal in zip(records, found, strict=True) if not equal]
+    changed, touched = source.changed(), source.touched()
+    for number, records in enumerate(groups):
+        doubtful = [record for record in records if number in earlier or record.file in touched]
+        found = orbax.parallel(same, doubtful)
+        changed += [record.name for record, equal in zip(doubtful, found, strict=True) if not equal]
         torch_bin.release()
     if changed:
         clear(partial)

@@ -50,6 +50,7 @@ class Source(NamedTuple):
     config: dict[str, Any]  # config.json in the Hugging Face form
     tower: Path | None  # the CLIP model that was given
     stamps: dict[str, Stamp]  # of the weight files, when they were listed
+    inodes: dict[str, int]  # when the inode of each had changed, which nobody can turn back
     beside: dict[str, str]  # sha256 of every other file, before it was read
     model: ModelConfig
     pairs: list[tuple[str, Entry]]  # every tensor and its parameter
@@ -65,6 +66,11 @@ class Source(NamedTuple):
         """The files that are not what they were when the source was opened."""
         before, now = self.stamps | self.beside, _stamps(self.tensors) | _beside(self.folder, self.tower)
         return [file for file in sorted({*before, *now}) if before.get(file) != now.get(file)]
+
+    def touched(self) -> set[str]:
+        """The names of weight files that may have changed, whatever their own time says, since the source was opened."""
+        now = _inodes(self.tensors)
+        return {Path(file).name for file, time in self.inodes.items() if now.get(file) != time}
 
     def nbytes(self, name: str) -> int:
         tensor = self.tensors[name]
@@ -114,6 +120,7 @@ def open_source(source: str | Path, *, revision: str | None = None, vision_tower
         config=config,
         tower=tower,
         stamps=_stamps(tensors),
+        inodes=_inodes(tensors),
         beside=beside,
         model=model,
         pairs=pairs,
@@ -138,15 +145,22 @@ def list_tensors(folder: Path) -> dict[str, Tensor]:
 
 def _stamps(tensors: Mapping[str, Tensor]) -> dict[str, Stamp]:
     """Of all weight files."""
-    return {str(file): _stamp(file) for file in sorted({tensor.file for tensor in tensors.values()})}
+    found = _status(tensors)
+    return {file: status and (status.st_size, status.st_mtime_ns) for file, status in found.items()}
 
 
-def _stamp(file: Path) -> Stamp:
-    try:
-        status = file.stat()
-    except OSError:
-        return None
-    return status.st_size, status.st_mtime_ns
+def _inodes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    return {file: status.st_ctime_ns for file, status in _status(tensors).items() if status}
+
+
+def _status(tensors: Mapping[str, Tensor]) -> dict[str, os.stat_result | None]:
+    def of(file: Path) -> os.stat_result | None:
+        try:
+            return file.stat()
+        except OSError:
+            return None
+
+    return {str(file): of(file) for file in sorted({tensor.file for tensor in tensors.values()})}
 
 
 def _beside(folder: Path, tower: Path | None) -> dict[str, str]:

@@ -222,11 +222,12 @@ class Batcher:
                 yield self.run(prepared)
 
     def _abreast(self, rows: Sequence[Asked], batches: Sequence[list[int]]) -> Iterator[Numbered]:
-        """Two batches at a time, each on a thread of its own; in their order."""
-        with ThreadPoolExecutor(ABREAST) as threads:
+        """Two batches at a time, each on a thread of its own; in their order. A third thread prepares the next ones."""
+        with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(ABREAST) as threads:
             running: deque[Future[Numbered]] = deque()
             for batch in batches:
-                running.append(threads.submit(lambda own: self.run(self.prepare([rows[i] for i in own])), batch))
+                prepared = ahead.submit(self.prepare, [rows[i] for i in batch])
+                running.append(threads.submit(lambda own: self.run(own.result()), prepared))
                 if len(running) > ABREAST:  # one more, so that no thread waits for who takes the answers
                     yield running.popleft().result()
             while running:
