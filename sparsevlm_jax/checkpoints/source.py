@@ -68,7 +68,7 @@ class Source(NamedTuple):
         return [file for file in sorted({*before, *now}) if before.get(file) != now.get(file)]
 
     def touched(self) -> set[str]:
-        """The names of weight files that may have changed, whatever their own time says, since the source was opened."""
+        """The names of weight files that may have changed since the source was opened, whatever their own time says."""
         now = _inodes(self.tensors)
         return {Path(file).name for file, time in self.inodes.items() if now.get(file) != time}
 
