@@ -294,3 +294,10 @@ def test_without_words_behind_the_image_all_other_words_rate(batch: list[Segment
     raters = raters_of(prompt(batch, seed))
     for row, chosen in zip(batch, raters, strict=True):
         np.testing.assert_array_equal(np.flatnonzero(chosen), np.arange(row[0]))
+
+
+@pytest.mark.parametrize("heads", [1, 3, 16])
+def test_the_sum_over_heads_is_one(heads):
+    values = np.random.default_rng(heads).random((2, heads, 7, 33)).astype(np.float32)
+    exact = np.sum(values.astype(np.float64), axis=1)
+    np.testing.assert_allclose(jax.jit(sparsify.sum_of_heads)(values), exact, rtol=1e-6)

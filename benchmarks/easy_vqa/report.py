@@ -107,9 +107,11 @@ def draw(answers: Mapping[str, Any], cuts: Mapping[str, Any], image: Path) -> No
     dense = next(found for found in answers["rows"] if found["label"] == "dense")
     figure, axes = plt.subplots(1, 2, figsize=(14, 4.5), layout="constrained")
     pruned = [found for found in answers["rows"] if found is not dense]
-    panel(axes[0], pruned, "entering", f"visual tokens entering a layer, of {TOKENS}")
+    labels = (*OWN_WORDS, *RIVALS, *CONTROLS, *GUIDES)
+    panel(axes[0], pruned, "entering", f"visual tokens entering a layer, of {TOKENS}", labels)
     axes[0].set_title("Methods as published, at three budgets (`sparsevlm answer`)")
-    panel(axes[1], [found for found in cuts["rows"] if found["keep"]], "keep", f"visual tokens kept of {TOKENS}")
+    chosen = [found for found in cuts["rows"] if found["keep"]]
+    panel(axes[1], chosen, "keep", f"visual tokens kept of {TOKENS}", labels)
     axes[1].set_title("Who chooses (one cut after layer 0, no recycling)")
     for ax in axes:
         ax.axhline(dense["accuracy"], color="0.5", linewidth=1, linestyle=":", label="dense")

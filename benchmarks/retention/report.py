@@ -78,16 +78,19 @@ def draw(results: Sequence[dict[str, Any]], image: Path) -> None:
     plt.close(figure)
 
 
-def panel(ax: Any, rows: Sequence[dict[str, Any]], across: str, name: str) -> None:
+def panel(ax: Any, rows: Sequence[dict[str, Any]], across: str, name: str, labels: Sequence[str] | None = None) -> None:
     """Accuracies with their intervals against one of the rows' figures, a line for every label.
 
     Args:
       across: which figure; "keep" is drawn on a logarithmic axis.
       name: the figure in words.
+      labels: all that may come, so that plots beside each other draw each alike; by default those of the rows.
     """
     markers = "osv^D<>Pp*hX"
-    series = list(dict.fromkeys(row["label"].split(", a ")[0] for row in rows))
-    for number, label in enumerate(series):
+    found = list(dict.fromkeys(row["label"].split(", a ")[0] for row in rows))
+    for number, label in enumerate(found if labels is None else labels):
+        if label not in found:
+            continue
         own = sorted((r for r in rows if r["label"].split(", a ")[0] == label), key=lambda row: row[across])
         y = np.array([row["accuracy"] for row in own])
         low, high = np.array([row["interval"] for row in own]).T

@@ -10,12 +10,15 @@ recycled tokens, c clusters, d width, i layers.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import reduce
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from sparsevlm_jax.ops.attention import traced_for
+from sparsevlm_jax.parallel.inside import sizes
 from sparsevlm_jax.pruning.positions import after_cut
 
 EXACT = jax.lax.Precision.HIGHEST
@@ -148,7 +151,14 @@ def score_visual(attention: Float[Array, "b n r l"], raters: Bool[Array, "b r"])
 
     Probabilities are the pruning layer's own, all keys in the softmax, so a row does not sum to 1 over the image.
     """
-    return _mean_where(jnp.mean(attention, axis=1), raters[:, :, None], axis=1)
+    return _mean_where(sum_of_heads(attention) / attention.shape[1], raters[:, :, None], axis=1)
+
+
+def sum_of_heads(values: Float[Array, "b n r l"]) -> Float[Array, "b r l"]:
+    """On one CPU head by head: XLA's loop for a reduction over an outer axis is three times as slow there."""
+    if traced_for() != "cpu" or sizes() is not None:
+        return jnp.sum(values, axis=1)
+    return reduce(jnp.add, (values[:, head] for head in range(values.shape[1])))
 
 
 def select(
@@ -217,8 +227,7 @@ def recycle(
     squares = jnp.where(real_cluster[:, None, :] & real[:, :, None], jnp.square(nearest), 0.0)
     neighbours = jnp.where(real, cluster_count[:, None], 0).astype(jnp.float32)
     density = jnp.exp(-jnp.sum(squares, axis=2) / jnp.maximum(neighbours, 1.0))
-    if jitter is not None:
-        density = density + jitter
+    density = density if jitter is None else density + jitter
 
     farthest = jnp.max(jnp.where(both_real, distances, 0.0), axis=(1, 2))[:, None, None]
     denser = both_real & (density[:, None, :] > density[:, :, None])
@@ -331,8 +340,8 @@ def _found(keys: Int[Array, "b l"], wanted: Int[Array, "b t"]) -> Int[Array, "b 
 
 def _mean_where(values: Array, where: Array, axis: int) -> Array:
     """Mean over the entries of an axis where a mask is True; 0 where it is True nowhere."""
-    count = jnp.sum(where, axis=axis).astype(jnp.float32)
-    return jnp.sum(jnp.where(where, values, 0.0), axis=axis) / jnp.maximum(count, 1.0)
+    count = jnp.maximum(jnp.sum(where, axis=axis).astype(jnp.float32), 1.0)
+    return jnp.sum(jnp.where(where, values, 0.0), axis=axis) / count
 
 
 def _scatter_true(index: Int[Array, "b i"], values: Bool[Array, "b i"], length: int) -> Bool[Array, "b {length}"]:

@@ -20,7 +20,7 @@ from sparsevlm_jax.ops.rope import apply_rope
 from sparsevlm_jax.pruning.methods.base import Method, PruningContext, Scores
 from sparsevlm_jax.pruning.options import HeadOptions, RankOptions
 from sparsevlm_jax.pruning.settings import V1_PRUNING_LAYERS, Budget, Sparsity
-from sparsevlm_jax.pruning.sparsify import EXACT, score_visual, take
+from sparsevlm_jax.pruning.sparsify import EXACT, score_visual, sum_of_heads, take
 from sparsevlm_jax.rotary import Rope
 
 
@@ -67,7 +67,7 @@ def score_by_selected_heads(layer: PruningContext, sparsity: Sparsity) -> Scores
     corrected = jnp.where(pairs & (weight != 0), layer.attention(rows) / jnp.where(weight == 0, 1.0, weight), 0.0)
     sums = jnp.sum(corrected, axis=(2, 3))
     heads = select_heads(sums, options.heads)
-    selected = jnp.sum(jnp.where(heads[:, :, None, None], corrected, 0.0), axis=1, keepdims=True) / options.heads
+    selected = sum_of_heads(jnp.where(heads[:, :, None, None], corrected, 0.0))[:, None] / options.heads
     return Scores(score_visual(selected, raters), details={"head_sums": sums, "heads": heads, "gravity": weight[:, 0]})
 
 
