@@ -177,8 +177,8 @@ def test_tiles_of_every_length_are_softmax(monkeypatch: pytest.MonkeyPatch, leng
         np.testing.assert_allclose(out[one, rows], expected, atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize("length, blocks", [(1, 1), (168, 1), (169, 2), (664, 4), (2016, 12), (100_000, 12)])
-def test_the_tiled_program_grows_up_to_twelve_blocks(monkeypatch: pytest.MonkeyPatch, length: int, blocks: int) -> None:
+@pytest.mark.parametrize("length, blocks", [(1, 1), (168, 1), (169, 2), (664, 4), (2016, 8), (100_000, 8)])
+def test_the_tiled_program_grows_up_to_eight_blocks(monkeypatch: pytest.MonkeyPatch, length: int, blocks: int) -> None:
     monkeypatch.setattr(attention, "ROWS", 168)
     x = jax.ShapeDtypeStruct((2, length, 4, HEAD_DIM), jnp.float32)
     run = partial(attend, causal=True, implementation="tiled")

@@ -18,6 +18,7 @@ import pytest
 from sparsevlm_jax import Plan, Prompt, Sparsity, abstract_params, make_plan, prefill, sparsity
 from sparsevlm_jax.generation.api import generate_ids
 from sparsevlm_jax.generation.loop import LoopConfig, SamplingParams, decode, start
+from sparsevlm_jax.pruning.methods.sparsevlm import numerical_rank
 from tests import models
 
 MODEL = models.config(layers=4)
@@ -307,3 +308,10 @@ def test_the_pruned_prefill_exports_for_cuda_and_tpu(method: str, dtype: str) ->
     assert exported.platforms == ("cuda", "tpu")
     assert exported.out_avals[0].shape == (1, MODEL.text.vocab_size)
     assert {str(leaf.dtype) for leaf in exported.out_avals[1:9]} == {dtype}
+
+
+def test_singular_values_of_a_batch_are_asked_one_row_at_a_time():
+    """jax 0.10 divides a batch among the threads of a pool and waits in one of them: two programs hung each other."""
+    shapes = jax.ShapeDtypeStruct((5, 3, 8), jnp.float32), *[jax.ShapeDtypeStruct((5,), jnp.int32)] * 2
+    calls = re.findall(r"custom_call @lapack_sgesdd\w*\(.*", jax.jit(numerical_rank).lower(*shapes).as_text())
+    assert calls and all("(tensor<3x8xf32>)" in call for call in calls)

@@ -31,7 +31,7 @@ from sparsevlm_jax.inputs.packing import (
 )
 from sparsevlm_jax.models.embedding import embed
 from sparsevlm_jax.models.stages import Cache, ImageFeatures, Params
-from sparsevlm_jax.parallel.arrays import fetch, on_mesh_of, put_beside, require_one_cpu, require_rows
+from sparsevlm_jax.parallel.arrays import fetch, on_mesh_of, put_beside, require_rows
 from sparsevlm_jax.pruning.budgets import make_plan, plan_of_row
 from sparsevlm_jax.pruning.methods import METHODS, as_sparsity
 from sparsevlm_jax.pruning.plan import Plan
@@ -108,8 +108,6 @@ class GenerationRequest:
         self.max_new_tokens = max_new_tokens
         self.packed = pack(rows, config.image_token_id, config.visual_bucket)
         sparsity = as_sparsity(sparsity)
-        if sparsity.method in METHODS and METHODS[sparsity.method].counts_are_bounds:
-            require_one_cpu(params, f"{sparsity.method} computes ranks")
         self.seed = self._put(_seed(sparsity))
         # The seed is traced: in the plan it would make another program.
         self.plan = plan_of_rows(replace(sparsity, seed=None), config, self.packed)

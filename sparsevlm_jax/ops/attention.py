@@ -24,8 +24,8 @@ from sparsevlm_jax.parallel.inside import by_head
 IMPLEMENTATIONS = ("auto", "xla", "blockwise", "tiled", "cudnn")
 BLOCK = 256  # query rows at a time in the blockwise path
 ROWS = 224  # query rows at a time, about, in the tiled path
-BLOCKS = 12  # of query rows, at most, in the tiled path
-CACHED = 4 * 2**20  # bytes of float32 logits that the tiled path works on at a time
+BLOCKS = 8  # of query rows, at most, in the tiled path
+CACHED = 4 * 2**20  # bytes of float32 logits that the tiled path works on at a time, but for two heads' at least
 UNSEEN = -1e30  # added to a logit: its weight is exactly 0
 LOGITS_LIMIT = 2**30  # bytes of float32 logits [b, n, l, s] above which "auto" goes blockwise
 
@@ -262,8 +262,9 @@ def _rows_at_a_time(length: int) -> int:
 
 
 def _at_a_time(prompts: int, heads: int, bytes_each: int) -> tuple[int, int]:
-    """Rows of the batch, and heads: divisors, as many as have logits of at most `CACHED` bytes; one head at least."""
-    together = _largest_divisor(heads, CACHED // bytes_each)
+    """Rows of the batch, and heads: divisors, as many as have logits of at most `CACHED` bytes; two heads at least, as
+    one is hardly shared by two cores."""
+    together = _largest_divisor(heads, max(2, CACHED // bytes_each))
     return (_largest_divisor(prompts, CACHED // (bytes_each * heads)) if together == heads else 1), together
 
 

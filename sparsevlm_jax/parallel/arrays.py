@@ -44,18 +44,6 @@ def require_rows(params: Any, rows: int) -> None:
         )
 
 
-def require_one_cpu(params: Any, what: str) -> None:
-    """Refuses linear algebra of LAPACK on several CPU devices of a process: every device waits in a thread of JAX's for
-    work that needs one more, and none is left (seen with jax 0.10.2).
-
-    Raises:
-      UserError: it would hang.
-    """
-    mesh = mesh_of(params)
-    if isinstance(mesh, Mesh) and mesh.size > 1 and mesh.devices.flat[0].platform == "cpu":
-        raise UserError(f"{what}, which several CPU devices cannot do at a time: use one, or another method")
-
-
 @contextmanager
 def on_mesh_of(params: Any) -> Iterator[None]:
     """Programs that are traced within run on the mesh of the parameters, if they have one."""

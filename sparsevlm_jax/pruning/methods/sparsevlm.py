@@ -9,6 +9,7 @@ Axis letters: b batch, l sequence length, n heads, r raters, h head dim.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sparsevlm_jax.config import TextConfig
 from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.ops.attention import traced_for
 from sparsevlm_jax.ops.rope import apply_rope
 from sparsevlm_jax.pruning.methods.base import Method, PruningContext, Scores
 from sparsevlm_jax.pruning.options import HeadOptions, RankOptions
@@ -100,10 +102,17 @@ def numerical_rank(
     Returns:
       The rank and the singular values, falling.
     """
-    values = jnp.linalg.svd(matrix, compute_uv=False)
+    values = _singular_values(matrix)
     size = jnp.maximum(rows, columns).astype(jnp.float32)
     tolerance = size * jnp.finfo(jnp.float32).eps * jnp.max(values, axis=1)
     return jnp.sum(values > tolerance[:, None], axis=1), values
+
+
+def _singular_values(matrix: Float[Array, "b r l"]) -> Float[Array, "b s"]:
+    """Of each matrix, falling. On CPUs one after the other: jax divides a batch among the threads of a pool in one of
+    which it waits, for ever where another program does so at the same time (seen with jax 0.10.2)."""
+    one = partial(jnp.linalg.svd, compute_uv=False)
+    return jax.lax.map(one, matrix) if traced_for() == "cpu" else one(matrix)
 
 
 def kept_by_rank(sparsity: Sparsity, rank: int) -> int:
