@@ -94,6 +94,7 @@ def main() -> None:
                 for name, tree in trees.items():
                     found = one(tree, shape, side)
                     runs.setdefault(shape, {}).setdefault(name, {}).setdefault(side, []).append(found)
+                    print(shape, name, side, found, file=sys.stderr, flush=True)
     summary = {shape: {name: per_point(found) for name, found in named.items()} for shape, named in runs.items()}
     print(json.dumps(summary, indent=1))
     if options.out:
