@@ -1,6 +1,6 @@
 """Layers that every tower and decoder is made of: Linen declares the parameters, arrays do the work.
 
-Axis letters: b batch, d width.
+Axis letters: b batch, d width, i inputs, o outputs, r rows of all batches.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int8
 
-from sparsevlm_jax.ops.attention import exact
+from sparsevlm_jax.ops.attention import exact, traced_for
+from sparsevlm_jax.parallel.inside import sizes
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),  # the exact, erf one
@@ -22,6 +24,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
+FEW = 32  # rows, at most, whose product with a kernel in eight bits takes it block by block on CPUs
+BLOCK = 2**17  # values of such a kernel that become floats at a time
 
 
 def apart(x: Array, uses: int) -> list[Array]:
@@ -33,9 +37,37 @@ def apart(x: Array, uses: int) -> list[Array]:
     return jax.lax.optimization_barrier([x] * uses)
 
 
-def linear(features: int, use_bias: bool) -> nn.Dense:
+class Linear(nn.Dense):
+    """`nn.Dense`, whose kernel may be in eight bits: then its `scale` is beside it (`models.quantize`)."""
+
+    def __call__(self, inputs: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        scale = self.get_variable("params", "scale")
+        if scale is None:
+            return super().__call__(inputs)
+        made = scaled_product(inputs, self.get_variable("params", "kernel"), scale)
+        return made + self.get_variable("params", "bias") if self.use_bias else made
+
+
+def linear(features: int, use_bias: bool) -> Linear:
     """A dense layer in the dtype of its input; float32 is computed as float32 on every backend."""
-    return nn.Dense(features, use_bias=use_bias, dot_general=_dot_general)
+    return Linear(features, use_bias=use_bias, dot_general=_dot_general)
+
+
+def scaled_product(
+    x: Float[Array, "*b i"], values: Int8[Array, "i o"], scale: Float[Array, "o"]
+) -> Float[Array, "*b o"]:
+    """x @ (values * scale): the product with the values in the dtype of x, then the scale in float32.
+
+    Accelerators read the values as they are, in the kernel of the product. XLA's CPU backend would write all of them
+    as floats first, at every token: there a few rows take them block by block, as fit a core's cache.
+    """
+    wide = jnp.promote_types(x.dtype, jnp.bfloat16)  # float32 for float16, in which sums of such values overflow
+    rows = x.reshape(-1, x.shape[-1])
+    if traced_for() == "cpu" and sizes() is None and len(rows) <= FEW:
+        made = _product_in_blocks(rows, values, wide).reshape(*x.shape[:-1], -1)
+    else:
+        made = _product(x, values, wide)
+    return (made * scale).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -73,6 +105,22 @@ class LayerNorm(nn.Module):
         centred -= jnp.mean(centred, axis=-1, keepdims=True)
         variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
         return (centred * (jax.lax.rsqrt(variance + self.eps) * scale) + bias).astype(x.dtype)
+
+
+def _product_in_blocks(x: Float[Array, "r i"], values: Int8[Array, "i o"], wide: DTypeLike) -> Float[Array, "r o"]:
+    """`_product`, summed over blocks of inputs."""
+    inputs, outputs = values.shape
+    size = next(n for n in range(min(inputs, max(1, BLOCK // outputs)), 0, -1) if inputs % n == 0)
+
+    def add(total: Array, block: tuple[Array, Array]) -> tuple[Array, None]:
+        return total + _product(*block, wide), None
+
+    blocks = x.reshape(len(x), -1, size).swapaxes(0, 1), values.reshape(-1, size, outputs)
+    return jax.lax.scan(add, jnp.zeros((len(x), outputs), wide), blocks)[0]
+
+
+def _product(x: Float[Array, "*b i"], values: Int8[Array, "i o"], wide: DTypeLike) -> Float[Array, "*b o"]:
+    return jnp.dot(x, values.astype(x.dtype), precision=exact(x.dtype), preferred_element_type=wide)
 
 
 def _dot_general(lhs: Array, rhs: Array, dims: Any, precision: Any = None, **options: Any) -> Array:
