@@ -24,11 +24,24 @@ from sparsevlm_jax.checkpoints.source import FILES, Source, open_source, with_dt
 from sparsevlm_jax.config import DTYPES, read_config
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.files import inside, open_regular, user_path
+from sparsevlm_jax.models.names import Entry
+from sparsevlm_jax.models.quantize import ParamPath, check_quantize, in_eight_bits, scale_of
 from sparsevlm_jax.process import versions
 from sparsevlm_jax.text import in_bytes, shortlist
 
 _PACKAGES = ("sparsevlm_jax", "orbax-checkpoint", "jax", "flax", "transformers", "numpy")
 _MARK = ".sparsevlm-convert"  # a file in every folder that is worked in
+
+
+class Form(NamedTuple):
+    """How parameters are stored."""
+
+    dtype: str | None  # None for each tensor's own
+    quantize: str | None
+
+    def scale_of(self, entry: Entry) -> ParamPath | None:
+        """Where the scale of a parameter that is stored in eight bits goes; None for all others."""
+        return None if self.quantize is None else scale_of(entry.path)
 
 
 class Result(NamedTuple):
@@ -45,6 +58,7 @@ def convert(
     target: str | Path,
     *,
     dtype: str | None = None,
+    quantize: str | None = None,
     revision: str | None = None,
     vision_tower: str | Path | None = None,
     watch: Watch = lambda done, total: None,
@@ -56,6 +70,7 @@ def convert(
       target: a folder that does not exist yet, or the finished result of this very conversion. Until it is complete
         everything is in a folder beside it, `.NAME.partial`.
       dtype: "float32", "bfloat16" or "float16"; by default every tensor keeps its own.
+      quantize: "int8" stores the kernels of the decoder's layers in eight bits, which cannot be undone.
       watch: is told about progress.
 
     Raises:
@@ -63,8 +78,10 @@ def convert(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f'dtype "{dtype}" is not supported: choose {", ".join(DTYPES)}')
+    check_quantize(quantize)
+    form = Form(dtype, quantize)
     opened, target = open_source(source, revision=revision, vision_tower=vision_tower), user_path(target)
-    groups, job = group(opened), _job(opened, dtype)
+    groups, job = group(opened), _job(opened, form)
     sizes = [sum(opened.nbytes(name) for name, _ in pairs) for pairs in groups]
     result = Result(len(groups), len(groups), sum(sizes), max(sizes))
     if is_converted(target) and read_manifest(target).job == job:
@@ -75,51 +92,59 @@ def convert(
         finished = _resume(partial, job, len(groups))
         result = result._replace(resumed=len(finished))
         left = [pair for number, pairs in enumerate(groups) if number not in finished for pair in pairs]
-        check_room(partial, sum(_stored_bytes(opened, pair, dtype) for pair in left))
+        check_room(partial, sum(_stored_bytes(opened, pair, form) for pair in left))
         done = sum(sizes[number] for number in finished)
         watch(done, result.nbytes)
         for number, pairs in enumerate(groups):
             if number in finished:
                 continue
-            check_room(partial, sum(_stored_bytes(opened, pair, dtype) for pair in pairs))  # others fill the disk too
-            finished[number] = _convert_group(orbax.group_folder(partial, number), opened, pairs, dtype, job)
+            check_room(partial, sum(_stored_bytes(opened, pair, form) for pair in pairs))  # others fill the disk too
+            finished[number] = _convert_group(orbax.group_folder(partial, number), opened, pairs, form, job)
             done += sizes[number]
             watch(done, result.nbytes)
             torch_bin.release()
         records = [finished[number] for number in range(len(groups))]
-        _finalise(partial, opened, dtype, job, records)
+        _finalise(partial, opened, form, job, records)
         _require_unchanged(partial, opened, records)
         publish(partial, target)
     return result
 
 
-def _convert_group(
-    folder: Path, source: Source, pairs: Sequence[Pair], dtype: str | None, job: str
-) -> tuple[Record, ...]:
+def _convert_group(folder: Path, source: Source, pairs: Sequence[Pair], form: Form, job: str) -> tuple[Record, ...]:
     """Reads, checks, casts and writes a group."""
 
-    def read(pair: Pair) -> tuple[np.ndarray, Record]:
+    def read(pair: Pair) -> list[tuple[np.ndarray, Record]]:
         name, entry = pair
         tensor = source.tensors[name]
         array = tensor.read()
-        digest = stored_digest = orbax.digest(array)
-        if dtype not in (None, tensor.dtype):
-            with np.errstate(over="ignore"):  # an overflow is reported below, with its name
-                array = array.astype(dtype)
-            stored_digest = orbax.digest(array)
-        path, stored = "/".join(entry.path), array.dtype.name
-        record = Record(path, name, tensor.file.name, tensor.shape, tensor.dtype, digest, stored, stored_digest)
-        return orbax.in_order(entry.to_param(array)), record
+        digest = orbax.digest(array)
+        origin, made = (name, tensor.file.name), []
+        for path, stored in _stored(entry, array, form).items():
+            stored_digest = digest if stored is array else orbax.digest(stored)
+            own = (stored.shape, tensor.dtype, digest, stored.dtype.name, stored_digest)
+            parameter = entry.to_param(stored) if path == entry.path else stored
+            made.append((orbax.in_order(parameter), Record("/".join(path), *origin, *own)))
+        return made
 
-    tensors = orbax.parallel(read, pairs)
-    spoilt = [record.name for array, record in tensors if not all_finite(array)]
+    tensors = [each for made in orbax.parallel(read, pairs) for each in made]
+    spoilt = [record for array, record in tensors if not all_finite(array)]
     if spoilt:
-        stored = tensors[0][1].stored_dtype
-        raise UserError(f"{source.folder}: NaN or infinity, as {stored}, in {len(spoilt)} tensors: {shortlist(spoilt)}")
-    state = {entry.path: array for (_, entry), (array, _) in zip(pairs, tensors, strict=True)}
+        stored, names = spoilt[0].stored_dtype, shortlist([record.name for record in spoilt])
+        raise UserError(f"{source.folder}: NaN or infinity, as {stored}, in {len(spoilt)} tensors: {names}")
+    state = {tuple(record.path.split("/")): array for array, record in tensors}
     records = tuple(record for _, record in tensors)
     orbax.save_group(folder, state, job, records)
     return records
+
+
+def _stored(entry: Entry, tensor: np.ndarray, form: Form) -> dict[ParamPath, np.ndarray]:
+    """What is stored of a tensor, in its order of axes: itself, cast, or values and scale."""
+    scale = form.scale_of(entry)
+    if scale is not None:
+        values, factors = in_eight_bits(tensor, axis=1)
+        return {entry.path: np.asarray(values), scale: np.asarray(factors)}
+    with np.errstate(over="ignore"):  # an overflow is reported by the caller, with its name
+        return {entry.path: tensor.astype(form.dtype or tensor.dtype, copy=False)}
 
 
 @contextmanager
@@ -179,13 +204,13 @@ def _resume(partial: Path, job: str, count: int) -> dict[int, tuple[Record, ...]
     return finished
 
 
-def _finalise(partial: Path, source: Source, dtype: str | None, job: str, groups: Sequence[tuple[Record, ...]]) -> None:
+def _finalise(partial: Path, source: Source, form: Form, job: str, groups: Sequence[tuple[Record, ...]]) -> None:
     """Writes what stands beside the parameters, the manifest last."""
     copy_files(source.folder, partial, FILES if source.layout == "hf" else ("generation_config.json",))
     if source.layout == "original":
         aspect = read_config(source.folder).get("image_aspect_ratio")
         llava_original.write_processor(source.folder, partial, source.config, aspect)
-    config = source.config if dtype is None else with_dtype(source.config, dtype)
+    config = source.config if form.dtype is None else with_dtype(source.config, form.dtype)
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     manifest = Manifest(
         version=VERSION,
@@ -220,8 +245,9 @@ def _require_unchanged(partial: Path, source: Source, groups: Sequence[tuple[Rec
 
     changed = source.changed()
     for records in groups:
-        found = orbax.parallel(same, records)
-        changed += [record.name for record, equal in zip(records, found, strict=True) if not equal]
+        tensors = {record.name: record for record in records}  # two may be made of one
+        found = orbax.parallel(same, list(tensors.values()))
+        changed += [name for name, equal in zip(tensors, found, strict=True) if not equal]
         torch_bin.release()
     if changed:
         clear(partial)
@@ -254,11 +280,12 @@ def _is_folder(item: Path) -> bool:
     return item.is_dir() and not item.is_symlink()
 
 
-def _job(source: Source, dtype: str | None) -> str:
+def _job(source: Source, form: Form) -> str:
     """Identifies what is converted and how, without reading the weights."""
     files = [(Path(file).name, stamp) for file, stamp in source.stamps.items()]
     pairs = [(name, entry.path, source.tensors[name].dtype) for name, entry in source.pairs]
-    whole = [VERSION, source.config_digest, source.config, files, sorted(pairs), dtype]
+    whole = [VERSION, source.config_digest, source.config, files, sorted(pairs), form.dtype]
+    whole += [] if form.quantize is None else [form.quantize]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
@@ -293,6 +320,8 @@ def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:
                 shutil.copyfileobj(content, copy)
 
 
-def _stored_bytes(source: Source, pair: Pair, dtype: str | None) -> int:
+def _stored_bytes(source: Source, pair: Pair, form: Form) -> int:
     name, entry = pair
-    return math.prod(entry.shape) * np.dtype(dtype or source.tensors[name].dtype).itemsize
+    if form.scale_of(entry) is not None:
+        return (entry.shape[0] + 4) * entry.shape[1]
+    return math.prod(entry.shape) * np.dtype(form.dtype or source.tensors[name].dtype).itemsize

@@ -63,9 +63,14 @@ def to_hf(checkpoint: str | Path, target: str | Path, watch: Watch = lambda done
       The number of weight files.
 
     Raises:
-      UserError: no converted checkpoint, a damaged one, a target that exists, a full disk.
+      UserError: no converted checkpoint, a damaged one, one in eight bits, a target that exists, a full disk.
     """
     opened, target = open_converted(checkpoint), user_path(target)
+    if opened.manifest.quantize:
+        held = opened.manifest.quantize
+        raise UserError(
+            f"{checkpoint}: is in {held}, from which its source does not come back: convert the source anew"
+        )
     if os.path.lexists(target):
         raise UserError(f"{target}: exists already; choose another folder")
     if target.resolve().is_relative_to(opened.folder.resolve()):

@@ -40,7 +40,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print everything as one JSON
 # What the library calls its settings in its messages, `name` or name=value, where an option has that name.
 _SETTINGS = (
     "method|keep|keep_at|flops_share|cache_bytes|scale|bias|heads|dtype|vision_tower|visual_tokens|sides|device|ladder"
-    "|per_frame|image|video|aspect|frames|sampling|shard|suffix|batch_size|max_new_tokens|mesh"
+    "|per_frame|image|video|aspect|frames|sampling|shard|suffix|batch_size|max_new_tokens|mesh|quantize"
 )
 _SETTING = re.compile(rf"`({_SETTINGS})`|\b({_SETTINGS})=(\"[^\"]*\"|\([^)]*\)|[^\s:,;]+)")
 
@@ -55,6 +55,9 @@ class ModelOptions:
         str | None, typer.Option(metavar="D", help="float32, bfloat16 or float16; default: the checkpoint's.")
     ] = None
 
+    quantize: Annotated[
+        str | None, typer.Option(metavar="int8", help="Hold the kernels of the decoder's layers in eight bits.")
+    ] = None
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Compare a converted checkpoint with its digests.")
     ] = True
@@ -68,8 +71,16 @@ class ModelOptions:
 
     def load(self) -> Model:
         if self.model is None:
-            return load(demo_model.path(), dtype=self.dtype or demo_model.DTYPE, sharding=self.mesh)
-        return load(self.model, revision=self.revision, dtype=self.dtype, check=self.check, sharding=self.mesh)
+            own = self.dtype or demo_model.DTYPE
+            return load(demo_model.path(), dtype=own, quantize=self.quantize, sharding=self.mesh)
+        return load(
+            self.model,
+            revision=self.revision,
+            dtype=self.dtype,
+            quantize=self.quantize,
+            check=self.check,
+            sharding=self.mesh,
+        )
 
 
 @dataclass(frozen=True)

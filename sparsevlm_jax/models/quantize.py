@@ -24,7 +24,7 @@ from sparsevlm_jax.config import QUANTIZATIONS
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.models.names import KEEP, Entry
 
-Path = tuple[str, ...]
+ParamPath = tuple[str, ...]
 _KERNEL = re.compile(r"language_model/layers_\d+/.+/kernel")
 _LARGEST = 127
 _SMALLEST = 1e-30  # of an output's largest weight: what divides by the scale must not divide by zero
@@ -40,22 +40,17 @@ def check_quantize(quantize: str | None) -> None:
         raise UserError(f'quantize="{quantize}" is not supported: choose {", ".join(QUANTIZATIONS)}')
 
 
-def scale_of(path: Path) -> Path | None:
+def scale_of(path: ParamPath) -> ParamPath | None:
     """Where the scale of a kernel stands that is in eight bits where any is; None for all other parameters."""
     return (*path[:-1], "scale") if _KERNEL.fullmatch("/".join(path)) else None
 
 
-def held(path: Path, parameter: Array, quantize: str | None) -> dict[Path, Array]:
-    """What holds a parameter: itself, or values and scale."""
-    scale = None if quantize is None else scale_of(path)
-    return {path: parameter} if scale is None else dict(zip((path, scale), in_eight_bits(parameter), strict=True))
-
-
-def quantize_params(params: Mapping[str, Any], quantize: str | None = "int8") -> dict[str, Any]:
+def quantize_params(params: Mapping[str, Any]) -> dict[str, Any]:
     """A parameter tree with its kernels in eight bits; everything else is the same array."""
-    flat: dict[Path, Array] = {}
-    for path, leaf in traverse_util.flatten_dict(params).items():
-        flat |= held(path, leaf, quantize)
+    flat: dict[ParamPath, Any] = dict(traverse_util.flatten_dict(params))
+    for path, scale in [(path, scale_of(path)) for path in flat]:
+        if scale is not None:
+            flat[path], flat[scale] = in_eight_bits(flat[path])
     return traverse_util.unflatten_dict(flat)
 
 
