@@ -66,11 +66,8 @@ def to_hf(checkpoint: str | Path, target: str | Path, watch: Watch = lambda done
       UserError: no converted checkpoint, a damaged one, one in eight bits, a target that exists, a full disk.
     """
     opened, target = open_converted(checkpoint), user_path(target)
-    if opened.manifest.quantize:
-        held = opened.manifest.quantize
-        raise UserError(
-            f"{checkpoint}: is in {held}, from which its source does not come back: convert the source anew"
-        )
+    if held := opened.manifest.quantize:
+        raise UserError(f"{checkpoint}: is in {held}, which cannot be undone: only its source has the weights")
     if os.path.lexists(target):
         raise UserError(f"{target}: exists already; choose another folder")
     if target.resolve().is_relative_to(opened.folder.resolve()):

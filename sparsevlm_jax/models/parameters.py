@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ def init_params(config: ModelConfig, key: Array, dtype: DTypeLike) -> Params:
 def abstract_params(config: ModelConfig, dtype: DTypeLike, quantize: str | None = None) -> Params:
     """Shapes and dtypes of the parameter tree, without making it; `quantize` as for `load`."""
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), _shapes(config))
-    return shapes if quantize is None else jax.eval_shape(quantize_params, shapes)
+    return jax.eval_shape(partial(quantize_params, quantize=quantize), shapes)
 
 
 def abstract_pixels(config: ModelConfig, number: int, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
@@ -45,7 +45,7 @@ def tree_bytes(tree: Any) -> int:
 def entries(config: ModelConfig, quantize: str | None = None) -> dict[str, Entry]:
     """Every parameter of a model with the tensor that holds it, by the tensor's canonical name."""
     found = family_of(config).names.entries(_shapes(config))
-    return found if quantize is None else entries_held(found)
+    return entries_held(found) if quantize else found
 
 
 @cache

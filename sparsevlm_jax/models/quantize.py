@@ -45,12 +45,17 @@ def scale_of(path: ParamPath) -> ParamPath | None:
     return (*path[:-1], "scale") if _KERNEL.fullmatch("/".join(path)) else None
 
 
-def quantize_params(params: Mapping[str, Any]) -> dict[str, Any]:
+def parts_of(path: ParamPath, parameter: Array, quantize: str | None) -> dict[ParamPath, Array]:
+    """What holds a parameter, by path: itself, or values and scale."""
+    scale = scale_of(path) if quantize else None
+    return {path: parameter} if scale is None else dict(zip((path, scale), in_eight_bits(parameter), strict=True))
+
+
+def quantize_params(params: Mapping[str, Any], quantize: str | None = "int8") -> dict[str, Any]:
     """A parameter tree with its kernels in eight bits; everything else is the same array."""
-    flat: dict[ParamPath, Any] = dict(traverse_util.flatten_dict(params))
-    for path, scale in [(path, scale_of(path)) for path in flat]:
-        if scale is not None:
-            flat[path], flat[scale] = in_eight_bits(flat[path])
+    flat: dict[ParamPath, Any] = {}
+    for path, leaf in traverse_util.flatten_dict(params).items():
+        flat |= parts_of(path, leaf, quantize)
     return traverse_util.unflatten_dict(flat)
 
 
