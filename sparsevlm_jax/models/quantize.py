@@ -75,8 +75,8 @@ def entries_held(entries: Mapping[str, Entry]) -> dict[str, Entry]:
 
 
 @partial(jax.jit, static_argnames="axis")
-def in_eight_bits(kernel: Float[Array, "i o"], axis: int = 0) -> tuple[Int8[Array, "i o"], Float[Array, "o"]]:
-    """The nearest values, and the scale of each output; `axis` is that of the inputs, as in a stored tensor [o, i]."""
+def in_eight_bits(kernel: Float[Array, "_ _"], axis: int = 0) -> tuple[Int8[Array, "_ _"], Float[Array, "_"]]:
+    """The nearest values, and the scale of each output, of a kernel [i, o]; with axis 1 of a stored tensor [o, i]."""
     wide = kernel.astype(jnp.float32)
     scale = jnp.maximum(jnp.max(jnp.abs(wide), axis=axis), _SMALLEST) / _LARGEST
     return jnp.round(wide / jnp.expand_dims(scale, axis)).astype(jnp.int8), scale

@@ -6,11 +6,11 @@ Axis letters: b batch, d width, i inputs, o outputs, r rows of all batches.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8
 
@@ -37,20 +37,26 @@ def apart(x: Array, uses: int) -> list[Array]:
     return jax.lax.optimization_barrier([x] * uses)
 
 
-class Linear(nn.Dense):
-    """`nn.Dense`, whose kernel may be in eight bits: then its `scale` is beside it (`models.quantize`)."""
+class Linear(nn.Module):
+    """x @ kernel + bias in the dtype of x; float32 is computed as float32 on every backend.
 
-    def __call__(self, inputs: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+    The kernel may be in eight bits: then its `scale` stands beside it (`models.quantize`).
+    """
+
+    features: int
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
         scale = self.get_variable("params", "scale")
         if scale is None:
-            return super().__call__(inputs)
-        made = scaled_product(inputs, self.get_variable("params", "kernel"), scale)
-        return made + self.get_variable("params", "bias") if self.use_bias else made
-
-
-def linear(features: int, use_bias: bool) -> Linear:
-    """A dense layer in the dtype of its input; float32 is computed as float32 on every backend."""
-    return Linear(features, use_bias=use_bias, dot_general=_dot_general)
+            x, kernel, bias = promote_dtype(x, kernel, bias, dtype=None)
+            made = jnp.dot(x, kernel, precision=exact(x.dtype))
+        else:
+            made = scaled_product(x, kernel, scale)
+        return made if bias is None else made + bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 def scaled_product(
@@ -61,13 +67,13 @@ def scaled_product(
     Accelerators read the values as they are, in the kernel of the product. XLA's CPU backend would write all of them
     as floats first, at every token: there a few rows take them block by block, as fit a core's cache.
     """
-    wide = jnp.promote_types(x.dtype, jnp.bfloat16)  # float32 for float16, in which sums of such values overflow
+    wide = jnp.float32 if x.dtype == jnp.float16 else x.dtype  # float16 overflows in sums of such values
     rows = x.reshape(-1, x.shape[-1])
     if traced_for() == "cpu" and sizes() is None and len(rows) <= FEW:
         made = _product_in_blocks(rows, values, wide).reshape(*x.shape[:-1], -1)
     else:
         made = _product(x, values, wide)
-    return (made * scale).astype(x.dtype)
+    return (made.astype(jnp.float32) * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -121,7 +127,3 @@ def _product_in_blocks(x: Float[Array, "r i"], values: Int8[Array, "i o"], wide:
 
 def _product(x: Float[Array, "*b i"], values: Int8[Array, "i o"], wide: DTypeLike) -> Float[Array, "*b o"]:
     return jnp.dot(x, values.astype(x.dtype), precision=exact(x.dtype), preferred_element_type=wide)
-
-
-def _dot_general(lhs: Array, rhs: Array, dims: Any, precision: Any = None, **options: Any) -> Array:
-    return jax.lax.dot_general(lhs, rhs, dims, precision=exact(lhs.dtype), **options)
