@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from jax.sharding import PartitionSpec as P
 
 import sparsevlm_jax as sv
 from benchmarks.int8 import compare, outcome
@@ -27,7 +28,7 @@ from sparsevlm_jax.checkpoints.verify import verify
 from sparsevlm_jax.cli.main import main
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.evaluate.record import describe_model, differences
-from sparsevlm_jax.models.parameters import abstract_params
+from sparsevlm_jax.models.parameters import abstract_params, tree_bytes
 from sparsevlm_jax.models.quantize import in_eight_bits, quantization_of, quantize_params, scale_of
 from sparsevlm_jax.ops.attention import target
 from sparsevlm_jax.ops.layers import FEW, scaled_product
@@ -90,10 +91,11 @@ def test_a_product_is_that_with_the_weights_that_the_values_stand_for(
     x = jnp.asarray(np.random.default_rng(1).normal(0, 30, (rows, 2048)), dtype)
     with target(platform):
         found = jax.jit(lambda *args: scaled_product(*args))(x, values, scale)
-    wanted = np.asarray(x, np.float64) @ (np.asarray(values, np.float64) * np.asarray(scale, np.float64))
+    wide, weights = np.asarray(x, np.float64), np.asarray(values, np.float64) * np.asarray(scale, np.float64)
     assert found.dtype == x.dtype
-    assert np.abs(wanted / np.asarray(scale)).max() > 65504  # what float16 cannot hold
-    assert (np.abs(np.asarray(found, np.float64) - wanted) <= error * np.abs(wanted).max(axis=0)).all()
+    assert np.abs(wide @ np.asarray(values, np.float64)).max() > 65504  # what float16 cannot hold
+    far = np.abs(np.asarray(found, np.float64) - wide @ weights)
+    assert (far <= error * (np.abs(wide) @ np.abs(weights))).all()
 
 
 def test_a_tree_in_eight_bits_has_them_in_the_decoders_layers_and_nowhere_else() -> None:
@@ -257,12 +259,17 @@ def test_commands_say_what_is_wrong_in_their_own_words(converted: Path, run: Cal
 
 
 def test_a_plan_says_what_parameters_take(run: Callable[..., Any]) -> None:
-    found = []
-    for more in ((), ("--quantize", "int8")):
-        code, out, _ = run("plan", "--model", "llava-1.5-7b", "--json", *more)
+    for quantize in (None, "int8"):
+        code, out, _ = run("plan", "--model", HF, "--json", *(["--quantize", quantize] if quantize else []))
         assert code == 0
-        found.append(json.loads(out)["parameter_bytes"] / 2**30)
-    assert found == pytest.approx([13.16, 7.13], abs=0.01)
+        shapes = abstract_params(load(HF).config, jnp.bfloat16, quantize)
+        assert json.loads(out)["parameter_bytes"] == tree_bytes(shapes)
+
+
+def test_seven_billion_weights_in_eight_bits_leave_half_of_sixteen_gigabytes() -> None:
+    config = sv.llava_15_7b()
+    whole, held = (tree_bytes(abstract_params(config, jnp.bfloat16, quantize)) for quantize in (None, "int8"))
+    assert whole > 0.87 * 15 * 2**30 and held < 0.5 * 15 * 2**30
 
 
 def test_answers_in_eight_bits_are_not_gone_on_with_in_others() -> None:
@@ -277,7 +284,7 @@ def test_scales_lie_with_the_outputs_that_they_are_of() -> None:
     shapes: Any = flat(abstract_params(models.config(), "float32", "int8"))
     cut = {path[-3:]: spec_of(path, leaf.shape, 2) for path, leaf in shapes.items() if path[:2] == LAYER}
     for name in ("q_proj", "k_proj", "v_proj"):
-        assert cut["self_attn", name, "scale"] == cut["self_attn", name, "kernel"][1:] == ("tensor",)
+        assert cut["self_attn", name, "scale"] == P("tensor") and cut["self_attn", name, "kernel"] == P(None, "tensor")
     for name in ("gate_proj", "up_proj"):
-        assert cut["mlp", name, "scale"] == cut["mlp", name, "kernel"][1:] == ("tensor",)
-    assert cut["self_attn", "o_proj", "scale"] == cut["mlp", "down_proj", "scale"] == ()
+        assert cut["mlp", name, "scale"] == P("tensor") and cut["mlp", name, "kernel"] == P(None, "tensor")
+    assert cut["self_attn", "o_proj", "scale"] == cut["mlp", "down_proj", "scale"] == P()
