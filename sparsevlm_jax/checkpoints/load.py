@@ -28,6 +28,7 @@ from sparsevlm_jax.files import inside, read_json, user_path
 from sparsevlm_jax.inputs.processor import Processor
 from sparsevlm_jax.models.family import config_of, family_of
 from sparsevlm_jax.models.names import Entry
+from sparsevlm_jax.models.offload import to_host
 from sparsevlm_jax.models.parameters import entries
 from sparsevlm_jax.models.quantize import ParamPath, check_quantize, in_eight_bits, scale_of
 from sparsevlm_jax.parallel.rules import Where, placement
@@ -62,6 +63,7 @@ def load(
     dtype: str | None = None,
     quantize: str | None = None,
     sharding: str | jax.sharding.Mesh | Placement | None = None,
+    offload_tower: bool = False,
     check: bool = True,
 ) -> Model:
     """Loads a checkpoint: one that `sparsevlm convert` wrote, or one in the Hugging Face layout.
@@ -77,6 +79,8 @@ def load(
         its mesh from `parallel.mesh.make_mesh`, on which everything that takes the model then runs; or a sharding of
         your own. Host memory holds one tensor at a time, of a converted checkpoint one group, of which each device
         gets no more than its shard.
+      offload_tower: keep vision towers and projector on the host: they are on the device only while images become
+        visual tokens. For one device that is small.
       check: whether every file of a converted checkpoint is compared with its digest before it is used. That takes
         time, a third more where the files are in memory already. Weights in the Hugging Face layout have no digests.
 
@@ -87,6 +91,8 @@ def load(
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f'dtype "{dtype}" is not supported: choose {", ".join(DTYPES)}')
     check_quantize(quantize)
+    if offload_tower and sharding is not None:
+        raise UserError("`offload_tower` is for one device: leave the mesh or sharding out, or keep the tower there")
     folder = locate(source, revision)
     manifest = read_manifest(folder) if is_converted(folder) else None
     if quantize and manifest and manifest.quantize:
@@ -95,13 +101,16 @@ def load(
         raise UserError(f"{'; '.join(problems)}; convert the source again, or load it unchecked (check=False)")
     config = config_of(folder)
     where = placement(sharding, config) if isinstance(sharding, str | jax.sharding.Mesh) else sharding
+    params = (
+        _restore_params(folder, manifest, config, dtype, quantize, where, check)
+        if manifest
+        else _read_params(folder, config, dtype, quantize, where)
+    )
     return Model(
         config=config,
         generation=_generation_defaults(folder),
         processor=Processor.from_pretrained(folder, config),
-        params=_restore_params(folder, manifest, config, dtype, quantize, where, check)
-        if manifest
-        else _read_params(folder, config, dtype, quantize, where),
+        params=to_host(params) if offload_tower else params,
         name=folder.resolve().name if user_path(source).is_dir() else str(source),
     )
 

@@ -40,7 +40,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print everything as one JSON
 # What the library calls its settings in its messages, `name` or name=value, where an option has that name.
 _SETTINGS = (
     "method|keep|keep_at|flops_share|cache_bytes|scale|bias|heads|dtype|vision_tower|visual_tokens|sides|device|ladder"
-    "|per_frame|image|video|aspect|frames|sampling|shard|suffix|batch_size|max_new_tokens|mesh|quantize"
+    "|per_frame|image|video|aspect|frames|sampling|shard|suffix|batch_size|max_new_tokens|mesh|quantize|offload_tower"
 )
 _SETTING = re.compile(rf"`({_SETTINGS})`|\b({_SETTINGS})=(\"[^\"]*\"|\([^)]*\)|[^\s:,;]+)")
 
@@ -69,18 +69,15 @@ class ModelOptions:
         ),
     ] = None
 
+    offload_tower: Annotated[
+        bool, typer.Option("--offload-tower", help="Keep the vision tower on the host but while it sees images.")
+    ] = False
+
     def load(self) -> Model:
+        held = {"quantize": self.quantize, "sharding": self.mesh, "offload_tower": self.offload_tower}
         if self.model is None:
-            own = self.dtype or demo_model.DTYPE
-            return load(demo_model.path(), dtype=own, quantize=self.quantize, sharding=self.mesh)
-        return load(
-            self.model,
-            revision=self.revision,
-            dtype=self.dtype,
-            quantize=self.quantize,
-            check=self.check,
-            sharding=self.mesh,
-        )
+            return load(demo_model.path(), dtype=self.dtype or demo_model.DTYPE, **held)
+        return load(self.model, revision=self.revision, dtype=self.dtype, check=self.check, **held)
 
 
 @dataclass(frozen=True)
