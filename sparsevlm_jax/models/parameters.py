@@ -28,7 +28,7 @@ def init_params(config: ModelConfig, key: Array, dtype: DTypeLike) -> Params:
 def abstract_params(config: ModelConfig, dtype: DTypeLike, quantize: str | None = None) -> Params:
     """Shapes and dtypes of the parameter tree, without making it; `quantize` as for `load`."""
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), _shapes(config))
-    return jax.eval_shape(partial(quantize_params, quantize=quantize), shapes)
+    return jax.eval_shape(partial(quantize_params, quantize=quantize), shapes) if quantize else shapes
 
 
 def abstract_pixels(config: ModelConfig, number: int, dtype: DTypeLike) -> jax.ShapeDtypeStruct:

@@ -67,12 +67,12 @@ def scaled_product(
     Accelerators read the values as they are, in the kernel of the product. XLA's CPU backend would write all of them
     as floats first, at every token: there a few rows take them block by block, as fit a core's cache.
     """
-    wide = jnp.float32 if x.dtype == jnp.float16 else x.dtype  # float16 overflows in sums of such values
     rows = x.reshape(-1, x.shape[-1])
     if traced_for() == "cpu" and sizes() is None and len(rows) <= FEW:
-        made = _product_in_blocks(rows, values, wide).reshape(*x.shape[:-1], -1)
+        made = _product_in_blocks(rows, values).reshape(*x.shape[:-1], -1)
     else:
-        made = _product(x, values, wide)
+        # Sums of such values overflow in float16.
+        made = _product(x, values, jnp.float32 if x.dtype == jnp.float16 else x.dtype)
     return (made.astype(jnp.float32) * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
@@ -113,17 +113,17 @@ class LayerNorm(nn.Module):
         return (centred * (jax.lax.rsqrt(variance + self.eps) * scale) + bias).astype(x.dtype)
 
 
-def _product_in_blocks(x: Float[Array, "r i"], values: Int8[Array, "i o"], wide: DTypeLike) -> Float[Array, "r o"]:
-    """`_product`, summed over blocks of inputs."""
+def _product_in_blocks(x: Float[Array, "r i"], values: Int8[Array, "i o"]) -> Float[Array, "r o"]:
+    """`_product`, summed in float32 over blocks of inputs."""
     inputs, outputs = values.shape
     size = next(n for n in range(min(inputs, max(1, BLOCK // outputs)), 0, -1) if inputs % n == 0)
 
     def add(total: Array, block: tuple[Array, Array]) -> tuple[Array, None]:
-        return total + _product(*block, wide), None
+        return total + _product(*block, jnp.float32), None
 
     blocks = x.reshape(len(x), -1, size).swapaxes(0, 1), values.reshape(-1, size, outputs)
-    return jax.lax.scan(add, jnp.zeros((len(x), outputs), wide), blocks)[0]
+    return jax.lax.scan(add, jnp.zeros((len(x), outputs), jnp.float32), blocks)[0]
 
 
-def _product(x: Float[Array, "*b i"], values: Int8[Array, "i o"], wide: DTypeLike) -> Float[Array, "*b o"]:
-    return jnp.dot(x, values.astype(x.dtype), precision=exact(x.dtype), preferred_element_type=wide)
+def _product(x: Float[Array, "*b i"], values: Int8[Array, "i o"], dtype: DTypeLike) -> Float[Array, "*b o"]:
+    return jnp.dot(x, values.astype(x.dtype), precision=exact(x.dtype), preferred_element_type=dtype)
