@@ -215,7 +215,8 @@ class Memory(NamedTuple):
 def _memory(method: str, new_tokens: int) -> Memory:
     prompts = Prompts(2, (tiny().image_layout(tiny().fullest_image),), 20, new_tokens)
     made = lowered(tiny(), sparsity(method), prompts, "float32", jax.devices()[0], "cpu")
-    return Memory(*(each.compile().memory_analysis() for each in (made.start, made.decode)), made.cache)
+    start, decode = (each.compile().memory_analysis() for each in (made.start, made.decode))
+    return Memory(start, decode, made.cache)
 
 
 @pytest.mark.parametrize("method", ["dense", "v1.5"])

@@ -242,7 +242,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         with pytest.raises(SystemExit) as stop:
             main(list(map(str, arguments)))
         assert isinstance(stop.value.code, int)
-        return stop.value.code, *capsys.readouterr()
+        printed = capsys.readouterr()
+        return stop.value.code, printed.out, printed.err
 
     return call
 

@@ -36,8 +36,8 @@ def convert(
     wanted = ["CKPT"] if check else ["CKPT", "OUT"] if to_hf else ["SRC", "DST"]
     if len(paths) != len(wanted):
         raise UserError(f"expected {' '.join(wanted)}, found {len(paths)} arguments")
-    given = {"--dtype": dtype, "--quantize": quantize, "--vision-tower": vision_tower, "--revision": revision}
-    given["--verify"] = verify or None
+    own = {"dtype": dtype, "quantize": quantize, "revision": revision, "vision_tower": vision_tower}
+    given = {"--" + name.replace("_", "-"): value for name, value in own.items()} | {"--verify": verify or None}
     refused = [name for name, value in given.items() if value is not None]
     if (to_hf or check) and refused:
         raise UserError(f"{refused[0]} goes with SRC DST only")
@@ -58,7 +58,6 @@ def convert(
         from sparsevlm_jax.checkpoints.convert import convert as run_convert
 
         with _progress("converting") as watch:
-            own = {"dtype": dtype, "quantize": quantize, "revision": revision, "vision_tower": vision_tower}
             result = run_convert(*paths, **own, watch=watch)
         resumed = f", {result.resumed} of them already there" if result.resumed else ""
         note(f"{paths[1]}: complete, {result.nbytes / 1e9:.2f} GB in {result.groups} groups{resumed}")

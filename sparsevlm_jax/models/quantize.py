@@ -53,10 +53,11 @@ def parts_of(path: ParamPath, parameter: Array, quantize: str | None) -> dict[Pa
 
 def quantize_params(params: Mapping[str, Any], quantize: str | None = "int8") -> dict[str, Any]:
     """A parameter tree with its kernels in eight bits; everything else is the same array."""
-    flat: dict[ParamPath, Any] = {}
-    for path, leaf in traverse_util.flatten_dict(params).items():
-        flat |= parts_of(path, leaf, quantize)
-    return traverse_util.unflatten_dict(flat)
+    flat: dict[ParamPath, Any] = dict(traverse_util.flatten_dict(params))
+    parts: dict[ParamPath, Array] = {}
+    for path, leaf in flat.items():
+        parts |= parts_of(path, leaf, quantize)
+    return traverse_util.unflatten_dict(parts)
 
 
 def quantization_of(params: Mapping[str, Any]) -> str | None:
