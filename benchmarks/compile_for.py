@@ -24,7 +24,7 @@ from sparsevlm_jax.aot.devices import DEVICES, Device, require_compiler
 from sparsevlm_jax.aot.programs import Prompts
 from sparsevlm_jax.aot.report import answer_report, kernels_of_a_point
 from sparsevlm_jax.bench.tables import Table
-from sparsevlm_jax.config import ModelConfig
+from sparsevlm_jax.config import QUANTIZATIONS, ModelConfig
 from sparsevlm_jax.models.presets import PRESETS
 from sparsevlm_jax.parallel.mesh import ONE, MeshShape
 from sparsevlm_jax.pruning.methods import sparsity
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(PRESETS), default=MODELS)
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--mesh", type=MeshShape.parse, default=ONE, help="several of a device, as tensor=4")
+    parser.add_argument("--quantize", choices=QUANTIZATIONS, help="kernels of the decoder's layers in eight bits")
     parser.add_argument("--no-search", action="store_true", help="leave the largest batch out")
     parser.add_argument("--tables", action="store_true", help="print the tables of what is there")
     options = parser.parse_args()
@@ -60,7 +61,7 @@ def main() -> None:
         require_compiler(DEVICES[name])
         for model in options.models:
             for method in METHODS:
-                wanted = (options.batches, options.mesh, not options.no_search)
+                wanted = (options.batches, options.mesh, options.quantize, not options.no_search)
                 for key, result in cells(DEVICES[name], model, method, *wanted, results):
                     results[key] = result | provenance()
                     options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
@@ -75,33 +76,35 @@ def cells(
     method: str,
     batches: list[int],
     mesh: MeshShape,
+    quantize: str | None,
     search: bool,
     results: dict[str, Any],
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """What is missing of one column: a result for each batch, and the largest batch behind them."""
-    name = device.name if mesh == ONE else f"{device.name}/{mesh}"
+    name = "/".join(filter(None, (device.name, quantize, "" if mesh == ONE else str(mesh))))
     prefix, known = f"{name} {model} {method}", []
     config, settings = PRESETS[model](), sparsity(method)
     prompts = prompts_of(model, config)
     missing = [batch for batch in batches if f"{prefix} {batch}" not in results]
     for batch in missing:
-        report, answer = cell(config, settings, prompts(batch), device, mesh)
+        report, answer = cell(config, settings, prompts(batch), device, mesh, quantize)
         known += [answer] if answer is not None else []
         yield f"{prefix} {batch}", report
         if answer is None:  # larger ones do not fit, either
             break
     if search and f"{prefix} largest" not in results:
         if not known and "does_not_fit" not in results[f"{prefix} 1"]:
-            known = [compile_for(config, settings, prompts(mesh.data), DTYPE, device, mesh)]
-        largest = largest_batch(config, settings, prompts(1), DTYPE, device, known, mesh) if known else 0
+            known = [compile_for(config, settings, prompts(mesh.data), DTYPE, device, mesh, quantize)]
+        sought = (config, settings, prompts(1), DTYPE, device, known, mesh, quantize)
+        largest = largest_batch(*sought) if known else 0
         yield f"{prefix} largest", {"batch": largest}
 
 
 def cell(
-    config: ModelConfig, settings: Any, prompts: Prompts, device: Device, mesh: MeshShape
+    config: ModelConfig, settings: Any, prompts: Prompts, device: Device, mesh: MeshShape, quantize: str | None
 ) -> tuple[dict[str, Any], Answer | None]:
     try:
-        answer = compile_for(config, settings, prompts, DTYPE, device, mesh)
+        answer = compile_for(config, settings, prompts, DTYPE, device, mesh, quantize)
     except TooLargeError as error:
         return {"does_not_fit": str(error)}, None
     return answer_report(answer, device), answer

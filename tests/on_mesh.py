@@ -24,6 +24,7 @@ from sparsevlm_jax.inputs.processor import Processor
 from sparsevlm_jax.parallel.mesh import MeshShape, make_mesh
 
 DEVICES, NEW = 8, 6
+OUTPUTS_CUT = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")  # of which scales are cut, too
 PRESETS = ("tensor=8", "data=8", "data=2,tensor=4")
 QUESTIONS = ("what is in the heat", "where on the inn is it", "in what is that there on the heat in", "is he there")
 METHODS = {
@@ -93,7 +94,9 @@ def ways() -> dict[str, tuple[str, Asked]]:
 def require_cut(params: Any, tensor: int) -> None:
     """Every device holds its part of the decoder's matrices, and whole copies of the rest."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        parts = tensor if path[0].key == "language_model" and leaf.ndim == 2 else 1
+        names = [part.key for part in path]
+        cut = leaf.ndim == 2 or names[-1] == "scale" and names[-2] in OUTPUTS_CUT
+        parts = tensor if names[0] == "language_model" and cut else 1
         assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // parts}, path
 
 
@@ -118,6 +121,9 @@ def main(what: str, folder: str) -> dict[str, Any]:
         alone, on_mesh = sv.load(folder), {shape: sv.load(folder, sharding=shape) for shape in (PRESETS[2], "tensor=4")}
         found = {name: [ask(alone), ask(on_mesh[shape])] for name, (shape, ask) in ways().items()}
         found["benchmark"] = [benched(""), benched(PRESETS[2])]
+        eight = [sv.load(folder, quantize="int8", sharding=shape) for shape in (None, PRESETS[2])]
+        require_cut(eight[1].params, MeshShape.parse(PRESETS[2]).tensor)
+        found["eight bits"] = [generated(model) for model in eight]
         return found
     alone = generated(sv.load(folder))
     found = {}

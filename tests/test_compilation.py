@@ -8,14 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sparsevlm_jax import Plan, Prompt, Sparsity, abstract_params, make_plan, prefill, sparsity
+from sparsevlm_jax import Plan, Prompt, Sparsity, abstract_params, make_plan, prefill, sparsity, tiny
+from sparsevlm_jax.aot.programs import Prompts, lowered
 from sparsevlm_jax.generation.api import generate_ids
 from sparsevlm_jax.generation.loop import LoopConfig, SamplingParams, decode, start
 from sparsevlm_jax.pruning.methods.sparsevlm import numerical_rank
@@ -202,6 +203,36 @@ def test_programs_have_no_host_callback(method: str) -> None:
     for name, program in programs(method).items():
         assert not [target for target in custom_calls(program) if "callback" in target], name
         assert not re.search(r"infeed|outfeed|send|recv", program.as_text()), name
+
+
+class Memory(NamedTuple):
+    """XLA's account of both programs, and the bytes of the cache between them."""
+
+    start: Any
+    decode: Any
+    cache: int
+
+
+def _memory(method: str, new_tokens: int) -> Memory:
+    prompts = Prompts(2, (tiny().image_layout(tiny().fullest_image),), 20, new_tokens)
+    made = lowered(tiny(), sparsity(method), prompts, "float32", jax.devices()[0], "cpu")
+    start, decode = (each.compile().memory_analysis() for each in (made.start, made.decode))
+    return Memory(start, decode, made.cache)
+
+
+@pytest.mark.parametrize("method", ["dense", "v1.5"])
+def test_no_program_holds_the_cache_twice(method: str) -> None:
+    """By XLA's own account: what room for new tokens adds to the cache, it adds to no temporary of the prefill, and in
+    the decoding loop no more than a layer's part of it."""
+    config = tiny()
+    few, many = (_memory(method, new_tokens) for new_tokens in (16, 2000))
+    more = many.cache - few.cache
+    assert more > 10 * few.start.temp_size_in_bytes
+    assert many.start.temp_size_in_bytes <= few.start.temp_size_in_bytes
+    taken = many.decode
+    assert taken.alias_size_in_bytes >= many.cache
+    assert taken.output_size_in_bytes - taken.alias_size_in_bytes < 1000
+    assert taken.temp_size_in_bytes - few.decode.temp_size_in_bytes < 1.2 * more / config.text.num_hidden_layers
 
 
 def test_decoding_donates_its_caches() -> None:

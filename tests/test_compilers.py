@@ -111,6 +111,33 @@ def test_a_pruning_layer_adds_at_most_twenty_four_kernels_of_its_own() -> None:
 
 
 @methods
+def test_the_decoding_loop_holds_no_second_cache(method: str) -> None:
+    found = answer("h100", method)
+    assert found.decode.shared >= found.programs.cache > 200 * 2**20
+    assert found.decode.output - found.decode.shared < 2**10
+    assert found.decode.temporaries < found.programs.cache / 200
+
+
+@cache
+def in_eight_bits() -> Answer:
+    _require("h100")
+    config, device = llava_15_7b(), DEVICES["h100"]
+    return compile_for(config, sparsity("dense"), _prompts(config), "bfloat16", device, quantize="int8")
+
+
+def test_kernels_in_eight_bits_are_read_as_they_are() -> None:
+    """In each loop of decoding a weight is read once, in one byte; nowhere is a kernel written out in 16 bits."""
+    plain, held = answer("h100", "dense"), in_eight_bits()
+    layers = 2 * 32 * (4 * 4096**2 + 3 * 4096 * 11008)  # bytes in 16 bits
+    read, before = (sum(kernel.bytes for kernel in each.decode.kernels) for each in (held, plain))
+    assert before - read == pytest.approx(layers / 2, rel=0.01)
+    assert len(held.decode.kernels) == len(plain.decode.kernels)
+    assert held.decode.temporaries <= 1.1 * plain.decode.temporaries
+    assert held.prefill.temporaries <= 1.1 * plain.prefill.temporaries
+    assert held.memory < 0.6 * plain.memory
+
+
+@methods
 def test_four_devices_exchange_what_tensor_parallelism_needs_and_nothing_else(method: str) -> None:
     """Two sums over [tokens, width] in every layer and one for the words, one over [raters, tokens] at every pruning
     layer, and the logits."""

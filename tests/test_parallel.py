@@ -44,7 +44,7 @@ FAMILIES = {
 PRESETS = ("tensor=8", "data=8", "data=2,tensor=4")
 WAYS = (
     *("dense", "v1", "v2.0", "pyramiddrop", "vision", "random"),
-    *("chat, again", "chat, first", "in batches", "stream, sampled", "benchmark"),
+    *("chat, again", "chat, first", "in batches", "stream, sampled", "benchmark", "eight bits"),
 )
 
 

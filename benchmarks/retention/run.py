@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 import sparsevlm_jax as sv
 from benchmarks.retention.variants import Variant
@@ -39,11 +39,13 @@ class Outcome(NamedTuple):
 
     Attributes:
       right: bool [n].
+      logits: of the answers' first tokens, float32 [n, vocab].
       kept: bool [n, v], where there was a cut by scores; else None.
       entering: visual tokens entering a layer, mean over layers and questions.
     """
 
     right: np.ndarray
+    logits: np.ndarray
     kept: np.ndarray | None
     entering: float
 
@@ -114,19 +116,21 @@ class Study:
             images = self._encode(plan)
             ids = np.stack([shrink_markers(row, *markers, plan.grid**2) for row in ids])
             lengths = lengths - self.config.tokens_per_image + plan.grid**2
-        right, kept, entering = [], [], []
+        logits, kept, entering = [], [], []
         for start in range(0, len(lengths), BATCH):
             rows = np.minimum(np.arange(start, start + BATCH), len(lengths) - 1)  # the last batch is filled up
             tokens, looked_at = (leaf[self.data.image_of[rows]] for leaf in images)
             if saliency is not None:
                 looked_at = saliency[rows].astype(np.float32)
             seen = ImageFeatures(jnp.asarray(tokens.reshape(-1, tokens.shape[-1])), jnp.asarray(looked_at.reshape(-1)))
-            token, chosen, visual = _answer_batch(self.params, ids[rows], lengths[rows], seen, self.config, plan)
+            found, chosen, visual = _answer_batch(self.params, ids[rows], lengths[rows], seen, self.config, plan)
             real = len(set(rows.tolist()))
-            right.append((np.asarray(token) == self.data.answers[rows])[:real])
+            logits.append(np.asarray(found)[:real])
             kept += [] if chosen is None else [np.asarray(chosen)[:real]]
             entering += [plan.entering_tokens(row) for row in np.asarray(visual).T.tolist()[:real]]
-        return Outcome(np.concatenate(right), np.concatenate(kept) if kept else None, float(np.mean(entering)))
+        said = np.concatenate(logits)
+        right = said.argmax(axis=-1) == self.data.answers
+        return Outcome(right, said, np.concatenate(kept) if kept else None, float(np.mean(entering)))
 
     def _encode(self, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
         """Visual tokens [m, v, d] of all images, and how much the tower looks at each [m, v]."""
@@ -145,8 +149,8 @@ def _answer_batch(
     images: ImageFeatures,
     config: LlavaConfig,
     plan: Plan,
-) -> tuple[Int[Array, "n"], Bool[Array, "n v"] | None, Int[Array, "stages n"]]:
-    """The first token of each answer, what the first cut kept, and visual tokens that entered each stage."""
+) -> tuple[Float[Array, "n vocab"], Bool[Array, "n v"] | None, Int[Array, "stages n"]]:
+    """Logits of each answer's first token, what the first cut kept, and visual tokens that entered each stage."""
     prompt = sv.embed(params, ids, lengths, images, config)
     logits, cache, trace = sv.prefill(params, prompt, config, plan, trace=True, max_new_tokens=0)
     assert trace is not None
@@ -155,4 +159,4 @@ def _answer_batch(
     if trace.events:
         first = len(PREFIX_WORDS)
         kept = trace.events[0].selection.kept[:, first : first + plan.visual_tokens]
-    return jnp.argmax(logits, axis=-1), kept, cache.lengths - text[None, :]
+    return logits, kept, cache.lengths - text[None, :]

@@ -108,8 +108,12 @@ def compile_for(
     dtype: str,
     device: Device,
     mesh: MeshShape = ONE,
+    quantize: str | None = None,
 ) -> Answer:
     """Compiles what `generate` would run for such a batch on such a device, or on a mesh of them.
+
+    Args:
+      quantize: as for `load`.
 
     Raises:
       UserError: the compiler is not there, the budget cannot be met, or the mesh divides model or batch unevenly.
@@ -117,7 +121,7 @@ def compile_for(
     """
     found = chips(device, mesh.devices)
     where = found[0] if mesh == ONE else make_mesh(mesh, found)
-    programs = lowered(config, sparsity, prompts, dtype, where, device.platform)
+    programs = lowered(config, sparsity, prompts, dtype, where, device.platform, quantize)
     if programs.parameters + programs.cache > device.memory:
         raise _too_large(device)
     prefill, decode = (
@@ -135,6 +139,7 @@ def largest_batch(
     device: Device,
     known: Sequence[Answer],
     mesh: MeshShape = ONE,
+    quantize: str | None = None,
 ) -> int:
     """The largest batch of such prompts that the devices' memory holds, found by compiling a few.
 
@@ -145,7 +150,8 @@ def largest_batch(
 
     def memory(batch: int) -> int | None:
         try:
-            return compile_for(config, sparsity, replace(prompts, batch=mesh.data * batch), dtype, device, mesh).memory
+            several = replace(prompts, batch=mesh.data * batch)
+            return compile_for(config, sparsity, several, dtype, device, mesh, quantize).memory
         except TooLargeError:
             return None
 

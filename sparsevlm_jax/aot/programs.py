@@ -71,13 +71,20 @@ class Programs:
 
 
 def lowered(
-    config: ModelConfig, sparsity: Sparsity, prompts: Prompts, dtype: str, chip: Any, platform: str
+    config: ModelConfig,
+    sparsity: Sparsity,
+    prompts: Prompts,
+    dtype: str,
+    chip: Any,
+    platform: str,
+    quantize: str | None = None,
 ) -> Programs:
     """Traces both programs for one chip, or for several.
 
     Args:
       chip: a device, or what stands for one; or a mesh of them.
       platform: of the chip; it decides how attention is computed.
+      quantize: as for `load`.
 
     Raises:
       UserError: a budget that the prompts cannot meet, or a mesh that divides the model or the batch unevenly.
@@ -89,7 +96,8 @@ def lowered(
 
     plan, packed = _planned(config, replace(sparsity, seed=None), prompts)
     decoding = LoopConfig(bucket(prompts.new_tokens, NEW_TOKEN_BUCKETS, "the answer"), greedy=True, end_tokens=(2,))
-    shapes: dict[tuple[str, ...], Any] = dict(traverse_util.flatten_dict(abstract_params(config, jnp.dtype(dtype))))
+    shapes: dict[tuple[str, ...], Any]
+    shapes = dict(traverse_util.flatten_dict(abstract_params(config, jnp.dtype(dtype), quantize)))
     params = traverse_util.unflatten_dict(
         {path: placed(leaf, where(path, leaf.shape)) for path, leaf in shapes.items()}
     )

@@ -19,9 +19,10 @@ from jaxtyping import Array, Float, Int
 from sparsevlm_jax.bench.hash_weights import draw_of, numbers, values
 from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.models.parameters import entries
+from sparsevlm_jax.models.quantize import parts_of
 from sparsevlm_jax.models.stages import Cache, Params, Prompt, decoder_of, last_logits, prefill, run_stage, start
 from sparsevlm_jax.ops.attention import exact
-from sparsevlm_jax.ops.layers import apart
+from sparsevlm_jax.ops.layers import apart, scaled_product
 from sparsevlm_jax.parallel.rules import placement
 from sparsevlm_jax.pruning.budgets import make_plan
 from sparsevlm_jax.pruning.plan import Plan, StagePlan
@@ -31,9 +32,9 @@ from sparsevlm_jax.pruning.sparsify import take
 
 
 @lru_cache(maxsize=1)
-def draw_params(config: ModelConfig, dtype: str, mesh: str = "") -> Params:
+def draw_params(config: ModelConfig, dtype: str, mesh: str = "", quantize: str = "") -> Params:
     """The hash's weights as a parameter tree, made on the device, or on the first of a mesh and from there one by one
-    to all; sides of one process share them."""
+    to all; sides of one process share them. Kernels in eight bits are made of those in the dtype."""
     where = placement(mesh, config) if mesh else None
     tree = {}
     for name, entry in entries(config).items():
@@ -46,7 +47,8 @@ def draw_params(config: ModelConfig, dtype: str, mesh: str = "") -> Params:
             norm=draw.norm,
             dtype=dtype,
         )
-        tree[entry.path] = drawn if where is None else jax.device_put(drawn, where(entry.path, drawn.shape))
+        for path, leaf in parts_of(entry.path, drawn, quantize).items():
+            tree[path] = leaf if where is None else jax.device_put(leaf, where(path, leaf.shape))
     return traverse_util.unflatten_dict(tree)
 
 
@@ -84,6 +86,8 @@ def products(params: Params, hidden: Float[Array, "b l d"], *, lengths: tuple[in
 
 
 def _product(x: Array, linear: Params) -> Array:
+    if "scale" in linear:
+        return scaled_product(x, linear["kernel"], linear["scale"])
     return jnp.matmul(x, linear["kernel"], precision=exact(x.dtype))
 
 

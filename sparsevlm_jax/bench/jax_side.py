@@ -55,7 +55,7 @@ class JaxRunner:
         self.cell, self.config, self.room = cell, cell.config, room
         self.plan = plan_of(cell, side)
         self.layer_lengths = layer_lengths(cell, self.plan)
-        self.params = jax_programs.draw_params(self.config, cell.dtype, side.mesh)
+        self.params = jax_programs.draw_params(self.config, cell.dtype, side.mesh, side.quantize)
         self.mesh = mesh_of(self.params)
         require_rows(self.params, cell.batch)
         self.images = self._put(_on_device(hash_weights.images(cell), cell.dtype))

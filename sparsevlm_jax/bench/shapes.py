@@ -9,12 +9,13 @@ from dataclasses import dataclass, fields, replace
 from math import isqrt
 from typing import Any
 
-from sparsevlm_jax.config import TextConfig
+from sparsevlm_jax.config import QUANTIZATIONS, TextConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.layout import ImageLayout, Size
 from sparsevlm_jax.models.llava import LlavaConfig
 from sparsevlm_jax.models.llava_next import LlavaNextConfig
 from sparsevlm_jax.models.presets import llava_15_7b, llava_15_13b, llava_next_7b, tiny, video_llava_7b
+from sparsevlm_jax.models.quantize import check_quantize
 from sparsevlm_jax.models.video_llava import VideoLlavaConfig
 from sparsevlm_jax.parallel.mesh import MeshShape
 from sparsevlm_jax.pruning.methods import METHODS, sparsity
@@ -126,31 +127,33 @@ class Side:
       method: a name in `methods.METHODS`.
       keep: equivalent tokens, or None for the method's default.
       mesh: of JAX's the devices that share the model, as "tensor=4"; empty for one.
+      quantize: of JAX's how the decoder's kernels are held, see `load`; empty for the cell's dtype.
     """
 
     engine: str
     method: str
     keep: int | None = None
     mesh: str = ""
+    quantize: str = ""
 
     @property
     def name(self) -> str:
-        budget, devices = "" if self.keep is None else f"@{self.keep}", self.mesh and f"/{self.mesh}"
-        return f"{self.engine}:{self.method}{budget}{devices}"
+        budget = "" if self.keep is None else f"@{self.keep}"
+        return "/".join(filter(None, (f"{self.engine}:{self.method}{budget}", self.quantize, self.mesh)))
 
     @property
-    def counterpart(self) -> tuple[str, int | None]:
-        """What has to agree among sides: the same method at the same budget."""
-        return self.method, self.keep
+    def counterpart(self) -> tuple[str, int | None, str]:
+        """What has to agree among sides: the same method at the same budget, on the same weights."""
+        return self.method, self.keep, self.quantize
 
     @classmethod
     def parse(cls, text: str, visual_tokens: int) -> Side:
-        """Reads ENGINE:METHOD[@KEEP][/MESH]; KEEP may be a share of the visual tokens, as in 33%.
+        """Reads ENGINE:METHOD[@KEEP][/int8][/MESH]; KEEP may be a share of the visual tokens, as in 33%.
 
         Raises:
           UserError: an unknown engine or method, or one that the engine does not run.
         """
-        before, _, mesh = text.partition("/")
+        before, *after = text.split("/")
         engine, _, rest = before.partition(":")
         method, _, budget = rest.partition("@")
         if engine not in ENGINES:
@@ -162,7 +165,10 @@ class Side:
             keep = round(visual_tokens * float(budget[:-1]) / 100) if share else int(budget) if budget else None
         except ValueError:
             raise UserError(f'sides="{text}": "{budget}" is neither a number of tokens nor a share as 33%') from None
-        return cls(engine, method, keep).on(mesh)
+        side = cls(engine, method, keep)
+        for part in after:
+            side = side.held_in(part) if part in QUANTIZATIONS else side.on(part)
+        return side
 
     def on(self, mesh: str) -> Side:
         """The same on several devices.
@@ -175,6 +181,17 @@ class Side:
         if self.engine != "jax":
             raise UserError(f'mesh="{mesh}": {self.engine} runs on one device')
         return replace(self, mesh=str(MeshShape.parse(mesh)))
+
+    def held_in(self, quantize: str | None) -> Side:
+        """The same with its kernels held so.
+
+        Raises:
+          UserError: no such way to hold them, or an engine that knows none.
+        """
+        check_quantize(quantize)
+        if quantize and self.engine != "jax":
+            raise UserError(f'quantize="{quantize}": {self.engine} takes its weights as they are')
+        return replace(self, quantize=quantize or "")
 
     def sparsity(self, shape: Shape, visual_tokens: int) -> Sparsity:
         """The settings that the budget means in this shape."""

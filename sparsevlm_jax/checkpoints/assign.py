@@ -79,7 +79,7 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def all_finite(array: np.ndarray) -> bool:
-    """Whether a float32, float16 or bfloat16 array holds neither NaN nor infinity."""
+    """Whether a float32, float16, bfloat16 or int8 array holds neither NaN nor infinity."""
     if array.dtype.itemsize != 2:
         return bool(np.isfinite(array).all())
     # Ten times as fast as np.isfinite in 16 bit: the exponent bits, all set, mean infinity or NaN.

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
@@ -23,14 +20,27 @@ from sparsevlm_jax.checkpoints.check import Watch
 from sparsevlm_jax.checkpoints.groups import Pair, group
 from sparsevlm_jax.checkpoints.manifest import MANIFEST, VERSION, Manifest, Record, is_converted, read_manifest
 from sparsevlm_jax.checkpoints.source import FILES, Source, open_source, with_dtype
+from sparsevlm_jax.checkpoints.workplace import MARK, check_room, clear, copy_files, publish, workplace
 from sparsevlm_jax.config import DTYPES, read_config
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.files import inside, open_regular, user_path
+from sparsevlm_jax.files import user_path
+from sparsevlm_jax.models.names import Entry
+from sparsevlm_jax.models.quantize import ParamPath, check_quantize, in_eight_bits, scale_of
 from sparsevlm_jax.process import versions
-from sparsevlm_jax.text import in_bytes, shortlist
+from sparsevlm_jax.text import shortlist
 
 _PACKAGES = ("sparsevlm_jax", "orbax-checkpoint", "jax", "flax", "transformers", "numpy")
-_MARK = ".sparsevlm-convert"  # a file in every folder that is worked in
+
+
+class Form(NamedTuple):
+    """How parameters are stored."""
+
+    dtype: str | None  # None for each tensor's own
+    quantize: str | None
+
+    def scale_of(self, entry: Entry) -> ParamPath | None:
+        """Where the scale of a parameter that is stored in eight bits goes; None for all others."""
+        return None if self.quantize is None else scale_of(entry.path)
 
 
 class Result(NamedTuple):
@@ -47,6 +57,7 @@ def convert(
     target: str | Path,
     *,
     dtype: str | None = None,
+    quantize: str | None = None,
     revision: str | None = None,
     vision_tower: str | Path | None = None,
     watch: Watch = lambda done, total: None,
@@ -58,6 +69,7 @@ def convert(
       target: a folder that does not exist yet, or the finished result of this very conversion. Until it is complete
         everything is in a folder beside it, `.NAME.partial`.
       dtype: "float32", "bfloat16" or "float16"; by default every tensor keeps its own.
+      quantize: "int8" stores the kernels of the decoder's layers in eight bits, which cannot be undone.
       watch: is told about progress.
 
     Raises:
@@ -65,12 +77,14 @@ def convert(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f'dtype "{dtype}" is not supported: choose {", ".join(DTYPES)}')
+    check_quantize(quantize)
+    form = Form(dtype, quantize)
     opened, target = open_source(source, revision=revision, vision_tower=vision_tower), user_path(target)
-    groups, job = group(opened), _job(opened, dtype)
+    groups, job = group(opened), _job(opened, form)
     sizes = [sum(opened.nbytes(name) for name, _ in pairs) for pairs in groups]
     result = Result(len(groups), len(groups), sum(sizes), max(sizes))
     if is_converted(target) and read_manifest(target).job == job:
-        (target / _MARK).unlink(missing_ok=True)
+        (target / MARK).unlink(missing_ok=True)
         return result  # a run that was killed just after its last step
     _check_target(target, opened.folder)
     with workplace(target) as partial:
@@ -78,113 +92,79 @@ def convert(
         earlier = set(finished)
         result = result._replace(resumed=len(earlier))
         left = [pair for number, pairs in enumerate(groups) if number not in finished for pair in pairs]
-        check_room(partial, sum(_stored_bytes(opened, pair, dtype) for pair in left))
+        check_room(partial, sum(_stored_bytes(opened, pair, form) for pair in left))
         done = sum(sizes[number] for number in finished)
         watch(done, result.nbytes)
         numbers = [number for number in range(len(groups)) if number not in finished]
-        for number, tensors in zip(numbers, _read_ahead(opened, [groups[n] for n in numbers], dtype), strict=True):
-            check_room(partial, sum(array.nbytes for array, _ in tensors.values()))  # others fill the disk too
+        for number, tensors in zip(numbers, _read_ahead(opened, [groups[n] for n in numbers], form), strict=True):
+            check_room(partial, sum(array.nbytes for array, _ in tensors))  # others fill the disk too
             finished[number] = _write_group(orbax.group_folder(partial, number), tensors, job)
             done += sizes[number]
             watch(done, result.nbytes)
         records = [finished[number] for number in range(len(groups))]
-        _finalise(partial, opened, dtype, job, records)
+        _finalise(partial, opened, form, job, records)
         _require_unchanged(partial, opened, records, earlier)
         publish(partial, target)
     return result
 
 
-Tensors = dict[tuple[str, ...], tuple[np.ndarray, Record]]  # of a group, by path
+Tensors = list[tuple[np.ndarray, Record]]  # of a group
 
 
-def _read_ahead(source: Source, groups: Sequence[Sequence[Pair]], dtype: str | None) -> Iterator[Tensors]:
+def _read_ahead(source: Source, groups: Sequence[Sequence[Pair]], form: Form) -> Iterator[Tensors]:
     """Group after group; a thread reads the next one while one is written."""
     with ThreadPoolExecutor(1) as ahead:
         following = None
         for pairs, later in zip_longest(groups, groups[1:]):
-            tensors = _read_group(source, pairs, dtype) if following is None else following.result()
-            following = None if later is None else ahead.submit(_read_group, source, later, dtype)
+            tensors = _read_group(source, pairs, form) if following is None else following.result()
+            following = None if later is None else ahead.submit(_read_group, source, later, form)
             yield tensors
 
 
-def _read_group(source: Source, pairs: Sequence[Pair], dtype: str | None) -> Tensors:
+def _read_group(source: Source, pairs: Sequence[Pair], form: Form) -> Tensors:
     """Reads, checks and casts a group; its arrays as they are stored.
 
     Raises:
       UserError: a tensor that cannot be read, or NaN or infinity in one.
     """
 
-    def read(pair: Pair) -> tuple[np.ndarray, Record]:
+    def read(pair: Pair) -> list[tuple[np.ndarray, Record]]:
         name, entry = pair
         tensor = source.tensors[name]
         array = tensor.read()
-        digest = stored_digest = orbax.digest(array)
-        if dtype not in (None, tensor.dtype):
-            with np.errstate(over="ignore"):  # an overflow is reported below, with its name
-                array = array.astype(dtype)
-            stored_digest = orbax.digest(array)
-        path, stored = "/".join(entry.path), array.dtype.name
-        record = Record(path, name, tensor.file.name, tensor.shape, tensor.dtype, digest, stored, stored_digest)
-        return orbax.in_order(entry.to_param(array)), record
+        digest = orbax.digest(array)
+        origin, made = (name, tensor.file.name), []
+        for path, stored in _stored(entry, array, form).items():
+            stored_digest = digest if stored is array else orbax.digest(stored)
+            own = (stored.shape, tensor.dtype, digest, stored.dtype.name, stored_digest)
+            parameter = entry.to_param(stored) if path == entry.path else stored
+            made.append((orbax.in_order(parameter), Record("/".join(path), *origin, *own)))
+        return made
 
-    tensors = orbax.parallel(read, pairs)
+    tensors = [each for made in orbax.parallel(read, pairs) for each in made]
     torch_bin.release()
-    spoilt = [record.name for array, record in tensors if not all_finite(array)]
+    spoilt = [record for array, record in tensors if not all_finite(array)]
     if spoilt:
-        stored = tensors[0][1].stored_dtype
-        raise UserError(f"{source.folder}: NaN or infinity, as {stored}, in {len(spoilt)} tensors: {shortlist(spoilt)}")
-    return {entry.path: tensor for (_, entry), tensor in zip(pairs, tensors, strict=True)}
+        stored, names = spoilt[0].stored_dtype, shortlist([record.name for record in spoilt])
+        raise UserError(f"{source.folder}: NaN or infinity, as {stored}, in {len(spoilt)} tensors: {names}")
+    return tensors
 
 
 def _write_group(folder: Path, tensors: Tensors, job: str) -> tuple[Record, ...]:
-    records = tuple(record for _, record in tensors.values())
-    orbax.save_group(folder, {path: array for path, (array, _) in tensors.items()}, job, records)
+    state = {tuple(record.path.split("/")): array for array, record in tensors}
+    records = tuple(record for _, record in tensors)
+    orbax.save_group(folder, state, job, records)
     return records
 
 
-@contextmanager
-def workplace(target: Path) -> Iterator[Path]:
-    """The folder beside the target in which it is made; one process at a time.
-
-    Raises:
-      UserError: it cannot be made, something else has its name, or another process works in it.
-    """
-    partial = target.with_name(f".{target.name}.partial")
-    try:
-        if not os.path.lexists(partial):
-            partial.mkdir(parents=True, exist_ok=True)
-        handle = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except NotADirectoryError:
-        raise UserError(_in_the_way(partial)) from None
-    except OSError as error:
-        raise UserError(f"{partial}: cannot be made: {error.strerror}") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, however it ends
-        _sign(partial)
-        yield partial
-    except BlockingIOError:
-        raise UserError(f"{partial}: another process is writing {target}") from None
-    except OSError as error:
-        raise UserError(f"{error.filename or partial}: cannot be written: {error.strerror or error}") from error
-    finally:
-        os.close(handle)
-
-
-def _sign(partial: Path) -> None:
-    """Marks a folder as made here, which may then be emptied: only an empty one, or one that is marked already.
-
-    Raises:
-      UserError: it is neither.
-    """
-    mark = partial / _MARK
-    if mark.is_symlink() or not mark.is_file():
-        if any(partial.iterdir()):
-            raise UserError(_in_the_way(partial))
-        mark.write_text("`sparsevlm convert` makes this folder and empties it as it needs.\n")
-
-
-def _in_the_way(partial: Path) -> str:
-    return f"{partial}: is in the way, no conversion has made it; move it, or choose another target"
+def _stored(entry: Entry, tensor: np.ndarray, form: Form) -> dict[ParamPath, np.ndarray]:
+    """What is stored of a tensor, in its order of axes: itself, cast, or values and scale."""
+    scale = form.scale_of(entry)
+    if scale is not None:
+        values, factors = in_eight_bits(tensor, axis=1)
+        return {entry.path: np.asarray(values), scale: np.asarray(factors)}
+    with np.errstate(over="ignore"):  # an overflow is reported by the caller, with its name
+        return {entry.path: tensor.astype(form.dtype or tensor.dtype, copy=False)}
 
 
 def _resume(partial: Path, job: str, count: int) -> dict[int, tuple[Record, ...]]:
@@ -199,13 +179,13 @@ def _resume(partial: Path, job: str, count: int) -> dict[int, tuple[Record, ...]
     return finished
 
 
-def _finalise(partial: Path, source: Source, dtype: str | None, job: str, groups: Sequence[tuple[Record, ...]]) -> None:
+def _finalise(partial: Path, source: Source, form: Form, job: str, groups: Sequence[tuple[Record, ...]]) -> None:
     """Writes what stands beside the parameters, the manifest last."""
     copy_files(source.folder, partial, FILES if source.layout == "hf" else ("generation_config.json",))
     if source.layout == "original":
         aspect = read_config(source.folder).get("image_aspect_ratio")
         llava_original.write_processor(source.folder, partial, source.config, aspect)
-    config = source.config if dtype is None else with_dtype(source.config, dtype)
+    config = source.config if form.dtype is None else with_dtype(source.config, form.dtype)
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     manifest = Manifest(
         version=VERSION,
@@ -221,7 +201,7 @@ def _finalise(partial: Path, source: Source, dtype: str | None, job: str, groups
         files={
             item.name: orbax.file_digest(item)
             for item in sorted(partial.iterdir())
-            if item.is_file() and item.name != _MARK
+            if item.is_file() and item.name != MARK
         },
         groups=tuple(groups),
     )
@@ -248,46 +228,22 @@ def _require_unchanged(
 
     changed, touched = source.changed(), source.touched()
     for number, records in enumerate(groups):
-        doubtful = [record for record in records if number in earlier or record.file in touched]
-        found = orbax.parallel(same, doubtful)
-        changed += [record.name for record, equal in zip(doubtful, found, strict=True) if not equal]
+        # By name: two may be made of one tensor.
+        doubtful = {record.name: record for record in records if number in earlier or record.file in touched}
+        found = orbax.parallel(same, list(doubtful.values()))
+        changed += [name for name, equal in zip(doubtful, found, strict=True) if not equal]
         torch_bin.release()
     if changed:
         clear(partial)
         raise UserError(f"{source.folder}: changed while it was converted, convert it again: {shortlist(changed)}")
 
 
-def clear(partial: Path, keep: Collection[Path] = ()) -> None:
-    """Empties a folder, but for its mark and some groups. Links are removed, not followed."""
-    params = orbax.group_folder(partial, 0).parent
-    items = [*partial.iterdir(), *(params.iterdir() if _is_folder(params) else ())]
-    for item in items:
-        if item not in keep and item.name != _MARK and not (item == params and keep):
-            shutil.rmtree(item) if _is_folder(item) else item.unlink(missing_ok=True)
-
-
-def publish(partial: Path, target: Path) -> None:
-    """Gives a complete folder its name; what it holds is on the disk before."""
-    files = [item for item in (*partial.iterdir(), *partial.glob("params/*")) if item.is_file()]
-    for item in [*files, partial]:
-        handle = os.open(item, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    os.rename(partial, target)
-    (target / _MARK).unlink(missing_ok=True)
-
-
-def _is_folder(item: Path) -> bool:
-    return item.is_dir() and not item.is_symlink()
-
-
-def _job(source: Source, dtype: str | None) -> str:
+def _job(source: Source, form: Form) -> str:
     """Identifies what is converted and how, without reading the weights."""
     files = [(Path(file).name, stamp) for file, stamp in source.stamps.items()]
     pairs = [(name, entry.path, source.tensors[name].dtype) for name, entry in source.pairs]
-    whole = [VERSION, source.config_digest, source.config, files, sorted(pairs), dtype]
+    whole = [VERSION, source.config_digest, source.config, files, sorted(pairs), form.dtype]
+    whole += [] if form.quantize is None else [form.quantize]
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
@@ -298,30 +254,8 @@ def _check_target(target: Path, source: Path) -> None:
         raise UserError(f"{target}: lies inside the source, which is never touched; choose another folder")
 
 
-def check_room(folder: Path, needed: int) -> None:
-    """A disk that is too small is better known at once.
-
-    Raises:
-      UserError: it has fewer than `needed` bytes left.
-    """
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        missing = f"{in_bytes(needed - free)} too little"
-        raise UserError(f"{folder}: needs {in_bytes(needed)} more, the disk has {in_bytes(free)} left: {missing}")
-
-
-def copy_files(source: Path, target: Path, names: Sequence[str]) -> None:
-    """Copies those of the files that are there.
-
-    Raises:
-      UserError: one is a link out of its folder, or no regular file.
-    """
-    for name in names:
-        if os.path.lexists(source / name):
-            with open_regular(inside(source, name)) as content, (target / name).open("wb") as copy:
-                shutil.copyfileobj(content, copy)
-
-
-def _stored_bytes(source: Source, pair: Pair, dtype: str | None) -> int:
+def _stored_bytes(source: Source, pair: Pair, form: Form) -> int:
     name, entry = pair
-    return math.prod(entry.shape) * np.dtype(dtype or source.tensors[name].dtype).itemsize
+    if form.scale_of(entry) is not None:
+        return (entry.shape[0] + 4) * entry.shape[1]
+    return math.prod(entry.shape) * np.dtype(form.dtype or source.tensors[name].dtype).itemsize

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sparsevlm_jax.checkpoints.check import Converted, Watch, open_converted
-from sparsevlm_jax.checkpoints.convert import check_room, clear, copy_files, publish, workplace
 from sparsevlm_jax.checkpoints.joined import parts_of, whole_of
 from sparsevlm_jax.checkpoints.manifest import Record
 from sparsevlm_jax.checkpoints.safetensors import INDEX, SINGLE, STORED_DTYPES
 from sparsevlm_jax.checkpoints.source import FILES
+from sparsevlm_jax.checkpoints.workplace import check_room, clear, copy_files, publish, workplace
 from sparsevlm_jax.config import SiglipConfig, read_config
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.files import user_path
@@ -63,9 +63,11 @@ def to_hf(checkpoint: str | Path, target: str | Path, watch: Watch = lambda done
       The number of weight files.
 
     Raises:
-      UserError: no converted checkpoint, a damaged one, a target that exists, a full disk.
+      UserError: no converted checkpoint, a damaged one, one in eight bits, a target that exists, a full disk.
     """
     opened, target = open_converted(checkpoint), user_path(target)
+    if held := opened.manifest.quantize:
+        raise UserError(f"{checkpoint}: is in {held}, which cannot be undone: only its source has the weights")
     if os.path.lexists(target):
         raise UserError(f"{target}: exists already; choose another folder")
     if target.resolve().is_relative_to(opened.folder.resolve()):

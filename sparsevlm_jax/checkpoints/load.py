@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from sparsevlm_jax.files import inside, read_json, user_path
 from sparsevlm_jax.inputs.processor import Processor
 from sparsevlm_jax.models.family import config_of, family_of
 from sparsevlm_jax.models.names import Entry
+from sparsevlm_jax.models.offload import to_host
 from sparsevlm_jax.models.parameters import entries
+from sparsevlm_jax.models.quantize import ParamPath, check_quantize, in_eight_bits, scale_of
 from sparsevlm_jax.parallel.rules import Where, placement
 from sparsevlm_jax.text import shortlist
 
@@ -58,7 +61,9 @@ def load(
     *,
     revision: str | None = None,
     dtype: str | None = None,
+    quantize: str | None = None,
     sharding: str | jax.sharding.Mesh | Placement | None = None,
+    offload_tower: bool = False,
     check: bool = True,
 ) -> Model:
     """Loads a checkpoint: one that `sparsevlm convert` wrote, or one in the Hugging Face layout.
@@ -68,10 +73,14 @@ def load(
         or the id of a model with safetensors on the Hugging Face hub. Without network, ids resolve from its cache.
       revision: branch, tag or commit of a hub id.
       dtype: "float32", "bfloat16" or "float16"; by default the checkpoint's own, float32 where it mixes several.
+      quantize: "int8" holds the kernels of the decoder's layers in eight bits, made of the stored weights; everything
+        else has the `dtype`, in which the model computes. A checkpoint that was converted so stays so.
       sharding: where the parameters go: by default the default device; an arrangement of devices such as "tensor=4", or
         its mesh from `parallel.mesh.make_mesh`, on which everything that takes the model then runs; or a sharding of
         your own. Host memory holds one tensor at a time, of a converted checkpoint one group, of which each device
         gets no more than its shard.
+      offload_tower: keep vision towers and projector on the host: they are on the device only while images become
+        visual tokens. For one device that is small.
       check: whether every file of a converted checkpoint is compared with its digest before it is used. That takes
         time, a third more where the files are in memory already. Weights in the Hugging Face layout have no digests.
 
@@ -81,24 +90,34 @@ def load(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f'dtype "{dtype}" is not supported: choose {", ".join(DTYPES)}')
+    check_quantize(quantize)
+    if offload_tower and sharding is not None:
+        raise UserError("`offload_tower` is for one device: leave the mesh or sharding out, or keep the tower there")
     folder = locate(source, revision)
     manifest = read_manifest(folder) if is_converted(folder) else None
+    if quantize and manifest and manifest.quantize:
+        raise UserError(f"{folder}: is in {manifest.quantize} already, and stays so: leave `quantize` out")
     if manifest and check and (problems := orbax.changed_files(folder, manifest)):
         raise UserError(f"{'; '.join(problems)}; convert the source again, or load it unchecked (check=False)")
     config = config_of(folder)
     where = placement(sharding, config) if isinstance(sharding, str | jax.sharding.Mesh) else sharding
+    params = (
+        _restore_params(folder, manifest, config, dtype, quantize, where, check)
+        if manifest
+        else _read_params(folder, config, dtype, quantize, where)
+    )
     return Model(
         config=config,
         generation=_generation_defaults(folder),
         processor=Processor.from_pretrained(folder, config),
-        params=_restore_params(folder, manifest, config, dtype, where, check)
-        if manifest
-        else _read_params(folder, config, dtype, where),
+        params=to_host(params) if offload_tower else params,
         name=folder.resolve().name if user_path(source).is_dir() else str(source),
     )
 
 
-def _read_params(folder: Path, config: ModelConfig, dtype: str | None, sharding: Placement | None) -> dict[str, Any]:
+def _read_params(
+    folder: Path, config: ModelConfig, dtype: str | None, quantize: str | None, sharding: Placement | None
+) -> dict[str, Any]:
     """The parameter tree, each tensor on its devices before the next is read."""
     tensors = list_tensors(folder)
     check_depth(config, len(tensors), str(folder))
@@ -112,16 +131,36 @@ def _read_params(folder: Path, config: ModelConfig, dtype: str | None, sharding:
     params, spoilt = {}, []
     for name, entry in pairs:
         with np.errstate(over="ignore"):  # an overflow is reported below, with its name
-            array = tensors[name].read().astype(dtype, copy=False)
+            array = tensors[name].read()
+            if quantize is None or scale_of(entry.path) is None:
+                array = array.astype(dtype, copy=False)
         if not all_finite(array):
             spoilt.append(name)
             continue
         where = sharding(entry.path, entry.shape) if callable(sharding) else sharding
-        params[entry.path] = jax.block_until_ready(jax.device_put(entry.to_param(array), where))
+        placed = jax.device_put(entry.to_param(array), where)
+        params |= jax.block_until_ready(_held(entry.path, placed, quantize, sharding))
     if spoilt:
         count = f"{len(spoilt)} of {len(pairs)}"
         raise UserError(f"{folder}: NaN or infinity, as {dtype}, in {count} tensors: {shortlist(spoilt)}")
     return traverse_util.unflatten_dict(params)
+
+
+def _held(
+    path: ParamPath, parameter: jax.Array, quantize: str | None, sharding: Placement | None
+) -> dict[ParamPath, jax.Array]:
+    """What holds a parameter by path, each where it belongs: itself, or values and scale."""
+    scale = None if quantize is None else scale_of(path)
+    if scale is None:
+        return {path: parameter}
+    shapes = {path: parameter.shape, scale: parameter.shape[-1:]}
+    places = (sharding(*item) if callable(sharding) else sharding for item in shapes.items())
+    return dict(zip(shapes, _quantizer(*places)(parameter), strict=True))
+
+
+@cache
+def _quantizer(*places: Any) -> Any:
+    return jax.jit(in_eight_bits, out_shardings=places)
 
 
 def entries_of(folder: Path, manifest: Manifest, config: ModelConfig) -> dict[str, Entry]:
@@ -131,9 +170,13 @@ def entries_of(folder: Path, manifest: Manifest, config: ModelConfig) -> dict[st
       UserError: manifest and configuration do not belong together.
     """
     check_depth(config, len(manifest.records), str(folder))
-    by_path = {"/".join(entry.path): entry for entry in entries(config).values()}
-    found = {record.path: record.shape for record in manifest.records}
-    wanted = {path: entry.hf_shape for path, entry in by_path.items()}
+    quantize = manifest.quantize
+    by_path = {"/".join(entry.path): entry for entry in entries(config, quantize).values()}
+    found = {record.path: (record.shape, record.stored_dtype == quantize) for record in manifest.records}
+    wanted = {
+        path: (entry.hf_shape, quantize is not None and scale_of(entry.path) is not None)
+        for path, entry in by_path.items()
+    }
     astray = sorted(path for path in {*found, *wanted} if found.get(path) != wanted.get(path))
     if astray:
         raise UserError(f"{folder}: manifest and config.json describe different parameters: {shortlist(astray)}")
@@ -141,27 +184,39 @@ def entries_of(folder: Path, manifest: Manifest, config: ModelConfig) -> dict[st
 
 
 def _restore_params(
-    folder: Path, manifest: Manifest, config: ModelConfig, dtype: str | None, sharding: Placement | None, check: bool
+    folder: Path,
+    manifest: Manifest,
+    config: ModelConfig,
+    dtype: str | None,
+    quantize: str | None,
+    sharding: Placement | None,
+    check: bool,
 ) -> dict[str, Any]:
     """The parameter tree of a converted checkpoint, group by group, each device reading its own shards."""
     by_path = entries_of(folder, manifest, config)
     stored = {tuple(record.path.split("/")): record.stored_dtype for record in manifest.records}
+    scales = {path: scale for path in stored if (quantize or manifest.quantize) and (scale := scale_of(path))}
+    as_stored = {*scales, *scales.values()}
     if dtype is None:
-        dtype = next(iter(stored.values())) if len(set(stored.values())) == 1 else "float32"
+        stated = {stored[path] for path in stored.keys() - as_stored}
+        dtype = stated.pop() if len(stated) == 1 else "float32"
+    dtypes = {path: stored[path] if path in as_stored else dtype for path in stored}
     default = jnp.zeros(()).sharding
 
     def abstract(path: tuple[str, ...]) -> jax.ShapeDtypeStruct:
         shape = by_path["/".join(path)].shape
         where = sharding(path, shape) if callable(sharding) else sharding or default
-        return jax.ShapeDtypeStruct(shape, np.dtype(dtype), sharding=where)
+        return jax.ShapeDtypeStruct(shape, np.dtype(dtypes[path]), sharding=where)
 
     params = {}
     for number in _compared(folder, manifest) if check else range(len(manifest.groups)):
         paths = [tuple(record.path.split("/")) for record in manifest.groups[number]]
         wanted = {path: abstract(path) for path in paths}
-        params |= jax.block_until_ready(orbax.restore_group(folder, number, wanted))
+        for path, restored in orbax.restore_group(folder, number, wanted).items():
+            params |= jax.block_until_ready(_held(path, restored, quantize, sharding))
     # What was converted is finite; a narrower dtype may overflow.
-    spoilt = ["/".join(path) for path, x in params.items() if stored[path] != dtype and not jnp.isfinite(x).all()]
+    narrowed = {path for path in stored if stored[path] != dtypes[path]}
+    spoilt = ["/".join(path) for path in params if path in narrowed and not jnp.isfinite(params[path]).all()]
     if spoilt:
         raise UserError(f"{folder}: infinity, as {dtype}, in {len(spoilt)} parameters: {shortlist(spoilt)}")
     return traverse_util.unflatten_dict(params)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sparsevlm_jax.config import DTYPES
+from sparsevlm_jax.config import DTYPES, QUANTIZATIONS
 from sparsevlm_jax.errors import UserError, first_line
 from sparsevlm_jax.files import inside, plain_name, read_json
 
@@ -24,7 +24,8 @@ _LONGEST_AXIS, _MOST_AXES = 2**40, 8
 class Record(NamedTuple):
     """A parameter: the tensor that it was made of, and how it is stored.
 
-    Digests are sha256 of the tensor's bytes in the source's order of axes, so both are equal where the dtype is.
+    Digests are sha256 of the tensor's bytes in the source's order of axes, so both are equal where the dtype is. A
+    kernel in eight bits and its scale are two parameters that were made of one tensor.
     """
 
     path: str  # in the tree: "language_model/norm/scale"
@@ -55,6 +56,11 @@ class Manifest(NamedTuple):
     @property
     def records(self) -> list[Record]:
         return [record for group in self.groups for record in group]
+
+    @property
+    def quantize(self) -> str | None:
+        """How kernels are held: see `models.quantize`."""
+        return next((record.stored_dtype for record in self.records if record.stored_dtype in QUANTIZATIONS), None)
 
     @property
     def nbytes(self) -> int:
@@ -111,7 +117,7 @@ def records_of(records: Sequence[Mapping[str, Any]]) -> tuple[Record, ...]:
         axes = [type(axis) is int and 0 <= axis < _LONGEST_AXIS for axis in record.shape]
         if not all(isinstance(text, str) for text in texts) or not all(axes) or len(axes) > _MOST_AXES:
             raise TypeError(f"no record of a parameter: {record}")
-        if not {record.dtype, record.stored_dtype} <= {*DTYPES}:
+        if record.dtype not in DTYPES or record.stored_dtype not in (*DTYPES, *QUANTIZATIONS):
             raise ValueError(f"{record.path} is neither {', '.join(DTYPES[:-1])} nor {DTYPES[-1]}")
     return found
 

@@ -23,6 +23,7 @@ from sparsevlm_jax.inputs.packing import TiledImages, pack_images
 from sparsevlm_jax.inputs.processor import Processor
 from sparsevlm_jax.layout import Size
 from sparsevlm_jax.models.embedding import embed, encode_images
+from sparsevlm_jax.models.quantize import quantization_of
 from sparsevlm_jax.models.stages import prefill
 from sparsevlm_jax.models.towers import tower_of
 from sparsevlm_jax.pruning.budgets import make_plan
@@ -30,7 +31,7 @@ from sparsevlm_jax.pruning.settings import Sparsity
 
 QUESTION = "What do you see in this image?"
 # Largest difference of a part, as a share of its largest value. The two sides round at other places.
-TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
+TOLERANCES = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1, "int8": 1e-1}
 _TOP = 10
 
 Parts = dict[str, np.ndarray]
@@ -52,7 +53,7 @@ class Question(NamedTuple):
 class Report:
     """How far the result is from its source."""
 
-    dtype: str  # the coarser of both sides
+    dtype: str  # the coarser of both sides, or "int8"
     differences: dict[str, float]  # by part: the largest, as a share of the part's largest value
     kl_divergence: float  # of the result's next-token distribution from the source's, nats
     top: tuple[list[tuple[str, float]], list[tuple[str, float]]]  # token and logit, source and result
@@ -94,7 +95,8 @@ def verify(
     theirs, dtype = run_torch(opened, question)
     model = load(target)
     ours = run_jax(model, question)
-    return compare(theirs, ours, max(dtype, ours["logits"].dtype.name, key=lambda name: TOLERANCES[name]), model)
+    dtypes = (dtype, ours["logits"].dtype.name, quantization_of(model.params) or dtype)
+    return compare(theirs, ours, max(dtypes, key=lambda name: TOLERANCES[name]), model)
 
 
 def ask(processor: Processor | None, config: ModelConfig) -> Question:

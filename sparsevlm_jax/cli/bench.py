@@ -26,7 +26,7 @@ def bench(
     sides: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="ENGINE:METHOD[@N|@P%][/MESH]",
+            metavar="ENGINE:METHOD[@N|@P%][/int8][/MESH]",
             help="Repeat it. Engines: jax; eager, sdpa, compile (PyTorch); faithful, best, batched (SparseVLM in "
             "PyTorch). The first is what the others are compared with.",
         ),
@@ -38,6 +38,10 @@ def bench(
     new_tokens: Annotated[str, typer.Option(metavar="N,...", help="Lengths of the answers.")] = "16,128",
     mesh: Annotated[
         str | None, typer.Option(metavar="tensor=N", help="Several devices for every JAX side; see ask --mesh.")
+    ] = None,
+    quantize: Annotated[
+        str | None,
+        typer.Option(metavar="int8", help="For every JAX side, and no other; see ask --quantize."),
     ] = None,
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Turns of every side that count.")] = 7,
     device: Annotated[str, typer.Option(metavar="auto|cpu|gpu", help="Where all sides run.")] = "auto",
@@ -94,7 +98,7 @@ def bench(
     try:
         for cell in _cells(names, batch, text_tokens, visual_tokens, dtype):
             wanted = [Side.parse(text, cell.visual_tokens) for text in sides or default_sides(SHAPES[cell.shape])]
-            wanted = [side.on(mesh or "") if side.engine == "jax" and not side.mesh else side for side in wanted]
+            wanted = [_with_defaults(side, mesh, quantize) for side in wanted]
             if profile is not None:
                 _profile(cell, wanted, settings, profile)
             elif break_even:
@@ -106,6 +110,14 @@ def bench(
         raise typer.Exit(130) from None
     if report and profile is None:
         _write_report(out, None)
+
+
+def _with_defaults(side: Any, mesh: str | None, quantize: str | None) -> Any:
+    """A JAX side on the devices, and with the kernels, that are for all that name none."""
+    if side.engine != "jax":
+        return side
+    side = side if side.mesh else side.on(mesh or "")
+    return side if side.quantize else side.held_in(quantize)
 
 
 def _cells(names: Sequence[str], batch: str, text: str | None, visual: str | None, dtype: str) -> list[Any]:

@@ -20,6 +20,7 @@ from sparsevlm_jax.cli.options import note
 from sparsevlm_jax.config import DTYPES, ModelConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.layout import ImageLayout
+from sparsevlm_jax.models.quantize import check_quantize
 from sparsevlm_jax.parallel.mesh import ONE, MeshShape
 from sparsevlm_jax.pruning.settings import Sparsity
 from sparsevlm_jax.text import in_bytes
@@ -49,6 +50,10 @@ class CompileOptions:
         str | None, typer.Option(metavar="tensor=N", help="Several such devices, for --compile-for; see ask --mesh.")
     ] = None
 
+    quantize: Annotated[
+        str | None, typer.Option(metavar="int8", help="Hold the kernels of the decoder's layers in eight bits.")
+    ] = None
+
     @property
     def shape(self) -> MeshShape:
         return ONE if self.mesh is None else MeshShape.parse(self.mesh)
@@ -64,6 +69,7 @@ class CompileOptions:
                 raise UserError(f"{name} {value}: has an effect with --compile-for only")
         if self.dtype not in (None, *DTYPES):
             raise UserError(f"--dtype {self.dtype}: expected one of {', '.join(DTYPES)}")
+        check_quantize(self.quantize)
         if self.compile_for is None:
             return None
         _ = self.shape
@@ -95,9 +101,13 @@ class CompileOptions:
                 "mesh": str(mesh),
                 "batch": prompts.batch,
                 "dtype": dtype,
+                "quantize": self.quantize,
                 "new_tokens": NEW_TOKENS,
                 "device_memory_bytes": device.memory,
-                **{name: _side(config, sparsity, prompts, dtype, device, mesh) for name, sparsity in sides.items()},
+                **{
+                    name: _side(config, sparsity, prompts, dtype, device, mesh, self.quantize)
+                    for name, sparsity in sides.items()
+                },
             }
 
 
@@ -107,9 +117,10 @@ def print_report(report: dict[str, Any]) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     sides = {name: report[name] for name in ("dense", "pruned")}
+    held = " and ".join(filter(None, (report["quantize"], report["dtype"])))
     console.print(
         f"Compiled for {report['device']} ({in_bytes(report['device_memory_bytes'])}), mesh {report['mesh']}, batch "
-        f"{report['batch']}, {report['dtype']}, room for {report['new_tokens']} new tokens; of each device:"
+        f"{report['batch']}, {held}, room for {report['new_tokens']} new tokens; of each device:"
     )
     console.print(_memory_table(sides))
     if any("does_not_fit" in side for side in sides.values()):
@@ -126,14 +137,21 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def _side(
-    config: ModelConfig, sparsity: Sparsity, prompts: Prompts, dtype: str, device: Device, mesh: MeshShape
+    config: ModelConfig,
+    sparsity: Sparsity,
+    prompts: Prompts,
+    dtype: str,
+    device: Device,
+    mesh: MeshShape,
+    quantize: str | None,
 ) -> dict[str, Any]:
     try:
-        answer = compile_for(config, sparsity, prompts, dtype, device, mesh)
+        answer = compile_for(config, sparsity, prompts, dtype, device, mesh, quantize)
     except TooLargeError as error:
         return {"does_not_fit": str(error)}
     report = answer_report(answer, device)
-    return report | {"largest_batch": largest_batch(config, sparsity, prompts, dtype, device, [answer], mesh)}
+    largest = largest_batch(config, sparsity, prompts, dtype, device, [answer], mesh, quantize)
+    return report | {"largest_batch": largest}
 
 
 def _memory_table(sides: dict[str, dict[str, Any]]) -> Any:

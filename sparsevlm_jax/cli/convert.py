@@ -19,6 +19,9 @@ _HELP = "SRC DST, with --to-hf CKPT OUT, with --check CKPT"
 def convert(
     paths: Annotated[list[str], typer.Argument(metavar="SRC DST", help=_HELP)],
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the source's own.")] = None,
+    quantize: Annotated[
+        str | None, typer.Option(metavar="int8", help="Store the kernels of the decoder's layers in eight bits.")
+    ] = None,
     vision_tower: Annotated[
         str | None, typer.Option(metavar="DIR_OR_ID", help="CLIP model of a checkpoint in the original layout.")
     ] = None,
@@ -33,7 +36,8 @@ def convert(
     wanted = ["CKPT"] if check else ["CKPT", "OUT"] if to_hf else ["SRC", "DST"]
     if len(paths) != len(wanted):
         raise UserError(f"expected {' '.join(wanted)}, found {len(paths)} arguments")
-    given = {"--dtype": dtype, "--vision-tower": vision_tower, "--revision": revision, "--verify": verify or None}
+    own = {"dtype": dtype, "quantize": quantize, "revision": revision, "vision_tower": vision_tower}
+    given = {"--" + name.replace("_", "-"): value for name, value in own.items()} | {"--verify": verify or None}
     refused = [name for name, value in given.items() if value is not None]
     if (to_hf or check) and refused:
         raise UserError(f"{refused[0]} goes with SRC DST only")
@@ -54,7 +58,7 @@ def convert(
         from sparsevlm_jax.checkpoints.convert import convert as run_convert
 
         with _progress("converting") as watch:
-            result = run_convert(*paths, dtype=dtype, revision=revision, vision_tower=vision_tower, watch=watch)
+            result = run_convert(*paths, **own, watch=watch)
         resumed = f", {result.resumed} of them already there" if result.resumed else ""
         note(f"{paths[1]}: complete, {result.nbytes / 1e9:.2f} GB in {result.groups} groups{resumed}")
         if verify:

@@ -40,7 +40,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print everything as one JSON
 # What the library calls its settings in its messages, `name` or name=value, where an option has that name.
 _SETTINGS = (
     "method|keep|keep_at|flops_share|cache_bytes|scale|bias|heads|dtype|vision_tower|visual_tokens|sides|device|ladder"
-    "|per_frame|image|video|aspect|frames|sampling|shard|suffix|batch_size|max_new_tokens|mesh"
+    "|per_frame|image|video|aspect|frames|sampling|shard|suffix|batch_size|max_new_tokens|mesh|quantize|offload_tower"
 )
 _SETTING = re.compile(rf"`({_SETTINGS})`|\b({_SETTINGS})=(\"[^\"]*\"|\([^)]*\)|[^\s:,;]+)")
 
@@ -55,6 +55,9 @@ class ModelOptions:
         str | None, typer.Option(metavar="D", help="float32, bfloat16 or float16; default: the checkpoint's.")
     ] = None
 
+    quantize: Annotated[
+        str | None, typer.Option(metavar="int8", help="Hold the kernels of the decoder's layers in eight bits.")
+    ] = None
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Compare a converted checkpoint with its digests.")
     ] = True
@@ -66,10 +69,15 @@ class ModelOptions:
         ),
     ] = None
 
+    offload_tower: Annotated[
+        bool, typer.Option("--offload-tower", help="Keep the vision tower on the host but while it sees images.")
+    ] = False
+
     def load(self) -> Model:
+        held = {"quantize": self.quantize, "sharding": self.mesh, "offload_tower": self.offload_tower}
         if self.model is None:
-            return load(demo_model.path(), dtype=self.dtype or demo_model.DTYPE, sharding=self.mesh)
-        return load(self.model, revision=self.revision, dtype=self.dtype, check=self.check, sharding=self.mesh)
+            return load(demo_model.path(), dtype=self.dtype or demo_model.DTYPE, **held)
+        return load(self.model, revision=self.revision, dtype=self.dtype, check=self.check, **held)
 
 
 @dataclass(frozen=True)

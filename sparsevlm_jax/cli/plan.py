@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Annotated, Any
 
+import jax.numpy as jnp
 import typer
 
 from sparsevlm_jax import bounds
@@ -21,6 +22,7 @@ from sparsevlm_jax.inputs.images import check_pixels
 from sparsevlm_jax.layout import ImageLayout
 from sparsevlm_jax.models.cost import Cost, cost, frame_xla_flops, tower_xla_flops
 from sparsevlm_jax.models.family import config_of
+from sparsevlm_jax.models.parameters import abstract_params, tree_bytes
 from sparsevlm_jax.models.presets import PRESETS
 from sparsevlm_jax.pruning.budgets import make_plan
 from sparsevlm_jax.pruning.methods import METHODS
@@ -72,6 +74,7 @@ def plan(
     tower = tower_xla_flops(config, pruned) * images if images else 0.0
     if video_frames:
         tower += frame_xla_flops(config) * video_frames
+    weights = tree_bytes(abstract_params(config, jnp.bfloat16, compiling.quantize))
     compiled = compiling.report(device, config, layouts, text_tokens, sides) if device else None
     if as_json:
         report = {
@@ -81,11 +84,13 @@ def plan(
             "dense": plan_report(dense) | asdict(dense_cost),
             "pruned": plan_report(pruned) | asdict(pruned_cost),
             "tower_xla_flops": tower,
+            "parameter_bytes": weights,
             **({"compiled": compiled} if compiled else {}),
         }
         print(json.dumps(report, indent=2))
     else:
-        _print_plan(pruned, pruned_cost, dense, dense_cost, tower, text_tokens)
+        held = f"parameters, {compiling.quantize} and 16 bit" if compiling.quantize else "parameters, 16 bit"
+        _print_plan(pruned, pruned_cost, dense, dense_cost, tower, text_tokens, (held, in_bytes(weights)))
         if compiled:
             print_report(compiled)
 
@@ -129,7 +134,15 @@ def plan_report(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _print_plan(plan: Plan, cost: Cost, dense: Plan, dense_cost: Cost, tower: float, text_tokens: int) -> None:
+def _print_plan(
+    plan: Plan,
+    cost: Cost,
+    dense: Plan,
+    dense_cost: Cost,
+    tower: float,
+    text_tokens: int,
+    parameters: tuple[str, str],
+) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -157,6 +170,7 @@ def _print_plan(plan: Plan, cost: Cost, dense: Plan, dense_cost: Cost, tower: fl
         ("FLOPs of the program, by XLA", against("xla_flops", in_si, ", two per multiply-add")),
         ("vision tower and projector, by XLA", f"{in_si(tower)}, in addition"),
         ("keys and values, 16 bit", against("cache_bytes", in_bytes)),
+        parameters,
         ("other tokens in the prompt", str(text_tokens)),
     ):
         facts.add_row(name, value)

@@ -17,6 +17,7 @@ from sparsevlm_jax.checkpoints.load import Model
 from sparsevlm_jax.errors import UserError, shown
 from sparsevlm_jax.files import read_json, write
 from sparsevlm_jax.generation.batches import Batcher
+from sparsevlm_jax.models.quantize import quantization_of
 from sparsevlm_jax.models.stages import Params
 from sparsevlm_jax.process import versions
 from sparsevlm_jax.pruning.methods import as_sparsity
@@ -53,6 +54,7 @@ def describe_model(model: Model) -> dict[str, Any]:
     return {
         "name": model.name,
         "dtype": jax.tree.leaves(model.params)[0].dtype.name,
+        "quantize": quantization_of(model.params),
         "config": hashlib.sha256(repr(model.config).encode()).hexdigest()[:16],
         "weights": checksum(model.params),
     }

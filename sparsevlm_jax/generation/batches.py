@@ -32,6 +32,7 @@ from sparsevlm_jax.inputs.packing import TEXT_BUCKETS, bucket
 from sparsevlm_jax.inputs.pixels import Visual
 from sparsevlm_jax.inputs.processor import Inputs
 from sparsevlm_jax.inputs.video import SAMPLING, Sampling
+from sparsevlm_jax.models.offload import tower_on_device
 from sparsevlm_jax.models.stages import Params
 from sparsevlm_jax.parallel.arrays import mesh_of, on_mesh_of, put_beside
 from sparsevlm_jax.progress import progress as show_progress
@@ -291,9 +292,9 @@ class Batcher:
         if order is None:
             return inputs.images, 0.0
         params, config = self.model.params, self.model.config
-        with on_mesh_of(params):
+        with on_mesh_of(params), tower_on_device(params) as whole:
             images = put_beside(params, (inputs.images, order))
-            return self._programs.timed(encode_held_once, params, *images, config=config)
+            return self._programs.timed(encode_held_once, whole, *images, config=config)
 
 
 def answer_all(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +22,13 @@ from sparsevlm_jax.checkpoints.load import Model
 from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.generation.api import images_by_prompt, require_finite, require_processor
-from sparsevlm_jax.generation.request import Generation, GenerationRequest, require_limit
+from sparsevlm_jax.generation.request import Generation, GenerationRequest, encode, require_limit
 from sparsevlm_jax.inputs.images import ImageLike
 from sparsevlm_jax.inputs.messages import Conversation
 from sparsevlm_jax.inputs.packing import TEXT_BUCKETS, TiledImages, bucket
 from sparsevlm_jax.inputs.video import SAMPLING, Sampling, VideoLike
 from sparsevlm_jax.layout import ImageLayout
-from sparsevlm_jax.models.embedding import encode_images
+from sparsevlm_jax.models.offload import tower_on_device
 from sparsevlm_jax.models.stages import Cache, ImageFeatures, Params, decode_step
 from sparsevlm_jax.parallel.arrays import on_mesh_of, put_beside
 from sparsevlm_jax.pruning.budgets import make_plan
@@ -179,8 +178,9 @@ class Chat:
         config = self.model.config
         visual = sum(layout.tokens for layout in self._layouts)
         plan = make_plan(self.sparsity, config, visual) if METHODS[self.sparsity.method].shrinks else None
-        with on_mesh_of(self.model.params):
-            return _encode(self.model.params, put_beside(self.model.params, images), config=config, plan=plan)
+        placed = put_beside(self.model.params, images)
+        with on_mesh_of(self.model.params), tower_on_device(self.model.params) as params:
+            return jax.block_until_ready(encode(params, placed, config=config, plan=plan))
 
 
 @partial(jax.jit, static_argnames=("config", "stops"), donate_argnames=("cache",))
@@ -204,6 +204,3 @@ def append_tokens(
 
     empty = jnp.zeros((1, config.text.vocab_size), jnp.float32)
     return jax.lax.fori_loop(0, count, step, (empty, cache))
-
-
-_encode: Any = jax.jit(encode_images, static_argnames=("config", "plan"))

@@ -29,7 +29,8 @@ from sparsevlm_jax.inputs.packing import (
     shrink_markers,
     text_bucket,
 )
-from sparsevlm_jax.models.embedding import embed
+from sparsevlm_jax.models.embedding import embed, encode_images
+from sparsevlm_jax.models.offload import is_offloaded, tower_on_device
 from sparsevlm_jax.models.stages import Cache, ImageFeatures, Params
 from sparsevlm_jax.parallel.arrays import fetch, on_mesh_of, put_beside, require_rows
 from sparsevlm_jax.pruning.budgets import make_plan, plan_of_row
@@ -125,9 +126,13 @@ class GenerationRequest:
         self.keys = self._put(_split(key_of(0) if key is None else key, len(rows)))
         self.images = self._put(images) if self.packed.visual else None
         self.visual_tokens: list[list[int]] = []  # known after the prefill
-        self.prefill_seconds = self.decode_seconds = 0.0
+        self.prefill_seconds = self.decode_seconds = self._tower_seconds = 0.0
         self._programs = Programs() if programs is None else programs
         self._compiled_before = self._programs.compile_seconds
+        if self.images is not None and not encoded and is_offloaded(params):
+            with tower_on_device(params) as whole:
+                seen = (whole, self.images)
+                self.images, self._tower_seconds = self._timed(encode, *seen, config=config, plan=self.plan)
 
     @property
     def compile_seconds(self) -> float:
@@ -150,13 +155,16 @@ class GenerationRequest:
                 tokens = max(1, int(tokens * PACE / (self.decode_seconds - before)))
 
     def prefill(self) -> DecodeState:
+        """Begins the answer: `prefill_seconds` are those of the tower and of the decoder."""
+        self.prefill_seconds = self._tower_seconds
         ids, lengths = self._put((self.packed.input_ids, self.packed.lengths))
         if METHODS[self.plan.sparsity.method].stage_by_stage(self.plan.sparsity):
             state = self._prefill_stage_by_stage(ids, lengths)
         else:
             args = (self.params, ids, lengths, self.images, self.keys, self.sampler, self.seed)
             static = {"config": self.config, "plan": self.plan, "decoding": self.decoding}
-            state, self.prefill_seconds = self._timed(start, *args, **static)
+            state, seconds = self._timed(start, *args, **static)
+            self.prefill_seconds += seconds
         text = np.sum((self.packed.input_ids != self.config.image_token_id) & self.packed.valid, axis=1)
         self.visual_tokens = (fetch(state.cache.lengths) - text[None, :]).T.tolist()
         return state
@@ -213,6 +221,7 @@ class GenerationRequest:
 
 
 _embed = jax.jit(embed, static_argnames=("config", "plan"))
+encode: Any = jax.jit(encode_images, static_argnames=("config", "plan"))
 _split = jax.jit(jax.random.split, static_argnums=1)
 
 

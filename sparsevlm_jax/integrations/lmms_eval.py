@@ -61,7 +61,7 @@ class SimpleModel(lmms):
     """Texts, and the images or videos that `doc_to_visual` gives.
 
     Args (of `--model_args`, whose values have no commas: layers and counts are joined by "+"):
-      pretrained, revision, dtype, check: see `load`; by default the embedded model.
+      pretrained, revision, dtype, quantize, check: see `load`; by default the embedded model.
       method, keep, keep_at (2:300+6:200), layers (2+6), flops_share, cache_bytes, scale, bias, heads, per_frame: what
         is pruned, see docs/methods.md.
       max_new_tokens: the longest answer, whatever a task asks for.
@@ -76,6 +76,7 @@ class SimpleModel(lmms):
         pretrained: str | None = None,
         revision: str | None = None,
         dtype: str | None = None,
+        quantize: str | None = None,
         check: bool = True,
         method: str = "v1.5",
         max_new_tokens: int | None = None,
@@ -99,7 +100,7 @@ class SimpleModel(lmms):
             "aspect": aspect,
             "sampling": Sampling(frames, sampling),
         }
-        self._model = _load(pretrained, revision, dtype, check)
+        self._model = _load(pretrained, revision, dtype, quantize, check)
         self._batchers: dict[How, Batcher] = {}
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
@@ -210,10 +211,11 @@ class ChatModel(SimpleModel):
         return _of_messages(request.ask(self._document(request)))
 
 
-def _load(pretrained: str | None, revision: str | None, dtype: str | None, check: bool) -> Model:
+def _load(pretrained: str | None, revision: str | None, dtype: str | None, quantize: str | None, check: bool) -> Model:
     if pretrained is None:
-        return load(demo_model.path(), dtype=dtype or demo_model.DTYPE)
-    return load(str(pretrained), revision=None if revision is None else str(revision), dtype=dtype, check=check)
+        return load(demo_model.path(), dtype=dtype or demo_model.DTYPE, quantize=quantize)
+    own = None if revision is None else str(revision)
+    return load(str(pretrained), revision=own, dtype=dtype, quantize=quantize, check=check)
 
 
 def _require_alone() -> None:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from sparsevlm_jax.config import TextConfig
 from sparsevlm_jax.ops.attention import exact
-from sparsevlm_jax.ops.layers import ACTIVATIONS, RMSNorm, apart, linear
+from sparsevlm_jax.ops.layers import ACTIVATIONS, Linear, RMSNorm, apart
 from sparsevlm_jax.ops.rope import Rotation, rotate, rotation
 from sparsevlm_jax.parallel.inside import divides, gathered, rows_of
 
@@ -33,10 +33,10 @@ class Attention(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.q_proj = linear(c.num_attention_heads * c.head_dim, c.qkv_bias)
-        self.k_proj = linear(c.num_key_value_heads * c.head_dim, c.qkv_bias)
-        self.v_proj = linear(c.num_key_value_heads * c.head_dim, c.qkv_bias)
-        self.o_proj = linear(c.hidden_size, c.out_bias)
+        self.q_proj = Linear(c.num_attention_heads * c.head_dim, c.qkv_bias)
+        self.k_proj = Linear(c.num_key_value_heads * c.head_dim, c.qkv_bias)
+        self.v_proj = Linear(c.num_key_value_heads * c.head_dim, c.qkv_bias)
+        self.o_proj = Linear(c.hidden_size, c.out_bias)
         if c.qk_norm:
             self.q_norm, self.k_norm = _norm(c), _norm(c)
 
@@ -65,9 +65,9 @@ class MLP(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.gate_proj = linear(c.intermediate_size, c.mlp_bias)
-        self.up_proj = linear(c.intermediate_size, c.mlp_bias)
-        self.down_proj = linear(c.hidden_size, c.mlp_bias)
+        self.gate_proj = Linear(c.intermediate_size, c.mlp_bias)
+        self.up_proj = Linear(c.intermediate_size, c.mlp_bias)
+        self.down_proj = Linear(c.hidden_size, c.mlp_bias)
 
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         for_gate, for_up = apart(x, 2)
@@ -109,7 +109,7 @@ class Llama(nn.Module):
         self.layers = [DecoderLayer(c) for _ in range(c.num_hidden_layers)]
         self.norm = _norm(c)
         if not c.tie_word_embeddings:
-            self.lm_head = linear(c.vocab_size, use_bias=False)
+            self.lm_head = Linear(c.vocab_size, use_bias=False)
 
     def __call__(self, ids: Int[Array, "b l"]) -> Float[Array, "b l vocab"]:
         """Touches every parameter, for initialisation; nothing attends."""

@@ -42,7 +42,7 @@ from sparsevlm_jax.models.names import (
 )
 from sparsevlm_jax.models.stages import Params
 from sparsevlm_jax.models.towers import tower_of
-from sparsevlm_jax.ops.layers import ACTIVATIONS, LayerNorm, linear
+from sparsevlm_jax.ops.layers import ACTIVATIONS, LayerNorm, Linear
 
 NAMES = Table(
     (*vision_rows(), *projector_rows("linear_1", "linear_2"), *decoder_rows()),
@@ -205,8 +205,8 @@ class Projector(nn.Module):
         c = self.config
         if c.projector_norm_eps is not None:
             self.projector_layernorm = LayerNorm(c.projector_norm_eps)
-        self.linear_1 = linear(c.text.hidden_size, c.projector_bias)
-        self.linear_2 = linear(c.text.hidden_size, c.projector_bias)
+        self.linear_1 = Linear(c.text.hidden_size, c.projector_bias)
+        self.linear_2 = Linear(c.text.hidden_size, c.projector_bias)
 
     def __call__(self, x: Float[Array, "t v d_tower"]) -> Float[Array, "t v d"]:
         x = x if self.config.projector_norm_eps is None else self.projector_layernorm(x)

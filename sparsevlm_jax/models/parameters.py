@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from jaxtyping import Array
 from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.models.family import family_of
 from sparsevlm_jax.models.names import Entry
+from sparsevlm_jax.models.quantize import entries_held, quantize_params
 from sparsevlm_jax.models.stages import Params
 
 
@@ -24,9 +25,10 @@ def init_params(config: ModelConfig, key: Array, dtype: DTypeLike) -> Params:
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
-def abstract_params(config: ModelConfig, dtype: DTypeLike) -> Params:
-    """Shapes and dtypes of the parameter tree, without making it."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), _shapes(config))
+def abstract_params(config: ModelConfig, dtype: DTypeLike, quantize: str | None = None) -> Params:
+    """Shapes and dtypes of the parameter tree, without making it; `quantize` as for `load`."""
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), _shapes(config))
+    return jax.eval_shape(partial(quantize_params, quantize=quantize), shapes) if quantize else shapes
 
 
 def abstract_pixels(config: ModelConfig, number: int, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
@@ -40,9 +42,10 @@ def tree_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def entries(config: ModelConfig) -> dict[str, Entry]:
+def entries(config: ModelConfig, quantize: str | None = None) -> dict[str, Entry]:
     """Every parameter of a model with the tensor that holds it, by the tensor's canonical name."""
-    return family_of(config).names.entries(_shapes(config))
+    found = family_of(config).names.entries(_shapes(config))
+    return entries_held(found) if quantize else found
 
 
 @cache

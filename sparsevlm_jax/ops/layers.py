@@ -1,19 +1,21 @@
 """Layers that every tower and decoder is made of: Linen declares the parameters, arrays do the work.
 
-Axis letters: b batch, d width.
+Axis letters: b batch, d width, i inputs, o outputs, r rows of all batches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from flax.linen.dtypes import promote_dtype
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int8
 
-from sparsevlm_jax.ops.attention import exact
+from sparsevlm_jax.ops.attention import exact, traced_for
+from sparsevlm_jax.parallel.inside import sizes
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),  # the exact, erf one
@@ -22,6 +24,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
+FEW = 32  # rows, at most, whose product with a kernel in eight bits takes it block by block on CPUs
+BLOCK = 2**17  # values of such a kernel that become floats at a time
 
 
 def apart(x: Array, uses: int) -> list[Array]:
@@ -33,9 +37,43 @@ def apart(x: Array, uses: int) -> list[Array]:
     return jax.lax.optimization_barrier([x] * uses)
 
 
-def linear(features: int, use_bias: bool) -> nn.Dense:
-    """A dense layer in the dtype of its input; float32 is computed as float32 on every backend."""
-    return nn.Dense(features, use_bias=use_bias, dot_general=_dot_general)
+class Linear(nn.Module):
+    """x @ kernel + bias in the dtype of x; float32 is computed as float32 on every backend.
+
+    The kernel may be in eight bits: then its `scale` stands beside it (`models.quantize`).
+    """
+
+    features: int
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
+        scale = self.get_variable("params", "scale")
+        if scale is None:
+            x, kernel, bias = promote_dtype(x, kernel, bias, dtype=None)
+            made = jnp.dot(x, kernel, precision=exact(x.dtype))
+        else:
+            made = scaled_product(x, kernel, scale)
+        return made if bias is None else made + bias.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def scaled_product(
+    x: Float[Array, "*b i"], values: Int8[Array, "i o"], scale: Float[Array, "o"]
+) -> Float[Array, "*b o"]:
+    """x @ (values * scale): the product with the values in the dtype of x, then the scale in float32.
+
+    Accelerators read the values as they are, in the kernel of the product. XLA's CPU backend would write all of them
+    as floats first, at every token: there a few rows take them block by block, as fit a core's cache.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if traced_for() == "cpu" and sizes() is None and len(rows) <= FEW:
+        made = _product_in_blocks(rows, values).reshape(*x.shape[:-1], -1)
+    else:
+        # Sums of such values overflow in float16.
+        made = _product(x, values, jnp.float32 if x.dtype == jnp.float16 else x.dtype)
+    return (made.astype(jnp.float32) * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -75,5 +113,17 @@ class LayerNorm(nn.Module):
         return (centred * (jax.lax.rsqrt(variance + self.eps) * scale) + bias).astype(x.dtype)
 
 
-def _dot_general(lhs: Array, rhs: Array, dims: Any, precision: Any = None, **options: Any) -> Array:
-    return jax.lax.dot_general(lhs, rhs, dims, precision=exact(lhs.dtype), **options)
+def _product_in_blocks(x: Float[Array, "r i"], values: Int8[Array, "i o"]) -> Float[Array, "r o"]:
+    """`_product`, summed in float32 over blocks of inputs."""
+    inputs, outputs = values.shape
+    size = next(n for n in range(min(inputs, max(1, BLOCK // outputs)), 0, -1) if inputs % n == 0)
+
+    def add(total: Array, block: tuple[Array, Array]) -> tuple[Array, None]:
+        return total + _product(*block, jnp.float32), None
+
+    blocks = x.reshape(len(x), -1, size).swapaxes(0, 1), values.reshape(-1, size, outputs)
+    return jax.lax.scan(add, jnp.zeros((len(x), outputs), jnp.float32), blocks)[0]
+
+
+def _product(x: Float[Array, "*b i"], values: Int8[Array, "i o"], dtype: DTypeLike) -> Float[Array, "*b o"]:
+    return jnp.dot(x, values.astype(x.dtype), precision=exact(x.dtype), preferred_element_type=dtype)

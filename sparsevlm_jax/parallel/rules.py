@@ -20,10 +20,10 @@ from sparsevlm_jax.parallel.mesh import DATA, TENSOR, MeshShape, make_mesh
 _LAYER = r"language_model/layers_\d+/"
 RULES = (
     (_LAYER + r"self_attn/[qkv]_proj/kernel", PartitionSpec(None, TENSOR)),
-    (_LAYER + r"self_attn/[qkv]_proj/bias", PartitionSpec(TENSOR)),
+    (_LAYER + r"self_attn/[qkv]_proj/(bias|scale)", PartitionSpec(TENSOR)),
     (_LAYER + r"self_attn/o_proj/kernel", PartitionSpec(TENSOR, None)),
     (_LAYER + r"mlp/(gate|up)_proj/kernel", PartitionSpec(None, TENSOR)),
-    (_LAYER + r"mlp/(gate|up)_proj/bias", PartitionSpec(TENSOR)),
+    (_LAYER + r"mlp/(gate|up)_proj/(bias|scale)", PartitionSpec(TENSOR)),
     (_LAYER + r"mlp/down_proj/kernel", PartitionSpec(TENSOR, None)),
     (r"language_model/embed_tokens/embedding", PartitionSpec(TENSOR, None)),
     (r"language_model/lm_head/kernel", PartitionSpec(None, TENSOR)),

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from sparsevlm_jax.config import TowerConfig
 from sparsevlm_jax.ops.attention import attend, target, traced_for
-from sparsevlm_jax.ops.layers import ACTIVATIONS, LayerNorm, linear
+from sparsevlm_jax.ops.layers import ACTIVATIONS, LayerNorm, Linear
 
 # (query [m v n h], key [m v n h], v of each image [m]) -> how much each token is looked at [m v], float32
 Saliency = Callable[[Array, Array, Array], Array]
@@ -29,7 +29,7 @@ class TowerAttention(nn.Module):
 
     def setup(self) -> None:
         width = self.config.hidden_size
-        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (linear(width, use_bias=True) for _ in range(4))
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (Linear(width, use_bias=True) for _ in range(4))
 
     def __call__(
         self, x: Float[Array, "m v d"], saliency: Saliency | None
@@ -49,8 +49,8 @@ class TowerMLP(nn.Module):
     config: TowerConfig
 
     def setup(self) -> None:
-        self.fc1 = linear(self.config.intermediate_size, use_bias=True)
-        self.fc2 = linear(self.config.hidden_size, use_bias=True)
+        self.fc1 = Linear(self.config.intermediate_size, use_bias=True)
+        self.fc2 = Linear(self.config.hidden_size, use_bias=True)
 
     def __call__(self, x: Float[Array, "m v d"]) -> Float[Array, "m v d"]:
         return self.fc2(ACTIVATIONS[self.config.hidden_act](self.fc1(x)))
