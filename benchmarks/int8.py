@@ -41,7 +41,7 @@ FORMS = {
     "int8, bfloat16": ("bfloat16", "int8"),
 }
 METHODS = ("dense", "v1.5")
-RANDOM, STEPS = ("tiny", "tiny-next", "tiny-video"), 16
+RANDOM, STEPS = ("tiny", "tiny-next", "tiny-video", "quick"), 16
 PACKAGES = ("jax", "flax", "numpy")
 
 

@@ -147,12 +147,12 @@ def test_logits_stay_near_those_of_the_model_and_hang_on_every_scale(kv_heads: i
 
 @pytest.mark.parametrize("method", ["dense", "v1.5"])
 def test_the_embedded_model_answers_held_out_questions_as_it_does(method: str) -> None:
-    """Bounds are about twice what benchmarks/results/int8.json found on more questions."""
+    """The bound is about twice what benchmarks/results/int8.json has for v1.5."""
     data = held_out(8)
     whole, held = (outcome(form, data, sparsity(method)) for form in ("float32", "int8"))
     row = compare(held, whole, data)
     assert len(data.questions) > 60
-    assert row["kl"] < 2e-3 and row["top1"] >= 0.97, row
+    assert row["kl"] < 5e-3 and row["top1"] >= 0.97, row
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
