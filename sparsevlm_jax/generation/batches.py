@@ -142,7 +142,9 @@ class Batcher:
         refused: dict[int, Row] = {}
         for number, row in enumerate(rows):
             try:
-                own = self.bucket(_asked(row))
+                if isinstance(row, UserError):
+                    raise row
+                own = self.bucket(row)
             except UserError as error:
                 refused[number] = error
                 continue
@@ -160,9 +162,10 @@ class Batcher:
         """The host's part of a batch of one bucket: what is shown is read once, whatever number of rows show it."""
         seen: dict[Any, Visual | UserError] = {}
         ready, errors = {}, {}
-        for number, given in batch.items():
+        for number, row in batch.items():
             try:
-                row = _asked(given)
+                if isinstance(row, UserError):
+                    raise row
                 images = [self._seen(image, False, seen) for image in row.images]
                 videos = [self._seen(video, True, seen) for video in row.videos]
             except UserError as error:
@@ -329,17 +332,6 @@ def answer_all(
         for answered in batcher.answers(rows):
             advance(len(answered))
             yield from answered
-
-
-def _asked(row: Row) -> Asked:
-    """A row that can be asked.
-
-    Raises:
-      UserError: it cannot.
-    """
-    if isinstance(row, UserError):
-        raise row
-    return row
 
 
 def _leaves_cores_idle(params: Params) -> bool:
