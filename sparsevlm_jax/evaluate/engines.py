@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 
 from sparsevlm_jax.evaluate import record
-from sparsevlm_jax.generation.batches import Batcher, Numbered
-from sparsevlm_jax.inputs.messages import Asked
+from sparsevlm_jax.generation.batches import Batcher, Numbered, Row
 
 
 @runtime_checkable
@@ -21,7 +20,7 @@ class Engine(Protocol):
         """Everything that an answer depends on, as JSON has it."""
         ...
 
-    def answers(self, rows: Sequence[Asked], done: Collection[int]) -> Iterator[Numbered]:
+    def answers(self, rows: Iterable[Row], done: Collection[int]) -> Iterator[Numbered]:
         """Numbers of rows and their answers, in batches that are those of `Batcher.answers`, in any order."""
         ...
 
@@ -39,7 +38,7 @@ class Local:
     def settings(self) -> dict[str, Any]:
         return record.settings_of(self.batcher)
 
-    def answers(self, rows: Sequence[Asked], done: Collection[int]) -> Iterator[Numbered]:
+    def answers(self, rows: Iterable[Row], done: Collection[int]) -> Iterator[Numbered]:
         return self.batcher.answers(rows, done)
 
     def place(self) -> dict[str, Any]:

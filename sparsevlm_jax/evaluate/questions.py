@@ -69,10 +69,12 @@ def locate(folder: Path, name: str) -> Path:
         raise UserError(f"{shown(name)}: not the name of a file inside the folder of images")
     file = folder / name
     try:
-        home, target = folder.resolve(), file.resolve()
+        target = file.resolve()
+        # Most have no link on their way, and spare looking for the folder's own.
+        leads_out = target != file.absolute() and not target.is_relative_to(folder.resolve())
     except (OSError, RuntimeError) as error:  # links in a circle
         raise UserError(f"{file}: cannot be read: {error}") from None
-    if not target.is_relative_to(home):
+    if leads_out:
         raise UserError(f"{file}: a link that leads out of the folder of images; copy the file there instead")
     return file
 

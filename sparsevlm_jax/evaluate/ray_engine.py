@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import pickle
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,8 +25,7 @@ from sparsevlm_jax.checkpoints.load import Model
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.evaluate import record
 from sparsevlm_jax.evaluate.engines import place_of
-from sparsevlm_jax.generation.batches import Batcher, Numbered
-from sparsevlm_jax.inputs.messages import Asked
+from sparsevlm_jax.generation.batches import Batcher, Numbered, Row
 from sparsevlm_jax.text import shortlist
 
 AHEAD = 2  # batches that a worker has: one on its device, one that it prepares
@@ -96,19 +95,17 @@ class Worker:
         """The settings that its answers depend on, and where it runs."""
         return self._settings, place_of(self._batcher)
 
-    def left(self, rows: Sequence[Asked], done: Collection[int]) -> tuple[list[list[int]], Numbered]:
-        """See `Batcher.left`."""
-        return self._batcher.left(rows, done)
+    def cut(self, rows: Iterable[Row], done: Collection[int]) -> list[bytes]:
+        """What `Batcher.cut` has, pickled."""
+        return [pickle.dumps(batch) for batch in self._batcher.cut(rows, done)]
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Answers a row of Ray's: the numbers of a batch, and its pickled rows."""
+        """Answers a row of Ray's: a pickled batch."""
         with self._host:
             batcher, settings = self._batcher, json.dumps(self._settings)
             prepared = batcher.prepare(pickle.loads(batch["rows"]))
         with self._device:
-            answered = batcher.run(prepared)
-        numbers = [int(number) for number in batch["numbers"]]
-        return {"settings": settings, "answered": pickle.dumps([(numbers[i], answer) for i, answer in answered])}
+            return {"settings": settings, "answered": pickle.dumps(batcher.run(prepared))}
 
 
 class RayEngine:
@@ -134,21 +131,19 @@ class RayEngine:
     def place(self) -> dict[str, Any]:
         return {**self._described[1], "engine": "ray", "workers": self.workers}
 
-    def answers(self, rows: Sequence[Asked], done: Collection[int]) -> Iterator[Numbered]:
+    def answers(self, rows: Iterable[Row], done: Collection[int]) -> Iterator[Numbered]:
         """Batches as workers get ready.
 
         Raises:
           UserError: workers that have other weights or packages than the first one.
         """
         with _as_user_errors():
-            batches, refused = self._ray.get(self._first.left.remote(list(rows), set(done)))
+            batches = self._ray.get(self._first.cut.remote(list(rows), set(done)))
         self._ray.kill(self._first)
-        if refused:
-            yield refused
         if not batches:
             return
         settings = self.settings()
-        asked = [{"numbers": batch, "rows": pickle.dumps([rows[i] for i in batch])} for batch in batches]
+        asked = [{"rows": batch} for batch in batches]
         with _as_user_errors():
             for answered in self._mapped(asked):
                 other = shortlist(sorted(record.differences(settings, json.loads(answered["settings"]))))

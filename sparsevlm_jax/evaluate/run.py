@@ -15,8 +15,7 @@ from sparsevlm_jax.evaluate.answers_file import AnswersFile, answer_row, writing
 from sparsevlm_jax.evaluate.engines import Engine
 from sparsevlm_jax.evaluate.questions import Question, digest, read_questions
 from sparsevlm_jax.generation.answer import Answer
-from sparsevlm_jax.generation.batches import Numbered
-from sparsevlm_jax.inputs.messages import Asked
+from sparsevlm_jax.generation.batches import Numbered, Row
 from sparsevlm_jax.progress import progress
 
 TOTALS = ("visual_in_prompt", "entering_tokens", "prompt_tokens", "new_tokens", "flops", "dense_flops")
@@ -164,27 +163,20 @@ class Tray:
 
 
 def _answer(engine: Engine, tray: Tray, show: bool) -> None:
-    rows, numbers, astray = _askable(tray.wanted, tray.job)
-    done = {place for place, number in enumerate(numbers) if tray.has(number)}
-    with progress("answering", len(tray.wanted), sum(map(tray.has, range(len(tray.wanted)))), show=show) as advance:
-        refused = [(number, answer) for number, answer in astray if not tray.has(number)]
-        tray.keep(refused)
-        advance(len(refused))
+    rows = (_row(question, tray.job) for question in tray.wanted)
+    done = {number for number in range(len(tray.wanted)) if tray.has(number)}
+    with progress("answering", len(tray.wanted), len(done), show=show) as advance:
         for answered in engine.answers(rows, done):
-            tray.keep([(numbers[place], answer) for place, answer in answered])
+            tray.keep(answered)
             advance(len(answered))
 
 
-def _askable(wanted: Sequence[Question], job: Job) -> tuple[list[Asked], list[int], Numbered]:
-    """Questions as the model gets them, their numbers, and those whose images are not inside the folder."""
-    rows, numbers, astray = [], [], []
-    for number, question in enumerate(wanted):
-        try:
-            rows.append(question.asked(job.images, job.suffix))
-            numbers.append(number)
-        except UserError as error:
-            astray.append((number, Answer(error=str(error))))
-    return rows, numbers, astray
+def _row(question: Question, job: Job) -> Row:
+    """A question as the model gets it, or that its images are not inside the folder."""
+    try:
+        return question.asked(job.images, job.suffix)
+    except UserError as error:
+        return error
 
 
 def _sitting(clock: Clock, seconds: float, engine: Engine) -> dict[str, Any]:

@@ -1,16 +1,15 @@
 """Many questions to answers, in batches of one shape each, so that every bucket is one program.
 
-Batches are cut before anything is answered: what is left of a run that was interrupted is computed as it would have
-been. The host prepares the next batch while the device works on one; a CPU works on two.
+What a batch holds depends on the rows alone: what is left of a run that was interrupted is computed as it would have
+been. The host cuts and prepares the next batch while the device works on one; a CPU works on two.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
@@ -42,6 +41,7 @@ from sparsevlm_jax.pruning.settings import Sparsity
 BATCH_SIZE = 8
 ABREAST = 2  # batches at a time where one leaves cores idle
 Numbered = list[tuple[int, Answer]]
+Row = Asked | UserError  # a question, or why it cannot be asked
 
 
 class Bucket(NamedTuple):
@@ -59,8 +59,8 @@ class Prepared(NamedTuple):
     Attributes:
       inputs: of as many rows as the batch has; behind the real ones the first is repeated. None where none is left.
       order: of each image of the rows its place among `inputs.pixel_values`, where images are held once; else None.
-      numbers: of each real row its place in what was given.
-      errors: what is wrong with the others.
+      numbers: those of the real rows.
+      errors: what is wrong with the others, by their numbers.
     """
 
     inputs: Inputs | None
@@ -72,8 +72,8 @@ class Prepared(NamedTuple):
 class Batcher:
     """Answers questions in batches of one size.
 
-    `answers` does it all; `cut`, `prepare` (on the host) and `run` (on the device) are its parts, for loops of another
-    kind. A row that cannot be answered gets an `Answer` with an error and disturbs no other.
+    `answers` does it all; `cut`, `prepare` (on the host), `run` (on the device) and `run_all` are its parts, for loops
+    of another kind. A row that cannot be answered gets an `Answer` with an error and disturbs no other.
     """
 
     def __init__(
@@ -125,41 +125,48 @@ class Batcher:
         self._require_budget(visual, room)
         return Bucket(room, config.visual_bucket(visual) if visual else 0, len(images), len(videos))
 
-    def cut(self, rows: Sequence[Asked]) -> tuple[list[list[int]], Numbered]:
-        """The rows' numbers in batches, sorted stably by bucket, and those that cannot be asked.
+    def cut(self, rows: Iterable[Row], done: Collection[int] = ()) -> Iterator[dict[int, Row]]:
+        """Batches of one bucket, rows by their numbers, as these are looked at: the full ones, in the end the others.
+
+        Rows that cannot be asked come together, ahead of the next full batch.
+
+        Args:
+          done: rows that are answered already. They still stand in their batch, if that has others.
 
         Raises:
-          UserError: a budget that no row can meet.
+          UserError: a budget that no row can meet; no batch has come before.
         """
-        buckets: dict[Bucket, list[int]] = {}
-        refused: Numbered = []
+        return (batch for batch in self._cut(rows) if not all(number in done for number in batch))
+
+    def _cut(self, rows: Iterable[Row]) -> Iterator[dict[int, Row]]:
+        waiting: dict[Bucket, dict[int, Row]] = defaultdict(dict)
+        refused: dict[int, Row] = {}
         for number, row in enumerate(rows):
             try:
-                buckets.setdefault(self.bucket(row), []).append(number)
+                if isinstance(row, UserError):
+                    raise row
+                own = self.bucket(row)
             except UserError as error:
-                refused.append((number, Answer(error=str(error))))
+                refused[number] = error
+                continue
+            waiting[own][number] = row
+            if len(waiting[own]) == self.batch_size:
+                yield refused
+                yield waiting.pop(own)
+                refused = {}
         if self._too_dear and None not in self._too_dear.values():
             raise UserError(next(filter(None, self._too_dear.values())))
-        size = self.batch_size
-        sorted_rows = [numbers for _, numbers in sorted(buckets.items())]
-        return [numbers[i : i + size] for numbers in sorted_rows for i in range(0, len(numbers), size)], refused
+        yield refused
+        yield from (waiting[own] for own in sorted(waiting))
 
-    def left(self, rows: Sequence[Asked], done: Collection[int]) -> tuple[list[list[int]], Numbered]:
-        """`cut`, without batches and refused rows that are all done.
-
-        Raises:
-          UserError: a budget that no row can meet.
-        """
-        batches, refused = self.cut(rows)
-        batches = [batch for batch in batches if not all(number in done for number in batch)]
-        return batches, [(number, answer) for number, answer in refused if number not in done]
-
-    def prepare(self, rows: Sequence[Asked]) -> Prepared:
+    def prepare(self, batch: Mapping[int, Row]) -> Prepared:
         """The host's part of a batch of one bucket: what is shown is read once, whatever number of rows show it."""
         seen: dict[Any, Visual | UserError] = {}
         ready, errors = {}, {}
-        for number, row in enumerate(rows):
+        for number, row in batch.items():
             try:
+                if isinstance(row, UserError):
+                    raise row
                 images = [self._seen(image, False, seen) for image in row.images]
                 videos = [self._seen(video, True, seen) for video in row.videos]
             except UserError as error:
@@ -199,36 +206,33 @@ class Batcher:
             found.append((number, whole))
         return sorted(found, key=lambda pair: pair[0])
 
-    def answers(self, rows: Sequence[Asked], done: Collection[int] = ()) -> Iterator[Numbered]:
-        """Batch by batch the numbers of rows and their answers; first those that cannot be asked.
+    def answers(self, rows: Iterable[Row], done: Collection[int] = ()) -> Iterator[Numbered]:
+        """Batch by batch the numbers of rows and their answers, as `cut` has them.
 
         Args:
-          done: rows that are answered already. They still stand where they would in their batch, if that has others.
+          done: see `cut`. They are not answered again.
         """
-        batches, refused = self.left(rows, done)
-        if refused:
-            yield refused
-        answer = self._abreast if _leaves_cores_idle(self.model.params) else self._in_turn
-        for batch, found in zip(batches, answer(rows, batches), strict=True):
-            numbered = [(batch[number], answer) for number, answer in found]
-            yield [(number, answer) for number, answer in numbered if number not in done]
+        for answered in self.run_all(map(self.prepare, self.cut(rows, done))):
+            yield [(number, answer) for number, answer in answered if number not in done]
 
-    def _in_turn(self, rows: Sequence[Asked], batches: Sequence[list[int]]) -> Iterator[Numbered]:
-        """Batch after batch; a thread prepares the next one meanwhile."""
+    def run_all(self, batches: Iterator[Prepared]) -> Iterator[Numbered]:
+        """`run` for each batch, in their order; the next one is taken meanwhile."""
+        return (self._abreast if _leaves_cores_idle(self.model.params) else self._in_turn)(batches)
+
+    def _in_turn(self, batches: Iterator[Prepared]) -> Iterator[Numbered]:
+        """Batch after batch; a thread takes the next one."""
         with ThreadPoolExecutor(1) as ahead:
-            following = None
-            for batch, later in zip_longest(batches, batches[1:], fillvalue=[]):
-                prepared = self.prepare([rows[i] for i in batch]) if following is None else following.result()
-                following = ahead.submit(self.prepare, [rows[i] for i in later]) if later else None
+            following = ahead.submit(next, batches, None)
+            while (prepared := following.result()) is not None:
+                following = ahead.submit(next, batches, None)
                 yield self.run(prepared)
 
-    def _abreast(self, rows: Sequence[Asked], batches: Sequence[list[int]]) -> Iterator[Numbered]:
-        """Two batches at a time, each on a thread of its own; in their order. A third thread prepares the next ones."""
-        with ThreadPoolExecutor(1) as ahead, ThreadPoolExecutor(ABREAST) as threads:
+    def _abreast(self, batches: Iterator[Prepared]) -> Iterator[Numbered]:
+        """Two batches at a time, each on a thread of its own; this one takes the next."""
+        with ThreadPoolExecutor(ABREAST) as threads:
             running: deque[Future[Numbered]] = deque()
-            for batch in batches:
-                prepared = ahead.submit(self.prepare, [rows[i] for i in batch])
-                running.append(threads.submit(lambda own: self.run(own.result()), prepared))
+            for prepared in batches:
+                running.append(threads.submit(self.run, prepared))
                 if len(running) > ABREAST:  # one more, so that no thread waits for who takes the answers
                     yield running.popleft().result()
             while running:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from statistics import fmean
 from typing import Any, NamedTuple
 
@@ -25,7 +24,7 @@ from sparsevlm_jax.checkpoints.load import Model, load
 from sparsevlm_jax.data import demo_model
 from sparsevlm_jax.errors import UserError, shown
 from sparsevlm_jax.generation.answer import Answer
-from sparsevlm_jax.generation.batches import BATCH_SIZE, Batcher, Bucket, Prepared
+from sparsevlm_jax.generation.batches import BATCH_SIZE, Batcher, Bucket, Row
 from sparsevlm_jax.inputs.messages import Asked, read_prompts
 from sparsevlm_jax.inputs.video import SAMPLING, Sampling
 from sparsevlm_jax.pruning.methods import sparsity
@@ -164,31 +163,25 @@ class SimpleModel(lmms):
         if how not in self._batchers:
             self._batchers[how] = Batcher(self._model, **self._settings, **how._asdict())
         batcher = self._batchers[how]
-        batches = self._batches(batcher, requests, numbers)
-        with ThreadPoolExecutor(1) as ahead:
-            following = ahead.submit(next, batches, None)
-            while (batch := following.result()) is not None:
-                following = ahead.submit(next, batches, None)
-                own, prepared = batch
-                yield from ((own[place], answer) for place, answer in batcher.run(prepared))
+        for answered in batcher.run_all(map(batcher.prepare, self._batches(batcher, requests, numbers))):
+            yield from answered
 
     def _batches(
         self, batcher: Batcher, requests: Sequence[Request], numbers: Sequence[int]
-    ) -> Iterator[tuple[list[int], Prepared]]:
+    ) -> Iterator[dict[int, Row]]:
         """Batches of one bucket, as these fill; no more is held than what waits for its bucket."""
-        waiting: dict[Bucket, list[tuple[int, Asked]]] = defaultdict(list)
+        waiting: dict[Bucket, dict[int, Row]] = defaultdict(dict)
         for number in numbers:
             try:
                 asked = self._asked(requests[number])
                 bucket = batcher.bucket(asked)
             except UserError as error:
-                yield [number], Prepared(None, None, [], {0: str(error)})
+                yield {number: error}
                 continue
-            waiting[bucket].append((number, asked))
+            waiting[bucket][number] = asked
             if len(waiting[bucket]) == self.batch_size:
-                yield _prepared(batcher, waiting.pop(bucket))
-        for rows in waiting.values():
-            yield _prepared(batcher, rows)
+                yield waiting.pop(bucket)
+        yield from waiting.values()
 
     def _result(self, request: Request, answer: Answer) -> GenerationResult:
         if answer.error is not None:
@@ -276,10 +269,6 @@ def _part(visual: Any) -> dict[str, Any]:
         return {"type": visual.get("type", "video"), "url": visual.get("url") or visual.get("path")}
     is_video = isinstance(visual, str) and not visual.lower().endswith(IMAGES)
     return {"type": "video" if is_video else "image", "url": visual}
-
-
-def _prepared(batcher: Batcher, rows: Sequence[tuple[int, Asked]]) -> tuple[list[int], Prepared]:
-    return [number for number, _ in rows], batcher.prepare([asked for _, asked in rows])
 
 
 def _until(text: str, ends: str | Sequence[str] | None) -> str:

@@ -263,9 +263,9 @@ def test_every_batch_is_on_the_disk_before_the_next_or_on_a_cpu_the_third_after_
     monkeypatch.setattr(Batcher, "run", watched_run)
     monkeypatch.setattr(os, "fsync", watched_fsync)
     answer(model, job)
-    assert synced == [1, 3, 5, 7, 9]
+    assert synced == [2, 4, 6, 8, 9]
     if abreast:
-        assert all(found >= sure for found, sure in zip(sorted(written), [0, 0, 0, 1, 3], strict=True))
+        assert all(found >= sure for found, sure in zip(sorted(written), [0, 0, 0, 2, 4], strict=True))
     else:
         assert written == [0, *synced[:-1]]
 
@@ -333,18 +333,18 @@ def test_the_command_prints_a_summary_and_counts_errors_in_its_exit_code(
 def test_the_next_batch_is_prepared_while_the_device_works(
     model: Model, make_job: MakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    began, overlapped = threading.Event(), []
+    began, overlapped = threading.Semaphore(0), []
     monkeypatch.setattr(batches, "_leaves_cores_idle", lambda _: False)
     run, prepare = Batcher.run, Batcher.prepare
 
-    def watched_prepare(self: Batcher, rows: Any) -> Any:
-        if threading.current_thread() is not threading.main_thread():
-            began.set()
-        return prepare(self, rows)
+    def watched_prepare(self: Batcher, batch: Any) -> Any:
+        began.release()
+        return prepare(self, batch)
 
     def watched_run(self: Batcher, prepared: Any) -> Any:
-        overlapped.append(len(overlapped) == 2 or began.wait(20))  # nothing follows the third batch
-        began.clear()
+        began.acquire()  # its own
+        overlapped.append(len(overlapped) == 2 or began.acquire(timeout=20))  # nothing follows the third batch
+        began.release()
         return run(self, prepared)
 
     monkeypatch.setattr(Batcher, "prepare", watched_prepare)

@@ -58,7 +58,7 @@ def test_an_answer_is_what_generate_says_and_what_it_took(model: Model, images: 
     assert isinstance(alone, Answer) and alone.text == found[0].text
 
 
-def test_batches_are_sorted_by_bucket_filled_and_of_one_shape(
+def test_batches_are_of_one_bucket_filled_and_of_one_shape(
     model: Model, images: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shapes: list[Any] = []
@@ -74,10 +74,26 @@ def test_batches_are_sorted_by_bucket_filled_and_of_one_shape(
     batcher = sets.batcher(model)
     assert batcher.bucket(rows[1]) == Bucket(192, 16, 1, 0)
     found = list(batcher.answers(rows))
-    assert [[number for number, _ in batch] for batch in found] == [[2], [1, 3], [4], [0]]
+    assert [[number for number, _ in batch] for batch in found] == [[1, 3], [2], [4], [0]]
     assert sorted(shapes) == [(2, 192), (2, 208), (2, 208), (2, 272)]
     assert all(answer.error is None for batch in found for _, answer in batch)
-    assert found[0][0][1].visual_tokens == (0,)
+    assert found[1][0][1].visual_tokens == (0,)
+
+
+@pytest.mark.parametrize("abreast", [False, True])
+def test_the_first_batch_is_ready_before_later_rows_are_looked_at(
+    model: Model, images: list[Path], monkeypatch: pytest.MonkeyPatch, abreast: bool
+) -> None:
+    monkeypatch.setattr(batches, "_leaves_cores_idle", lambda _: abreast)
+    rows = [Asked(Conversation("a b " * 1000), [], []), *[asked("it", images[0])] * 12]
+    batcher, looked, bucket = sets.batcher(model), [], Batcher.bucket
+    monkeypatch.setattr(Batcher, "bucket", lambda self, row: looked.append(row) or bucket(self, row))
+    found = batcher.answers(rows)
+    assert not looked
+    refused, first = next(found), next(found)
+    assert [number for number, _ in refused] == [0] and "more than" in (refused[0][1].error or "")
+    assert [number for number, _ in first] == [1, 2] and len(looked) < len(rows)
+    assert [[number for number, _ in batch] for batch in found] == [[i, i + 1] for i in range(3, 13, 2)]
 
 
 @pytest.fixture
@@ -144,9 +160,9 @@ def test_the_tower_sees_an_image_once_that_many_rows_show(
     batcher = sets.batcher(model, batch_size=4)
     opened: list[Any] = []
     monkeypatch.setattr("sparsevlm_jax.inputs.pixels.open_image", lambda file: opened.append(file) or open_image(file))
-    one = batcher.prepare([asked(text, images[1]) for text in ("it", "in", "on")])
+    one = batcher.prepare(dict(enumerate(asked(text, images[1]) for text in ("it", "in", "on"))))
     assert one.inputs is not None and len(one.inputs.pixel_values) == 1 and opened == images[1:2]
-    two = batcher.prepare([asked(text, image) for text in ("it", "in") for image in images[:2]])
+    two = batcher.prepare(dict(enumerate(asked(text, image) for text in ("it", "in") for image in images[:2])))
     assert two.inputs is not None and two.order is not None
     assert len(two.inputs.pixel_values) == 4 and two.order.tolist() == [0, 1, 0, 1]  # of 4 and 1 images
     for prepared, shown in ((one, [images[1]] * 4), (two, images[:2] * 2)):
@@ -172,12 +188,12 @@ def test_images_of_tiles_are_shared_too(tmp_path: Path) -> None:
     wide = [folder / "a.png", folder / "b.png"]
     batcher = sets.batcher(model, batch_size=4)
     rows = [asked("it", wide[0]), asked("in", wide[0]), asked("on", wide[0]), asked("at", wide[0])]
-    prepared = batcher.prepare(rows)
+    prepared = batcher.prepare(dict(enumerate(rows)))
     tiles = model.config.most_tiles
     assert prepared.inputs is not None and len(prepared.inputs.pixel_values) == tiles
     assert batcher.bucket(asked("it", tall)).visual != batcher.bucket(asked("it", wide[1])).visual
     mixed = [asked("it", wide[0]), asked("in", wide[1]), asked("on", wide[1]), asked("at", wide[0])]
-    prepared = batcher.prepare(mixed)
+    prepared = batcher.prepare(dict(enumerate(mixed)))
     assert prepared.order is not None and prepared.order.tolist() == [0, 1, 1, 0]
     assert_encoded(batcher, prepared, [row.images for row in mixed])
     said = [answer.text for _, answer in batcher.run(prepared)]
@@ -227,7 +243,7 @@ def test_sampled_batches_do_not_draw_the_same_numbers(model: Model, images: list
     batcher = sets.batcher(model, temperature=1.0)
     keys = []
     for text in ("it", "in", "it"):
-        prepared = batcher.prepare([asked(text, images[0])])
+        prepared = batcher.prepare({0: asked(text, images[0])})
         assert prepared.inputs is not None
         key: Any = batcher._settings_of(prepared.inputs).get("key")
         keys.append(np.asarray(jax.random.key_data(key)).tolist())

@@ -85,6 +85,7 @@ def test_names_that_lead_out_of_the_folder_are_refused(tmp_path: Path, name: str
     (folder / "link").symlink_to(tmp_path)
     if name == ".":
         assert locate(folder, "a/./b.png") == folder / "a/b.png"
+        assert locate(folder / "link/images", "a.png") == folder / "link/images/a.png"
     with pytest.raises(UserError, match="folder of images"):
         locate(folder, name)
 
