@@ -13,7 +13,8 @@ from sparsevlm_jax.checkpoints.load import Model
 from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.generation.answer import Answer, read_answers
-from sparsevlm_jax.generation.request import Generation, GenerationRequest, Settings, key_of, require_limit
+from sparsevlm_jax.generation.checks import require_limit
+from sparsevlm_jax.generation.request import Generation, GenerationRequest, Settings, key_of
 from sparsevlm_jax.inputs.images import ImageLike
 from sparsevlm_jax.inputs.messages import Asked, read_prompts
 from sparsevlm_jax.inputs.packing import TiledImages

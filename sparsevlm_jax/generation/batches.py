@@ -22,9 +22,10 @@ from sparsevlm_jax.checkpoints.load import Model
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.generation.answer import Answer, read_answers
 from sparsevlm_jax.generation.api import Images, Videos, asked_about, non_finite, require_processor, settings_for
+from sparsevlm_jax.generation.checks import require_limit, require_room
 from sparsevlm_jax.generation.held_once import encode_held_once, held_once
 from sparsevlm_jax.generation.programs import Programs
-from sparsevlm_jax.generation.request import GenerationRequest, Settings, plan_for, require_limit, require_room
+from sparsevlm_jax.generation.request import GenerationRequest, Settings, plan_for
 from sparsevlm_jax.inputs.images import image_size
 from sparsevlm_jax.inputs.messages import Asked
 from sparsevlm_jax.inputs.packing import TEXT_BUCKETS, bucket

@@ -22,7 +22,8 @@ from sparsevlm_jax.checkpoints.load import Model
 from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.generation.api import images_by_prompt, require_finite, require_processor
-from sparsevlm_jax.generation.request import Generation, GenerationRequest, encode, require_limit
+from sparsevlm_jax.generation.checks import require_limit
+from sparsevlm_jax.generation.request import Generation, GenerationRequest, encode
 from sparsevlm_jax.inputs.images import ImageLike
 from sparsevlm_jax.inputs.messages import Conversation
 from sparsevlm_jax.inputs.packing import TEXT_BUCKETS, TiledImages, bucket
