@@ -88,17 +88,16 @@ class CompileOptions:
         mesh = self.shape
         prompts = Prompts(self.batch or mesh.data, tuple(layouts), text_tokens, NEW_TOKENS)
         dtype = self.dtype or "bfloat16"
-        note(f"compiling for {device.name}, dense and pruned, for several batches: this takes minutes")
-        with _quiet():
-            return {
-                "device": device.name,
-                "mesh": str(mesh),
-                "batch": prompts.batch,
-                "dtype": dtype,
-                "new_tokens": NEW_TOKENS,
-                "device_memory_bytes": device.memory,
-                **{name: _side(config, sparsity, prompts, dtype, device, mesh) for name, sparsity in sides.items()},
-            }
+        note(f"compiling for {device.name}: this takes minutes")
+        return {
+            "device": device.name,
+            "mesh": str(mesh),
+            "batch": prompts.batch,
+            "dtype": dtype,
+            "new_tokens": NEW_TOKENS,
+            "device_memory_bytes": device.memory,
+            **{name: _side(name, config, sparsity, prompts, dtype, device, mesh) for name, sparsity in sides.items()},
+        }
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -107,10 +106,15 @@ def print_report(report: dict[str, Any]) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     sides = {name: report[name] for name in ("dense", "pruned")}
+    several = MeshShape.parse(report["mesh"]) != ONE
     console.print(
-        f"Compiled for {report['device']} ({in_bytes(report['device_memory_bytes'])}), mesh {report['mesh']}, batch "
-        f"{report['batch']}, {report['dtype']}, room for {report['new_tokens']} new tokens; of each device:"
+        f"Compiled for {report['device']} ({in_bytes(report['device_memory_bytes'])}), batch {report['batch']}, "
+        f"{report['dtype']}, room for {report['new_tokens']} new tokens"
+        + (f"; on each device of the mesh {report['mesh']}:" if several else ":")
     )
+    if all("does_not_fit" in side for side in sides.values()):
+        console.print(f"{sides['dense']['does_not_fit']}, dense or pruned; --mesh tensor=N shares them")
+        return
     console.print(_memory_table(sides))
     if any("does_not_fit" in side for side in sides.values()):
         return
@@ -126,14 +130,18 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def _side(
-    config: ModelConfig, sparsity: Sparsity, prompts: Prompts, dtype: str, device: Device, mesh: MeshShape
+    name: str, config: ModelConfig, sparsity: Sparsity, prompts: Prompts, dtype: str, device: Device, mesh: MeshShape
 ) -> dict[str, Any]:
+    note(f"  {name}: batch {prompts.batch}")
     try:
-        answer = compile_for(config, sparsity, prompts, dtype, device, mesh)
+        with _quiet():
+            answer = compile_for(config, sparsity, prompts, dtype, device, mesh)
     except TooLargeError as error:
         return {"does_not_fit": str(error)}
-    report = answer_report(answer, device)
-    return report | {"largest_batch": largest_batch(config, sparsity, prompts, dtype, device, [answer], mesh)}
+    note(f"  {name}: the largest batch that fits")
+    with _quiet():
+        largest = largest_batch(config, sparsity, prompts, dtype, device, [answer], mesh)
+    return answer_report(answer, device) | {"largest_batch": largest}
 
 
 def _memory_table(sides: dict[str, dict[str, Any]]) -> Any:
@@ -149,8 +157,8 @@ def _memory_table(sides: dict[str, dict[str, Any]]) -> Any:
         "compiling, prefill and decoding": lambda side: " and ".join(
             f"{side[part]['compile_seconds']} s" for part in ("prefill", "decode")
         ),
-        "collectives of the prefill": lambda side: _collectives(side["prefill"]),
-        "collectives of a step": lambda side: _collectives(side["decode"]),
+        "exchanged in the prefill": lambda side: _collectives(side["prefill"]),
+        "exchanged in a step of decoding": lambda side: _collectives(side["decode"]),
     }
     table = Table("", *sides)
     for name, cell in rows.items():
@@ -170,7 +178,7 @@ def _collectives(part: dict[str, Any]) -> str:
 def _phases_table(what: str, sides: dict[str, dict[str, Any]]) -> Any:
     from rich.table import Table
 
-    table = Table(what, *(f"{name}: kernels, at least" for name in sides))
+    table = Table(what, *(f"{name}: kernels, time at least" for name in sides))
     for phase in (*PHASES, OTHER):
         counts = [
             (s["kernels_by_phase"].get(phase, 0), s["predicted_seconds_by_phase"].get(phase, 0)) for s in sides.values()
