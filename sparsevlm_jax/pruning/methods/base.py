@@ -60,7 +60,8 @@ class PruningContext(NamedTuple):
 class Scores(NamedTuple):
     """Scores of all tokens (those of other than visual ones are not looked at), higher is better.
 
-    `keep` is how many visual tokens each row keeps where the method decides that from data, else None.
+    `keep` is how many visual tokens each row keeps where the method decides that from data, and has a `kept_by_rank`;
+    else None.
     `details` goes into the trace.
     """
 
