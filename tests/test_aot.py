@@ -25,6 +25,7 @@ from sparsevlm_jax.cli import main
 from sparsevlm_jax.cli.compile_for import print_report
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.models.presets import llava_next_7b, tiny, video_llava_7b
+from sparsevlm_jax.parallel.mesh import ONE
 from sparsevlm_jax.pruning.methods import sparsity
 
 HLO = Path(__file__).parent / "hlo"
@@ -287,3 +288,12 @@ def test_every_device_says_what_its_compiler_needs(monkeypatch: pytest.MonkeyPat
         assert device.target.count("{") == device.target.count("}") == 3 * (device.platform == "cuda")
         with pytest.raises(UserError, match=device.name):
             require_compiler(device)
+
+
+def test_a_report_of_what_does_not_fit_is_one_line_and_names_no_mesh_of_one(capsys: pytest.CaptureFixture[str]) -> None:
+    side = {"does_not_fit": "v5e: its memory, 15.75 GiB, does not hold the programs"}
+    report = {"device": "v5e", "device_memory_bytes": DEVICES["v5e"].memory, "batch": 1, "dtype": "bfloat16"}
+    print_report(report | {"mesh": str(ONE), "new_tokens": 128, "dense": side, "pruned": side})
+    head, line = capsys.readouterr().out.splitlines()
+    assert head == "Compiled for v5e (15.75 GiB), batch 1, bfloat16, room for 128 new tokens:"
+    assert line == f"{side['does_not_fit']}, dense or pruned; --mesh tensor=N shares them"

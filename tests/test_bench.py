@@ -253,6 +253,18 @@ def test_figures_compare_within_rounds(result: dict[str, Any]) -> None:
     assert dense.of_bandwidth == pytest.approx(1.001e9 / 0.1 / 1e10)
 
 
+def test_where_all_of_jax_runs_on_a_mesh_it_is_compared_with_dense_there(result: dict[str, Any]) -> None:
+    (samples,) = result["sittings"]
+    sharded = {side: side.on("tensor=2") for side in (DENSE, PRUNED)}
+    result["sides"] = {side.name: _report(side) for side in sharded.values()}
+    result["sittings"] = [{there.name: samples[here.name] for here, there in sharded.items()}]
+    dense, pruned = metrics.figures(result)
+    assert (dense.prefill_speedup, pruned.prefill_speedup) == (1, pytest.approx(2.5))
+    result["sides"][DENSE.name] = _report(DENSE)
+    result["sittings"][0][DENSE.name] = _samples([3.0, 6.0, 3.0])  # one device is slower
+    assert [each.prefill_speedup for each in metrics.figures(result)] == [3, pytest.approx(7.5), 1]
+
+
 def test_percentiles_are_of_the_samples() -> None:
     found = timing.summary([float(n) for n in range(101)])
     assert found == {"p50": 50, "p5": 5, "p95": 95, "n": 101}
@@ -436,6 +448,7 @@ def test_a_worker_ends_in_the_middle_of_its_work_when_its_parent_is_gone() -> No
         (["--dtype", "int8"], "--dtype int8"),
         (["--batch", "0"], "--batch 0"),
         (["--device", "abacus"], "abacus"),
+        (["--break-even", "v1.5", "--mesh", "tensor=2"], "--mesh tensor=2"),
         (["--report-only", "--out", "/nowhere"], "/nowhere"),
     ],
 )

@@ -165,6 +165,7 @@ def require_compiler(device: Device) -> None:
         )
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # the plugin asks for a driver
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # libtpu asks the cloud which machine this is
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # and takes a lock, as if there were chips to share
     if "JAX_PLATFORMS" not in os.environ:
         jax.config.update("jax_platforms", "cpu")
 

@@ -11,7 +11,7 @@ PHASES = {
     "recycle": ("recycle",),
     "rebuild": ("rebuild",),
     "attend": ("attend",),
-    "projections": ("self_attn",),
+    "projections": ("self_attn", "rotary"),
     "mlp": ("mlp",),
     "head": ("lm_head",),
 }

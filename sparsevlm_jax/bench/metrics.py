@@ -93,7 +93,8 @@ def multiply_adds(cell: Cell, side: Side) -> int:
 
 def _figures(cell: Cell, report: Mapping[str, Any], name: str, samples: Samples, peaks: Mapping[str, float]) -> Figures:
     side, phases = Side(**report["side"]), samples[name]
-    dense = samples.get(Side("jax", "dense").name)
+    # Where all of JAX runs on a mesh, dense does, too.
+    dense = samples.get(Side("jax", "dense").name) or samples.get(Side("jax", "dense", mesh=side.mesh).name)
     marks = sorted(int(phase.split("_")[1]) for phase in phases if phase.startswith("tokens_"))
     per_token = _per_token(phases, marks)
     macs = multiply_adds(cell, side)

@@ -77,6 +77,8 @@ def bench(
     if report_only:
         _write_report(out, readme)
         return
+    if mesh is not None and break_even:
+        raise UserError(f"--mesh {mesh}: has no effect with --break-even, whose sides run on one device")
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # this process only counts: accelerators are for the workers

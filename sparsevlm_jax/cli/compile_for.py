@@ -94,21 +94,20 @@ class CompileOptions:
         mesh = self.shape
         prompts = Prompts(self.batch or mesh.data, tuple(layouts), text_tokens, NEW_TOKENS)
         dtype = self.dtype or "bfloat16"
-        note(f"compiling for {device.name}, dense and pruned, for several batches: this takes minutes")
-        with _quiet():
-            return {
-                "device": device.name,
-                "mesh": str(mesh),
-                "batch": prompts.batch,
-                "dtype": dtype,
-                "quantize": self.quantize,
-                "new_tokens": NEW_TOKENS,
-                "device_memory_bytes": device.memory,
-                **{
-                    name: _side(config, sparsity, prompts, dtype, device, mesh, self.quantize)
-                    for name, sparsity in sides.items()
-                },
-            }
+        note(f"compiling for {device.name}: this takes minutes")
+        return {
+            "device": device.name,
+            "mesh": str(mesh),
+            "batch": prompts.batch,
+            "dtype": dtype,
+            "quantize": self.quantize,
+            "new_tokens": NEW_TOKENS,
+            "device_memory_bytes": device.memory,
+            **{
+                name: _side(name, config, sparsity, prompts, dtype, device, mesh, self.quantize)
+                for name, sparsity in sides.items()
+            },
+        }
 
 
 def print_report(report: dict[str, Any]) -> None:
@@ -117,11 +116,16 @@ def print_report(report: dict[str, Any]) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 110, highlight=False)
     sides = {name: report[name] for name in ("dense", "pruned")}
+    several = MeshShape.parse(report["mesh"]) != ONE
     held = " and ".join(filter(None, (report["quantize"], report["dtype"])))
     console.print(
-        f"Compiled for {report['device']} ({in_bytes(report['device_memory_bytes'])}), mesh {report['mesh']}, batch "
-        f"{report['batch']}, {held}, room for {report['new_tokens']} new tokens; of each device:"
+        f"Compiled for {report['device']} ({in_bytes(report['device_memory_bytes'])}), batch {report['batch']}, "
+        f"{held}, room for {report['new_tokens']} new tokens"
+        + (f"; on each device of the mesh {report['mesh']}:" if several else ":")
     )
+    if all("does_not_fit" in side for side in sides.values()):
+        console.print(f"{sides['dense']['does_not_fit']}, dense or pruned; --mesh tensor=N shares them")
+        return
     console.print(_memory_table(sides))
     if any("does_not_fit" in side for side in sides.values()):
         return
@@ -137,6 +141,7 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def _side(
+    name: str,
     config: ModelConfig,
     sparsity: Sparsity,
     prompts: Prompts,
@@ -145,13 +150,16 @@ def _side(
     mesh: MeshShape,
     quantize: str | None,
 ) -> dict[str, Any]:
+    note(f"  {name}: batch {prompts.batch}")
     try:
-        answer = compile_for(config, sparsity, prompts, dtype, device, mesh, quantize)
+        with _quiet():
+            answer = compile_for(config, sparsity, prompts, dtype, device, mesh, quantize)
     except TooLargeError as error:
         return {"does_not_fit": str(error)}
-    report = answer_report(answer, device)
-    largest = largest_batch(config, sparsity, prompts, dtype, device, [answer], mesh, quantize)
-    return report | {"largest_batch": largest}
+    note(f"  {name}: the largest batch that fits")
+    with _quiet():
+        largest = largest_batch(config, sparsity, prompts, dtype, device, [answer], mesh, quantize)
+    return answer_report(answer, device) | {"largest_batch": largest}
 
 
 def _memory_table(sides: dict[str, dict[str, Any]]) -> Any:
@@ -167,8 +175,8 @@ def _memory_table(sides: dict[str, dict[str, Any]]) -> Any:
         "compiling, prefill and decoding": lambda side: " and ".join(
             f"{side[part]['compile_seconds']} s" for part in ("prefill", "decode")
         ),
-        "collectives of the prefill": lambda side: _collectives(side["prefill"]),
-        "collectives of a step": lambda side: _collectives(side["decode"]),
+        "exchanged in the prefill": lambda side: _collectives(side["prefill"]),
+        "exchanged in a step of decoding": lambda side: _collectives(side["decode"]),
     }
     table = Table("", *sides)
     for name, cell in rows.items():
@@ -188,7 +196,7 @@ def _collectives(part: dict[str, Any]) -> str:
 def _phases_table(what: str, sides: dict[str, dict[str, Any]]) -> Any:
     from rich.table import Table
 
-    table = Table(what, *(f"{name}: kernels, at least" for name in sides))
+    table = Table(what, *(f"{name}: kernels, time at least" for name in sides))
     for phase in (*PHASES, OTHER):
         counts = [
             (s["kernels_by_phase"].get(phase, 0), s["predicted_seconds_by_phase"].get(phase, 0)) for s in sides.values()

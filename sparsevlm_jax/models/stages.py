@@ -25,7 +25,7 @@ from sparsevlm_jax.parallel.inside import BY_HEAD, keep, whole
 from sparsevlm_jax.pruning.methods import METHODS, PruningContext
 from sparsevlm_jax.pruning.plan import Plan, StagePlan
 from sparsevlm_jax.pruning.positions import next_positions, on_all_axes, prompt_positions
-from sparsevlm_jax.pruning.prune import PruningStep, kept_by_row, prune
+from sparsevlm_jax.pruning.prune import PruningStep, counts_ahead, prune
 from sparsevlm_jax.pruning.settings import Sparsity
 from sparsevlm_jax.pruning.sparsify import Tokens, choose_raters, positions_where
 
@@ -194,6 +194,8 @@ def start(prompt: Prompt, plan: Plan, axes: int) -> Tokens:
         if len(plan.stages) > 1:
             raters = choose_raters(prompt.embeddings, prompt.visual, prompt.lengths, plan.visual_tokens)
         rater_rows = positions_where(raters, text)
+    with jax.named_scope("select"):
+        counts = counts_ahead(plan, visual_count, prompt.lengths)
     return Tokens(
         hidden=prompt.embeddings,
         positions=prompt_positions(prompt.positions, shape, axes),
@@ -205,7 +207,7 @@ def start(prompt: Prompt, plan: Plan, axes: int) -> Tokens:
         saliency=prompt.saliency if METHODS[plan.sparsity.method].needs_saliency else None,
         add=prompt.add,
         frame=prompt.frame if plan.sparsity.per_frame else None,
-        keep=kept_by_row(plan, visual_count, prompt.lengths),
+        counts=counts,
     )
 
 

@@ -43,7 +43,8 @@ def rotation_of_all(positions: Int[Array, "b l a"], rope: Rope) -> Rotation:
     On CPUs a barrier does not keep XLA from that, a loop does: over pieces of the sequence.
     """
     if traced_for() != "cpu":
-        return jax.lax.optimization_barrier(rotation(positions, rope))
+        with jax.named_scope("rotary"):
+            return jax.lax.optimization_barrier(rotation(positions, rope))
     batch, length, axes = positions.shape
     padded = jnp.pad(positions, ((0, 0), (0, -length % PIECES), (0, 0)))
     in_turn = jnp.moveaxis(padded.reshape(batch, PIECES, -1, axes), 1, 0)

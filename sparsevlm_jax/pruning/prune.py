@@ -16,10 +16,10 @@ from sparsevlm_jax.ops.attention import padded_length
 from sparsevlm_jax.pruning.budgets import kept_table
 from sparsevlm_jax.pruning.frames import take_turns
 from sparsevlm_jax.pruning.methods import METHODS, PruningContext, Scores
-from sparsevlm_jax.pruning.plan import Plan, StagePlan
+from sparsevlm_jax.pruning.plan import Plan, Rows, StagePlan
 from sparsevlm_jax.pruning.positions import renumbers
 from sparsevlm_jax.pruning.settings import Sparsity
-from sparsevlm_jax.pruning.sparsify import Recycled, Selection, Tokens, rebuild, recycle, select, take
+from sparsevlm_jax.pruning.sparsify import Counts, Recycled, Selection, Tokens, rebuild, recycle, select, take
 
 
 class PruningStep(NamedTuple):
@@ -34,24 +34,70 @@ class PruningStep(NamedTuple):
     after: Tokens
 
 
-def kept_by_row(plan: Plan, visual: Int[Array, "b"], lengths: Int[Array, "b"]) -> tuple[Int[Array, "b"], ...] | None:
-    """How many tokens rows of so many visual ones keep at each pruning layer; None where the plan's counts hold.
+def counts_ahead(plan: Plan, visual: Int[Array, "b"], lengths: Int[Array, "b"]) -> tuple[Counts, ...] | None:
+    """What becomes of each row's visual tokens at every pruning layer; None where data decides that.
 
-    A row whose number the plan does not know follows the largest below it that it does; where there is none it keeps
-    nothing.
+    All are looked up at once, behind a barrier: every kernel that masks by one would look it up again.
 
     Args:
       lengths: all tokens of each row, of which the others are text.
     """
-    if plan.rows is None:
+    if METHODS[plan.sparsity.method].counts_are_bounds:
         return None
-    counts, texts, table = plan.rows.counts, plan.rows.texts, kept_table(plan)
-    number = jnp.minimum((visual - counts[0]) // counts.step, len(counts) - 1)
-    row = number
-    if len(texts) > 1:
-        text = jnp.searchsorted(jnp.asarray(texts[:-1], jnp.int32), lengths - visual)
-        row = text.astype(jnp.int32) * len(counts) + number
-    return tuple(jnp.where(number < 0, 0, jnp.asarray(kept, jnp.int32)[row]) for kept in table.T)
+    if len(plan.stages) == 1:
+        return ()
+    texts = () if plan.rows is None else plan.rows.texts[:-1]
+    text = jnp.searchsorted(jnp.asarray(texts, jnp.int32), lengths - visual)
+    found = jax.lax.optimization_barrier(jnp.asarray(counts_table(plan), jnp.int32)[text, visual])
+    return tuple(Counts(*(found[:, number, which] for which in range(3))) for number in range(found.shape[1]))
+
+
+def counts_table(plan: Plan) -> Int[np.ndarray, "t v p 3"]:
+    """`Counts` at each pruning layer of a row with so many visual tokens, for each of the lengths of text that
+    `plan.rows` counts rows with.
+
+    A row whose number the plan does not know follows the largest below it that it does; where there is none it keeps
+    nothing.
+    """
+    standing = np.arange(plan.visual_tokens + 1)[None, :]
+    asked = None if plan.rows is None else _kept_of_all(plan, plan.rows)
+    found = []
+    for number, stage in enumerate(plan.stages[:-1]):
+        assert stage.keep is not None
+        if asked is None:
+            kept = np.minimum(stage.keep, np.maximum(standing - 1, 0))
+        else:
+            kept = np.minimum(asked[:, :, number], standing)
+        pool, clusters = plan.sparsity.recycled(standing - kept)
+        if asked is not None:
+            # A row of a number that the plan does not know may drop more than those that it was made for.
+            pool = np.minimum(pool, stage.pool)
+            clusters = np.minimum(clusters, np.minimum(stage.clusters, stage.standing - kept))
+        found.append(np.stack([kept, pool, clusters], axis=-1))
+        standing = kept + clusters
+    return np.stack(found, axis=2)
+
+
+def _kept_of_all(plan: Plan, rows: Rows) -> Int[np.ndarray, "t v p"]:
+    """What rows of every number of visual tokens are asked to keep, by their length of text."""
+    table = kept_table(plan)
+    by_text = table.reshape(-1, len(rows.counts), table.shape[1])
+    numbers = np.minimum((np.arange(plan.visual_tokens + 1) - rows.counts[0]) // rows.counts.step, len(rows.counts) - 1)
+    return np.where(numbers[None, :, None] < 0, 0, by_text[:, np.maximum(numbers, 0)])
+
+
+def _counts(scores: Scores, tokens: Tokens, stage: StagePlan, sparsity: Sparsity) -> Counts:
+    """Those of the plan, or, of a method whose score says how many tokens stay, what follows from that."""
+    if (scores.keep is None) != (tokens.counts is not None):
+        raise ValueError(f"{sparsity.method}: a score that gives `keep` and a bound, `kept_by_rank`, belong together")
+    if tokens.counts is not None:
+        return tokens.counts[0]
+    assert scores.keep is not None
+    dropped = tokens.visual_count - scores.keep
+    pool, clusters = (
+        jnp.asarray(counts, jnp.int32)[dropped] for counts in sparsity.recycled(np.arange(stage.visual + 1))
+    )
+    return Counts(scores.keep, pool, clusters)
 
 
 def length_after(stage: StagePlan, text: int, columns: int) -> int:
@@ -68,19 +114,11 @@ def prune(layer: PruningContext, sparsity: Sparsity, jitter: Array | None) -> tu
     with jax.named_scope("score"):
         scores = score(layer, sparsity)
     with jax.named_scope("select"):
-        kept_count = layer.kept if scores.keep is None else scores.keep
-        dropped = tokens.visual_count - kept_count
-        pool, clusters = (
-            jnp.asarray(counts, jnp.int32)[dropped] for counts in sparsity.recycled(np.arange(stage.visual + 1))
-        )
-        if tokens.keep is not None:
-            # A row of a number that the plan does not know may drop more than those that it was made for.
-            pool = jnp.minimum(pool, stage.pool)
-            clusters = jnp.minimum(clusters, jnp.minimum(stage.clusters, stage.standing - kept_count))
+        counts = _counts(scores, tokens, stage, sparsity)
         ranked = scores.values
         if tokens.frame is not None:
             ranked = take_turns(ranked, tokens.visual, tokens.frame)
-        selection = select(ranked, tokens.visual, kept_count, pool, clusters, keep=stage.keep, pool=stage.pool)
+        selection = select(ranked, tokens.visual, *counts, keep=stage.keep, pool=stage.pool)
     recycled = None
     with jax.named_scope("recycle"):
         if stage.clusters:

@@ -189,7 +189,7 @@ class Sparsity:
         """Merged tokens that they become: int(pool / 10) + 1."""
         return int(self.recycled(np.array([dropped]))[1][0])
 
-    def recycled(self, dropped: Int[np.ndarray, "n"]) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+    def recycled(self, dropped: Int[np.ndarray, "*n"]) -> tuple[Int[np.ndarray, "*n"], Int[np.ndarray, "*n"]]:
         """`pool` and `clusters` of many numbers at once."""
         if self.recycling is None:
             return np.zeros_like(dropped), np.zeros_like(dropped)

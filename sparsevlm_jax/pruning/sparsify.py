@@ -24,6 +24,14 @@ from sparsevlm_jax.pruning.positions import after_cut
 EXACT = jax.lax.Precision.HIGHEST
 
 
+class Counts(NamedTuple):
+    """What becomes of each row's visual tokens at one pruning layer."""
+
+    kept: Int[Array, "b"]
+    pool: Int[Array, "b"]  # recycled
+    clusters: Int[Array, "b"]  # merged tokens that those become
+
+
 class Tokens(NamedTuple):
     """The sequence between two stages. Rows are packed: the first `lengths` tokens are valid."""
 
@@ -37,7 +45,7 @@ class Tokens(NamedTuple):
     saliency: Float[Array, "b l"] | None  # how much the vision tower itself looks at each visual token
     add: Float[Array, "b l i d"] | None = None  # what the next i layers each add to their output
     frame: Int[Array, "b l"] | None = None  # whose tokens compete with each other first; None where all do
-    keep: tuple[Int[Array, "b"], ...] | None = None  # at each pruning layer ahead; None where the plan's counts hold
+    counts: tuple[Counts, ...] | None = None  # at each pruning layer ahead; None where data decides
 
     @property
     def valid(self) -> Bool[Array, "b l"]:
@@ -235,7 +243,7 @@ def recycle(
 
     peak = density * distance
     centers = jax.lax.top_k(jnp.where(real, peak, -jnp.inf), clusters)[1]
-    to_center = jnp.take_along_axis(distances, centers[:, None, :], axis=2)
+    to_center = jnp.take_along_axis(distances, centers[:, None, :], axis=2, mode="promise_in_bounds")
     own = jnp.arange(size)[None, :, None] == centers[:, None, :]
     to_center = jnp.where(own, -1.0, to_center)  # a centre joins itself, whatever else is as near
     assignment = jnp.argmin(jnp.where(real_cluster[:, None, :], to_center, jnp.inf), axis=2)
@@ -293,7 +301,7 @@ def rebuild(
         saliency=None if tokens.saliency is None else gather(tokens.saliency, mean),
         add=None if tokens.add is None else gather(tokens.add, mean),
         frame=None if tokens.frame is None else gather(tokens.frame, of_center),
-        keep=None if tokens.keep is None else tokens.keep[1:],
+        counts=None if tokens.counts is None else tokens.counts[1:],
     )
     return shorter, source
 

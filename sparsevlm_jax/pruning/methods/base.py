@@ -37,12 +37,9 @@ class PruningContext(NamedTuple):
 
     @property
     def kept(self) -> Int[Array, "b"]:
-        """Visual tokens that each row keeps, by the plan: what the row's own number of tokens says, else all but one
-        at most."""
-        visual = self.tokens.visual_count
-        if self.tokens.keep is not None:
-            return jnp.minimum(self.tokens.keep[0], visual)
-        return jnp.minimum(self.stage.keep or 0, jnp.maximum(visual - 1, 0))
+        """Visual tokens that each row keeps, by the plan; not there where data decides."""
+        assert self.tokens.counts is not None
+        return self.tokens.counts[0].kept
 
     def ordinals(self) -> Int[Array, "b l"]:
         """Number of each visual token among those of its row, in order from 0."""
@@ -63,7 +60,8 @@ class PruningContext(NamedTuple):
 class Scores(NamedTuple):
     """Scores of all tokens (those of other than visual ones are not looked at), higher is better.
 
-    `keep` is how many visual tokens each row keeps where the method decides that from data, else None.
+    `keep` is how many visual tokens each row keeps where the method decides that from data, and has a `kept_by_rank`;
+    else None.
     `details` goes into the trace.
     """
 
