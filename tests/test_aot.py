@@ -159,7 +159,7 @@ def test_the_command_s_tables_show_memory_and_every_phase(capsys: pytest.Capture
         "largest_batch": 7,
     }
     side |= {"prefill": part, "decode": part}
-    whole = {"device": "slow", "mesh": "tensor=2", "batch": 2, "dtype": "bfloat16", "new_tokens": 16}
+    whole = {"device": "slow", "mesh": "tensor=2", "batch": 2, "dtype": "bfloat16", "quantize": None, "new_tokens": 16}
     whole["device_memory_bytes"] = 10**6
     print_report(whole | {"dense": side, "pruned": side})
     out = capsys.readouterr().out
@@ -293,7 +293,7 @@ def test_every_device_says_what_its_compiler_needs(monkeypatch: pytest.MonkeyPat
 def test_a_report_of_what_does_not_fit_is_one_line_and_names_no_mesh_of_one(capsys: pytest.CaptureFixture[str]) -> None:
     side = {"does_not_fit": "v5e: its memory, 15.75 GiB, does not hold the programs"}
     report = {"device": "v5e", "device_memory_bytes": DEVICES["v5e"].memory, "batch": 1, "dtype": "bfloat16"}
-    print_report(report | {"mesh": str(ONE), "new_tokens": 128, "dense": side, "pruned": side})
+    print_report(report | {"mesh": str(ONE), "quantize": None, "new_tokens": 128, "dense": side, "pruned": side})
     head, line = capsys.readouterr().out.splitlines()
     assert head == "Compiled for v5e (15.75 GiB), batch 1, bfloat16, room for 128 new tokens:"
     assert line == f"{side['does_not_fit']}, dense or pruned; --mesh tensor=N shares them"

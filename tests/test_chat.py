@@ -165,7 +165,7 @@ def test_without_images_both_policies_are_exact(model: Model) -> None:
 @pytest.mark.parametrize("selection", ["again", "first"])
 def test_the_tower_runs_once(model: Model, image: Image.Image, selection: str, monkeypatch: pytest.MonkeyPatch) -> None:
     encoded, seen = [], []
-    encode, run = chat_module._encode, chat_module.GenerationRequest
+    encode, run = chat_module.encode, chat_module.GenerationRequest
 
     def recorded_encode(*args: Any, **static: Any) -> Any:
         encoded.append(encode(*args, **static))
@@ -175,7 +175,7 @@ def test_the_tower_runs_once(model: Model, image: Image.Image, selection: str, m
         seen.append(args[3])
         return run(*args, **settings)
 
-    monkeypatch.setattr(chat_module, "_encode", recorded_encode)
+    monkeypatch.setattr(chat_module, "encode", recorded_encode)
     monkeypatch.setattr(chat_module, "GenerationRequest", recorded_run)
     converse(start_chat(model, [image], selection))
     assert len(encoded) == 1

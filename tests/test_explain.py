@@ -25,7 +25,7 @@ from sparsevlm_jax.explain.views import as_seen
 from sparsevlm_jax.pruning import sparsify
 from sparsevlm_jax.pruning.methods import Scores
 from sparsevlm_jax.pruning.prune import PruningStep
-from sparsevlm_jax.pruning.sparsify import Tokens
+from sparsevlm_jax.pruning.tokens import Tokens
 from tests.explanations import GRID, QUESTION, SIDE, explained, image, image_size, model, processor
 
 # Provenance: six patches between one word before and one behind them

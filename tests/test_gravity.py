@@ -13,7 +13,7 @@ from sparsevlm_jax import Sparsity, StagePlan, UserError, llava_15_7b, make_plan
 from sparsevlm_jax.pruning.methods import sparsevlm
 from sparsevlm_jax.pruning.methods.base import PruningContext
 from sparsevlm_jax.pruning.methods.sparsevlm import gravity, score_by_selected_heads
-from sparsevlm_jax.pruning.sparsify import Tokens
+from sparsevlm_jax.pruning.tokens import Tokens
 from sparsevlm_jax.rotary import plain_rope
 from tests import models
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int
 
 from sparsevlm_jax.pruning.prune import PruningStep
-from sparsevlm_jax.pruning.sparsify import Tokens
+from sparsevlm_jax.pruning.tokens import Tokens
 
 KEPT, DROPPED = 0, -1  # a positive outcome is the number of the merged token that it went into
 ABSENT = -2  # where outcomes are laid out: a patch without a token

@@ -16,7 +16,8 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from sparsevlm_jax.inputs.processor import MARKER, VIDEO_MARKER, Processor
-from sparsevlm_jax.pruning.sparsify import Tokens, rate_text, text_after_image
+from sparsevlm_jax.pruning.sparsify import rate_text, text_after_image
+from sparsevlm_jax.pruning.tokens import Tokens
 
 # Whole sequences with masks, as one program each: another question of the same bucket compiles nothing.
 _rate_text, _text_after_image = jax.jit(rate_text), jax.jit(text_after_image)

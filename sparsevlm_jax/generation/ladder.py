@@ -25,7 +25,7 @@ from sparsevlm_jax.pruning.budgets import stage_by_rank
 from sparsevlm_jax.pruning.plan import Plan, StagePlan
 from sparsevlm_jax.pruning.positions import next_positions
 from sparsevlm_jax.pruning.settings import Sparsity
-from sparsevlm_jax.pruning.sparsify import Tokens
+from sparsevlm_jax.pruning.tokens import Tokens
 
 LENGTH_BUCKETS = (0, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
 

@@ -27,7 +27,8 @@ from sparsevlm_jax.pruning.plan import Plan, StagePlan
 from sparsevlm_jax.pruning.positions import next_positions, on_all_axes, prompt_positions
 from sparsevlm_jax.pruning.prune import PruningStep, counts_ahead, prune
 from sparsevlm_jax.pruning.settings import Sparsity
-from sparsevlm_jax.pruning.sparsify import Tokens, choose_raters, positions_where
+from sparsevlm_jax.pruning.sparsify import choose_raters, positions_where
+from sparsevlm_jax.pruning.tokens import Tokens
 
 Params = dict[str, Any]
 

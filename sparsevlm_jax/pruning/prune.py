@@ -19,7 +19,8 @@ from sparsevlm_jax.pruning.methods import METHODS, PruningContext, Scores
 from sparsevlm_jax.pruning.plan import Plan, Rows, StagePlan
 from sparsevlm_jax.pruning.positions import renumbers
 from sparsevlm_jax.pruning.settings import Sparsity
-from sparsevlm_jax.pruning.sparsify import Counts, Recycled, Selection, Tokens, rebuild, recycle, select, take
+from sparsevlm_jax.pruning.sparsify import Recycled, Selection, rebuild, recycle, select, take
+from sparsevlm_jax.pruning.tokens import Counts, Tokens
 
 
 class PruningStep(NamedTuple):

@@ -20,45 +20,9 @@ from jaxtyping import Array, Bool, Float, Int
 from sparsevlm_jax.ops.attention import traced_for
 from sparsevlm_jax.parallel.inside import sizes
 from sparsevlm_jax.pruning.positions import after_cut
+from sparsevlm_jax.pruning.tokens import Tokens, scatter_true
 
 EXACT = jax.lax.Precision.HIGHEST
-
-
-class Counts(NamedTuple):
-    """What becomes of each row's visual tokens at one pruning layer."""
-
-    kept: Int[Array, "b"]
-    pool: Int[Array, "b"]  # recycled
-    clusters: Int[Array, "b"]  # merged tokens that those become
-
-
-class Tokens(NamedTuple):
-    """The sequence between two stages. Rows are packed: the first `lengths` tokens are valid."""
-
-    hidden: Float[Array, "b l d"]
-    positions: Int[Array, "b l a"]  # rotary positions for the next stage, on each axis
-    visual: Bool[Array, "b l"]
-    rater_rows: Int[Array, "b t"]  # places of the raters, ascending; those past their number mean nothing
-    rater_count: Int[Array, "b"]
-    text_count: Int[Array, "b"]  # tokens that are not visual, none of which is ever dropped
-    lengths: Int[Array, "b"]
-    saliency: Float[Array, "b l"] | None  # how much the vision tower itself looks at each visual token
-    add: Float[Array, "b l i d"] | None = None  # what the next i layers each add to their output
-    frame: Int[Array, "b l"] | None = None  # whose tokens compete with each other first; None where all do
-    counts: tuple[Counts, ...] | None = None  # at each pruning layer ahead; None where data decides
-
-    @property
-    def valid(self) -> Bool[Array, "b l"]:
-        return jnp.arange(self.visual.shape[1])[None, :] < self.lengths[:, None]
-
-    @property
-    def visual_count(self) -> Int[Array, "b"]:
-        return self.lengths - self.text_count
-
-    @property
-    def raters(self) -> Bool[Array, "b l"]:
-        slots = jnp.arange(self.rater_rows.shape[1])[None, :]
-        return _scatter_true(jnp.asarray(self.rater_rows), slots < self.rater_count[:, None], self.visual.shape[1])
 
 
 class Recycled(NamedTuple):
@@ -149,7 +113,7 @@ def choose_raters(
     # Unused places repeat position l - 1, which may be text itself: count them off instead of looking there.
     valid_text = jnp.arange(length - visual_tokens)[None, :] < jnp.sum(text, axis=1, keepdims=True)
     above, _ = rate_text(take(hidden, visual_at), take(hidden, text_at), valid_visual, valid_text)
-    raters = _scatter_true(text_at, above, length)
+    raters = scatter_true(text_at, above, length)
     others = (jnp.arange(length)[None, :] < lengths[:, None]) & ~visual
     return jnp.where(jnp.any(text, axis=1, keepdims=True), raters, others)
 
@@ -190,7 +154,7 @@ def select(
     ranked = jnp.where(visual, scores + 0.0, -jnp.inf)
     _, order = jax.lax.top_k(ranked, min(keep + pool, scores.shape[1]))
     # For the record: what is built from this takes the places.
-    kept = _scatter_true(order[:, :keep], jnp.arange(keep)[None, :] < kept_count[:, None], scores.shape[1])
+    kept = scatter_true(order[:, :keep], jnp.arange(keep)[None, :] < kept_count[:, None], scores.shape[1])
     # A row's pool starts where its kept tokens end: at `keep`, unless the row has fewer visual tokens than others.
     slots = jnp.minimum(kept_count[:, None] + jnp.arange(pool)[None, :], order.shape[1] - 1)
     pooled = jnp.take_along_axis(order, slots, axis=1)
@@ -350,9 +314,3 @@ def _mean_where(values: Array, where: Array, axis: int) -> Array:
     """Mean over the entries of an axis where a mask is True; 0 where it is True nowhere."""
     count = jnp.maximum(jnp.sum(where, axis=axis).astype(jnp.float32), 1.0)
     return jnp.sum(jnp.where(where, values, 0.0), axis=axis) / count
-
-
-def _scatter_true(index: Int[Array, "b i"], values: Bool[Array, "b i"], length: int) -> Bool[Array, "b {length}"]:
-    """False everywhere but at index[b, i] where values[b, i]; masked entries go nowhere, wherever they point."""
-    index = jnp.where(values, index, length)
-    return jax.vmap(lambda at: jnp.zeros(length, bool).at[at].set(True, mode="drop"))(index)

@@ -17,7 +17,8 @@ from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.ops.attention import attention_rows
 from sparsevlm_jax.pruning.plan import StagePlan
 from sparsevlm_jax.pruning.settings import BUDGETS, Sparsity, names_of
-from sparsevlm_jax.pruning.sparsify import Tokens, take
+from sparsevlm_jax.pruning.sparsify import take
+from sparsevlm_jax.pruning.tokens import Tokens
 from sparsevlm_jax.rotary import Rope
 
 
