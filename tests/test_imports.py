@@ -11,7 +11,7 @@ from sparsevlm_jax.models.family import FAMILIES as FAMILY_RECORDS
 
 PACKAGE = Path(__file__).parent.parent / "sparsevlm_jax"
 ORDER = (
-    *("errors", "bounds", "process progress", "data", "text", "files", "layout rotary", "config", "config_json"),
+    *("errors", "bounds", "process progress ahead", "data", "text", "files", "layout rotary", "config", "config_json"),
     *("parallel", "ops", "pruning inputs", "models", "checkpoints", "generation", "aot"),
     "explain evaluate bench integrations",
     "methods __init__",  # names for users

@@ -6,6 +6,7 @@ Axis letters: b batch, l packed sequence length.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from sparsevlm_jax.inputs.packing import NEW_TOKEN_BUCKETS, Packed, TiledImages,
 from sparsevlm_jax.layout import ImageLayout
 from sparsevlm_jax.models.parameters import abstract_params, abstract_pixels
 from sparsevlm_jax.ops.attention import target
-from sparsevlm_jax.parallel.arrays import device_bytes, on_mesh_of, require_rows
+from sparsevlm_jax.parallel.arrays import device_bytes, on_mesh_of, require_rows, shapes_on
 from sparsevlm_jax.parallel.inside import BY_HEAD
 from sparsevlm_jax.parallel.rules import WHOLE, Where, placement
 from sparsevlm_jax.pruning.methods import METHODS
@@ -90,16 +91,13 @@ def lowered(
       UserError: a budget that the prompts cannot meet, or a mesh that divides the model or the batch unevenly.
     """
     where, everywhere, by_head = _places(chip, config)
-
-    def placed(tree: Any, sharding: Sharding = everywhere) -> Any:
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
-
+    placed = partial(shapes_on, sharding=everywhere)
     plan, packed = _planned(config, replace(sparsity, seed=None), prompts)
     decoding = LoopConfig(bucket(prompts.new_tokens, NEW_TOKEN_BUCKETS, "the answer"), greedy=True, end_tokens=(2,))
     shapes: dict[tuple[str, ...], Any]
     shapes = dict(traverse_util.flatten_dict(abstract_params(config, jnp.dtype(dtype), quantize)))
     params = traverse_util.unflatten_dict(
-        {path: placed(leaf, where(path, leaf.shape)) for path, leaf in shapes.items()}
+        {path: shapes_on(leaf, where(path, leaf.shape)) for path, leaf in shapes.items()}
     )
     require_rows(params, prompts.batch)
     sampler = placed(_sampler())

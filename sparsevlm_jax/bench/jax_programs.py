@@ -21,8 +21,7 @@ from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.models.parameters import entries
 from sparsevlm_jax.models.quantize import parts_of
 from sparsevlm_jax.models.stages import Cache, Params, Prompt, decoder_of, last_logits, prefill, run_stage, start
-from sparsevlm_jax.ops.attention import exact
-from sparsevlm_jax.ops.layers import apart, scaled_product
+from sparsevlm_jax.ops.layers import apart, product
 from sparsevlm_jax.parallel.rules import placement
 from sparsevlm_jax.pruning.budgets import make_plan
 from sparsevlm_jax.pruning.plan import Plan, StagePlan
@@ -86,9 +85,7 @@ def products(params: Params, hidden: Float[Array, "b l d"], *, lengths: tuple[in
 
 
 def _product(x: Array, linear: Params) -> Array:
-    if "scale" in linear:
-        return scaled_product(x, linear["kernel"], linear["scale"])
-    return jnp.matmul(x, linear["kernel"], precision=exact(x.dtype))
+    return product(x, linear["kernel"], linear.get("scale"))
 
 
 @partial(jax.jit, static_argnames=("config", "plan", "room"))

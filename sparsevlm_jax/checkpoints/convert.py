@@ -6,14 +6,13 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import zip_longest
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from sparsevlm_jax.ahead import ahead
 from sparsevlm_jax.checkpoints import llava_original, orbax, torch_bin
 from sparsevlm_jax.checkpoints.assign import all_finite
 from sparsevlm_jax.checkpoints.check import Watch
@@ -96,7 +95,8 @@ def convert(
         done = sum(sizes[number] for number in finished)
         watch(done, result.nbytes)
         numbers = [number for number in range(len(groups)) if number not in finished]
-        for number, tensors in zip(numbers, _read_ahead(opened, [groups[n] for n in numbers], form), strict=True):
+        read = (_read_group(opened, groups[number], form) for number in numbers)
+        for number, tensors in zip(numbers, ahead(read), strict=True):
             check_room(partial, sum(array.nbytes for array, _ in tensors))  # others fill the disk too
             finished[number] = _write_group(orbax.group_folder(partial, number), tensors, job)
             done += sizes[number]
@@ -109,16 +109,6 @@ def convert(
 
 
 Tensors = list[tuple[np.ndarray, Record]]  # of a group
-
-
-def _read_ahead(source: Source, groups: Sequence[Sequence[Pair]], form: Form) -> Iterator[Tensors]:
-    """Group after group; a thread reads the next one while one is written."""
-    with ThreadPoolExecutor(1) as ahead:
-        following = None
-        for pairs, later in zip_longest(groups, groups[1:]):
-            tensors = _read_group(source, pairs, form) if following is None else following.result()
-            following = None if later is None else ahead.submit(_read_group, source, later, form)
-            yield tensors
 
 
 def _read_group(source: Source, pairs: Sequence[Pair], form: Form) -> Tensors:

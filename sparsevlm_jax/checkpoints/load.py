@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from flax import traverse_util
 
 from sparsevlm_jax import bounds
+from sparsevlm_jax.ahead import ahead
 from sparsevlm_jax.checkpoints import orbax
 from sparsevlm_jax.checkpoints.assign import all_finite, assign
 from sparsevlm_jax.checkpoints.hub import locate
@@ -224,14 +224,12 @@ def _restore_params(
 
 def _compared(folder: Path, manifest: Manifest) -> Iterator[int]:
     """The numbers of all groups, each compared with its digests while the one before it is restored."""
-    last = len(manifest.groups) - 1
-    with ThreadPoolExecutor(1) as ahead:
-        check = ahead.submit(orbax.require_whole, folder, 0, manifest)
-        for number in range(last + 1):
-            check.result()
-            if number < last:
-                check = ahead.submit(orbax.require_whole, folder, number + 1, manifest)
-            yield number
+
+    def compared(number: int) -> int:
+        orbax.require_whole(folder, number, manifest)
+        return number
+
+    return ahead(map(compared, range(len(manifest.groups))))
 
 
 def _generation_defaults(folder: Path) -> GenerationDefaults:

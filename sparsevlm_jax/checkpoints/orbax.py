@@ -241,8 +241,7 @@ def _changed(folder: Path, number: int, note: Note) -> list[str]:
 
 def _digests(folder: Path, names: Sequence[str]) -> list[str | None]:
     """sha256 of files; None where there is none that can be read."""
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(_digest_if_there, [folder / name for name in names]))
+    return parallel(_digest_if_there, [folder / name for name in names])
 
 
 def _digest_if_there(file: Path) -> str | None:

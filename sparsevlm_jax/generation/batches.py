@@ -18,6 +18,7 @@ from zlib import crc32
 import jax
 import numpy as np
 
+from sparsevlm_jax.ahead import ahead
 from sparsevlm_jax.checkpoints.load import Model
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.generation.answer import Answer, read_answers
@@ -222,11 +223,7 @@ class Batcher:
 
     def _in_turn(self, batches: Iterator[Prepared]) -> Iterator[Numbered]:
         """Batch after batch; a thread takes the next one."""
-        with ThreadPoolExecutor(1) as ahead:
-            following = ahead.submit(next, batches, None)
-            while (prepared := following.result()) is not None:
-                following = ahead.submit(next, batches, None)
-                yield self.run(prepared)
+        return map(self.run, ahead(batches))
 
     def _abreast(self, batches: Iterator[Prepared]) -> Iterator[Numbered]:
         """Two batches at a time, each on a thread of its own; this one takes the next."""

@@ -20,6 +20,7 @@ from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.inputs.packing import TiledImages
 from sparsevlm_jax.models.embedding import embed
 from sparsevlm_jax.models.stages import Cache, ImageFeatures, Params, decode_step, prefill
+from sparsevlm_jax.parallel.arrays import shapes_on
 from sparsevlm_jax.parallel.inside import whole
 from sparsevlm_jax.pruning.plan import Plan
 
@@ -54,13 +55,9 @@ class DecodeState(NamedTuple):
 
 def shapes_of_state(state: Any, everywhere: Sharding, by_head: Sharding) -> DecodeState:
     """Shapes of a state whose keys and values lie by head, and all else everywhere."""
-
-    def placed(tree: Any, where: Sharding) -> Any:
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), tree)
-
-    keys, values = placed((state.cache.keys, state.cache.values), by_head)
-    whole: DecodeState = placed(state, everywhere)
-    return whole._replace(cache=whole.cache._replace(keys=keys, values=values))
+    keys, values = shapes_on((state.cache.keys, state.cache.values), by_head)
+    shapes: DecodeState = shapes_on(state, everywhere)
+    return shapes._replace(cache=shapes.cache._replace(keys=keys, values=values))
 
 
 @partial(jax.jit, static_argnames=("config", "plan", "decoding"))

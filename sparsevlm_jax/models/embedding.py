@@ -16,7 +16,7 @@ from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.inputs.packing import ImagePacking, TiledImages
 from sparsevlm_jax.models import fits
 from sparsevlm_jax.models.family import family_of
-from sparsevlm_jax.models.stages import ImageFeatures, Params, Prompt, decoder_of
+from sparsevlm_jax.models.stages import ImageFeatures, Params, Prompt, beside_decoder, decoder_of
 from sparsevlm_jax.parallel.inside import by_image, keep
 from sparsevlm_jax.pruning.methods import METHODS
 from sparsevlm_jax.pruning.plan import Plan
@@ -103,8 +103,7 @@ def _encoded(
     encode: Callable[..., tuple[Array, Array]], params: Params, tiles: Array, config: ModelConfig
 ) -> tuple[Float[Array, "t v d"], Float[Array, "t v"]]:
     """What a family's encoder makes of tiles or frames, of which each device of a mesh takes some."""
-    towers = {name: part for name, part in params.items() if name != "language_model"}
-    return by_image(lambda towers, tiles: encode(towers, tiles, config), towers, tiles)
+    return by_image(lambda towers, tiles: encode(towers, tiles, config), beside_decoder(params), tiles)
 
 
 def _packed_images(params: Params, images: TiledImages, config: ModelConfig) -> ImageFeatures:

@@ -8,24 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import jax
 import numpy as np
 
-from sparsevlm_jax.models.stages import Params
-
-DECODER = "language_model"
+from sparsevlm_jax.models.stages import Params, beside_decoder
 
 
 def to_host(params: Params) -> Params:
     """The same parameters, those of towers and projector on the host."""
-    return {name: part if name == DECODER else jax.device_get(part) for name, part in params.items()}
+    return params | jax.device_get(beside_decoder(params))
 
 
 def is_offloaded(params: Params) -> bool:
     """Whether towers and projector are on the host."""
-    return any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(_beside_decoder(params)))
+    return any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(beside_decoder(params)))
 
 
 @contextmanager
@@ -35,13 +32,9 @@ def tower_on_device(params: Params) -> Iterator[Params]:
     if not is_offloaded(params):
         yield params
         return
-    placed = jax.device_put(_beside_decoder(params))
+    placed = jax.device_put(beside_decoder(params))
     try:
         yield params | placed
     finally:
         for leaf in jax.tree.leaves(placed):
             leaf.delete()
-
-
-def _beside_decoder(params: Params) -> dict[str, Any]:
-    return {name: part for name, part in params.items() if name != DECODER}

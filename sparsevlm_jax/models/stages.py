@@ -31,6 +31,7 @@ from sparsevlm_jax.pruning.sparsify import choose_raters, positions_where
 from sparsevlm_jax.pruning.tokens import Tokens
 
 Params = dict[str, Any]
+DECODER = "language_model"  # where its parameters stand in the tree
 
 
 class Prompt(NamedTuple):
@@ -182,7 +183,12 @@ def decode_step(
 
 def decoder_of(params: Params, config: ModelConfig) -> Llama:
     """The decoder with its parameters: layers, table and head can be called."""
-    return Llama(config.text, name="language_model").bind({"params": params["language_model"]})
+    return Llama(config.text, name=DECODER).bind({"params": params[DECODER]})
+
+
+def beside_decoder(params: Params) -> Params:
+    """The parameters of all that is not the decoder: towers and projector."""
+    return {name: part for name, part in params.items() if name != DECODER}
 
 
 def start(prompt: Prompt, plan: Plan, axes: int) -> Tokens:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sparsevlm_jax.parallel.inside import by_head
+from sparsevlm_jax.parallel.inside import by_head, sizes
 
 IMPLEMENTATIONS = ("auto", "xla", "blockwise", "tiled", "cudnn")
 BLOCK = 256  # query rows at a time in the blockwise path
@@ -55,6 +55,11 @@ def traced_for() -> str:
     if backend != "gpu":
         return backend
     return "cuda" if "cuda" in jax.devices()[0].client.platform_version.lower() else "rocm"
+
+
+def on_one_cpu() -> bool:
+    """Whether programs are traced for a CPU and no mesh: on one, loops over heads or blocks would cross its devices."""
+    return traced_for() == "cpu" and sizes() is None
 
 
 def exact(dtype: jnp.dtype) -> jax.lax.Precision:

@@ -14,8 +14,7 @@ from flax.linen.dtypes import promote_dtype
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8
 
-from sparsevlm_jax.ops.attention import exact, traced_for
-from sparsevlm_jax.parallel.inside import sizes
+from sparsevlm_jax.ops.attention import exact, on_one_cpu
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),  # the exact, erf one
@@ -53,10 +52,15 @@ class Linear(nn.Module):
         scale = self.get_variable("params", "scale")
         if scale is None:
             x, kernel, bias = promote_dtype(x, kernel, bias, dtype=None)
-            made = jnp.dot(x, kernel, precision=exact(x.dtype))
-        else:
-            made = scaled_product(x, kernel, scale)
+        made = product(x, kernel, scale)
         return made if bias is None else made + bias.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+def product(x: Float[Array, "*b i"], kernel: Array, scale: Float[Array, "o"] | None) -> Float[Array, "*b o"]:
+    """x @ kernel as `Linear` computes it, of one dtype, or with the kernel in eight bits and its scale."""
+    if scale is None:
+        return jnp.dot(x, kernel, precision=exact(x.dtype))
+    return scaled_product(x, kernel, scale)
 
 
 def scaled_product(
@@ -68,7 +72,7 @@ def scaled_product(
     as floats first, at every token: there a few rows take them block by block, as fit a core's cache.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if traced_for() == "cpu" and sizes() is None and len(rows) <= FEW:
+    if on_one_cpu() and len(rows) <= FEW:
         made = _product_in_blocks(rows, values).reshape(*x.shape[:-1], -1)
     else:
         # Sums of such values overflow in float16.

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.parallel.mesh import DATA, TENSOR
@@ -58,6 +58,11 @@ def on_mesh_of(params: Any) -> Iterator[None]:
 def device_bytes(tree: Any) -> int:
     """What arrays, or shapes with shardings, take of each device."""
     return sum(prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def shapes_on(tree: Any, sharding: Sharding) -> Any:
+    """The shapes of arrays, each with the sharding."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
 
 
 def put_beside(params: Any, tree: Any) -> Any:

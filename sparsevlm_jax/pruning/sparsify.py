@@ -17,8 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sparsevlm_jax.ops.attention import traced_for
-from sparsevlm_jax.parallel.inside import sizes
+from sparsevlm_jax.ops.attention import on_one_cpu
 from sparsevlm_jax.pruning.positions import after_cut
 from sparsevlm_jax.pruning.tokens import Tokens, scatter_true
 
@@ -128,9 +127,9 @@ def score_visual(attention: Float[Array, "b n r l"], raters: Bool[Array, "b r"])
 
 def sum_of_heads(values: Float[Array, "b n r l"]) -> Float[Array, "b r l"]:
     """On one CPU head by head: XLA's loop for a reduction over an outer axis is three times as slow there."""
-    if traced_for() != "cpu" or sizes() is not None:
-        return jnp.sum(values, axis=1)
-    return reduce(jnp.add, (values[:, head] for head in range(values.shape[1])))
+    if on_one_cpu():
+        return reduce(jnp.add, (values[:, head] for head in range(values.shape[1])))
+    return jnp.sum(values, axis=1)
 
 
 def select(
