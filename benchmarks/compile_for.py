@@ -19,8 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sparsevlm_jax.aot.compile_for import Answer, TooLargeError, compile_for, largest_batch
-from sparsevlm_jax.aot.devices import DEVICES, Device, require_compiler
+from sparsevlm_jax.aot.compile_for import Answer, Deployment, TooLargeError, compile_for, largest_batch
+from sparsevlm_jax.aot.devices import DEVICES, require_compiler
 from sparsevlm_jax.aot.programs import Prompts
 from sparsevlm_jax.aot.report import answer_report, kernels_of_a_point
 from sparsevlm_jax.bench.tables import Table
@@ -61,8 +61,8 @@ def main() -> None:
         require_compiler(DEVICES[name])
         for model in options.models:
             for method in METHODS:
-                wanted = (options.batches, options.mesh, options.quantize, not options.no_search)
-                for key, result in cells(DEVICES[name], model, method, *wanted, results):
+                deployment = Deployment(DEVICES[name], options.mesh, DTYPE, options.quantize)
+                for key, result in cells(deployment, model, method, options.batches, not options.no_search, results):
                     results[key] = result | provenance()
                     options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
                     print(key, file=sys.stderr, flush=True)
@@ -71,43 +71,36 @@ def main() -> None:
 
 
 def cells(
-    device: Device,
-    model: str,
-    method: str,
-    batches: list[int],
-    mesh: MeshShape,
-    quantize: str | None,
-    search: bool,
-    results: dict[str, Any],
+    deployment: Deployment, model: str, method: str, batches: list[int], search: bool, results: dict[str, Any]
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """What is missing of one column: a result for each batch, and the largest batch behind them."""
-    name = "/".join(filter(None, (device.name, quantize, "" if mesh == ONE else str(mesh))))
+    mesh = deployment.mesh
+    name = "/".join(filter(None, (deployment.device.name, deployment.quantize, "" if mesh == ONE else str(mesh))))
     prefix, known = f"{name} {model} {method}", []
     config, settings = PRESETS[model](), sparsity(method)
     prompts = prompts_of(model, config)
     missing = [batch for batch in batches if f"{prefix} {batch}" not in results]
     for batch in missing:
-        report, answer = cell(config, settings, prompts(batch), device, mesh, quantize)
+        report, answer = cell(config, settings, prompts(batch), deployment)
         known += [answer] if answer is not None else []
         yield f"{prefix} {batch}", report
         if answer is None:  # larger ones do not fit, either
             break
     if search and f"{prefix} largest" not in results:
         if not known and "does_not_fit" not in results[f"{prefix} 1"]:
-            known = [compile_for(config, settings, prompts(mesh.data), DTYPE, device, mesh, quantize)]
-        sought = (config, settings, prompts(1), DTYPE, device, known, mesh, quantize)
-        largest = largest_batch(*sought) if known else 0
+            known = [compile_for(config, settings, prompts(mesh.data), deployment)]
+        largest = largest_batch(config, settings, prompts(1), deployment, known) if known else 0
         yield f"{prefix} largest", {"batch": largest}
 
 
 def cell(
-    config: ModelConfig, settings: Any, prompts: Prompts, device: Device, mesh: MeshShape, quantize: str | None
+    config: ModelConfig, settings: Any, prompts: Prompts, deployment: Deployment
 ) -> tuple[dict[str, Any], Answer | None]:
     try:
-        answer = compile_for(config, settings, prompts, DTYPE, device, mesh, quantize)
+        answer = compile_for(config, settings, prompts, deployment)
     except TooLargeError as error:
         return {"does_not_fit": str(error)}, None
-    return answer_report(answer, device), answer
+    return answer_report(answer, deployment.device), answer
 
 
 def prompts_of(model: str, config: ModelConfig) -> Any:

@@ -18,6 +18,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from sparsevlm_jax.bench.files import write_json
+from sparsevlm_jax.bench.machine import environment
+
 SIDES = ("jax:dense", "jax:uniform@192", "jax:v1.5@192")
 SHAPES = ("small", "llava-1.5-7b")
 HERE = Path(__file__).resolve().parent.parent
@@ -99,7 +102,8 @@ def main() -> None:
     print(json.dumps(summary, indent=1))
     if options.out:
         commits = {name: _commit(tree) for name, tree in trees.items()}
-        options.out.write_text(json.dumps({"commits": commits, "summary": summary, "runs": runs}, indent=1) + "\n")
+        where = {"environment": environment("cpu"), "commits": commits}
+        write_json(options.out, {**where, "summary": summary, "runs": runs})
 
 
 def _commit(tree: Path) -> str:

@@ -217,7 +217,7 @@ def test_programs_are_lowered_with_the_shapes_of_prompts_and_no_arrays(model: An
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ReachedError):
         patch.setattr(
             "sparsevlm_jax.aot.programs.start",
-            type("Start", (), {"lower": staticmethod(start), "clear_cache": lambda: None}),
+            type("Start", (), {"lower": staticmethod(start)}),
         )
         lowered(config, sparsity("v1.5"), Prompts(3, (layout,), 90, 100), "bfloat16", jax.devices()[0], "cuda")
     assert seen["ids"].shape == (3, 96 + layout.tokens) and seen["plan"].visual_tokens == layout.tokens

@@ -199,12 +199,12 @@ def test_the_tiled_path_has_the_gradients_of_the_written_out_one() -> None:
 
 def test_large_logits_go_blockwise(monkeypatch: pytest.MonkeyPatch) -> None:
     query, key = (1, 64, 4, 16), (1, 64, 4, 16)
-    monkeypatch.setattr(attention, "traced_for", lambda: "tpu")
-    monkeypatch.setattr(attention, "LOGITS_LIMIT", 4 * 4 * 64 * 64)
-    assert choose_implementation(query, key, jnp.dtype("float32"), causal=True) == "xla"
-    monkeypatch.setattr(attention, "LOGITS_LIMIT", 4 * 4 * 64 * 64 - 1)
-    assert choose_implementation(query, key, jnp.dtype("float32"), causal=True) == "blockwise"
-    assert choose_implementation(query, key, jnp.dtype("float32"), causal=False) == "xla"
+    with attention.target("tpu"):
+        monkeypatch.setattr(attention, "LOGITS_LIMIT", 4 * 4 * 64 * 64)
+        assert choose_implementation(query, key, jnp.dtype("float32"), causal=True) == "xla"
+        monkeypatch.setattr(attention, "LOGITS_LIMIT", 4 * 4 * 64 * 64 - 1)
+        assert choose_implementation(query, key, jnp.dtype("float32"), causal=True) == "blockwise"
+        assert choose_implementation(query, key, jnp.dtype("float32"), causal=False) == "xla"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -284,6 +285,17 @@ def test_a_report_shows_every_side_and_no_figure_of_one_that_disagrees(tmp_path:
     assert "src=" not in html.read_text()  # self-contained
 
 
+def test_a_report_leaves_out_what_a_run_did_not_time(tmp_path: Path, result: dict[str, Any]) -> None:
+    (samples,) = result["sittings"]
+    result["sittings"] = [{name: {"prefill": phases["prefill"]} for name, phases in samples.items()}]
+    (tmp_path / "a.json").write_text(json.dumps(result))
+    _, markdown = report.write_report(tmp_path)
+    text = markdown.read_text()
+    assert f"| {PRUNED.name} | 10.0 | 400 ms" in text and "end to end, " not in text
+    assert re.search(rf"\| {re.escape(PRUNED.name)} \| [^|]+ \| – \| – \| – \| – \| – \| – \|", text)
+    assert len(list((tmp_path / "plots").glob("*.svg"))) == 3
+
+
 def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no results there"):
         report.write_report(tmp_path)
@@ -324,11 +336,12 @@ class _Sitting:
         self.reports: dict[str, Any] = {}
         self.answers: dict[Side, Any] = {}
 
-    def run(self, sides: list[Side]) -> None:
+    def run(self, sides: list[Side], after_round: Any) -> None:
         self.seated.append([side.name for side in sides])
         for side in sides:
             self.samples[side.name], self.reports[side.name] = _samples([1.0]), {}
             self.answers[side] = {"tokens": [[1]], "selections": [[[int(side.engine == "best")]]]}
+        after_round()
 
 
 def test_a_cell_grows_by_the_sides_that_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,10 +358,12 @@ def test_a_cell_grows_by_the_sides_that_it_lacks(tmp_path: Path, monkeypatch: py
     assert [list(samples) for samples in found["sittings"]] == [[DENSE.name, PRUNED.name], [DENSE.name, faithful.name]]
 
 
-def test_a_cell_that_is_cut_short_loses_one_sitting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cell_that_is_cut_short_keeps_the_raw_seconds_of_its_last_sitting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Interrupted(_Sitting):
-        def run(self, sides: list[Side]) -> None:
-            super().run(sides)
+        def run(self, sides: list[Side], after_round: Any) -> None:
+            super().run(sides, after_round)
             if len(self.seated) == 2:
                 raise KeyboardInterrupt
 
@@ -358,7 +373,10 @@ def test_a_cell_that_is_cut_short_loses_one_sitting(tmp_path: Path, monkeypatch:
     sides, settings = [DENSE, PRUNED, faithful], Settings("cpu", (1, 8), at_once=2)
     with pytest.raises(KeyboardInterrupt):
         matrix.run_cell(CELL, sides, settings, tmp_path, lambda message: None)
+    unfinished = tmp_path / "unfinished" / f"{CELL.key}.json"
+    assert list(json.loads(unfinished.read_text())["samples"]) == [DENSE.name, faithful.name]
     found = matrix.run_cell(CELL, sides, settings, tmp_path, lambda message: None)
+    assert not unfinished.exists()
     assert _Sitting.seated == [[DENSE.name, PRUNED.name], *[[DENSE.name, faithful.name]] * 2]
     assert list(found["sides"]) == [DENSE.name, PRUNED.name, faithful.name]
 
@@ -388,7 +406,9 @@ def test_sides_that_share_a_process_answer_as_those_that_do_not(monkeypatch: pyt
     for together in (False, True):
         monkeypatch.setattr(sitting, "shares_a_process", lambda side, device, together=together: together)
         run = Sitting(CELL, Settings("cpu", (1, 4), warm_ups=0, rounds=1, phases=("generate",)), lambda message: None)
-        run.run([DENSE, PRUNED])
+        rounds: list[list[str]] = []
+        run.run([DENSE, PRUNED], after_round=lambda run=run, rounds=rounds: rounds.append(list(run.samples)))
+        assert rounds == [[DENSE.name, PRUNED.name]]
         found.append(run)
     assert found[0].answers == found[1].answers and set(found[1].answers) == {DENSE, PRUNED}
     assert [list(run.samples) for run in found] == [[DENSE.name, PRUNED.name]] * 2

@@ -9,7 +9,7 @@ from itertools import chain
 import pytest
 from jax import numpy as jnp
 
-from sparsevlm_jax.aot.compile_for import Answer, compile_for
+from sparsevlm_jax.aot.compile_for import Answer, Deployment, compile_for
 from sparsevlm_jax.aot.devices import DEVICES, require_compiler
 from sparsevlm_jax.aot.hlo import Instruction
 from sparsevlm_jax.aot.programs import Prompts
@@ -54,16 +54,15 @@ methods = pytest.mark.parametrize("method", ["dense", "v1.5"])
 def answer(device: str, family: str, method: str) -> Answer:
     _require(device)
     config = MODELS[family]()
-    return compile_for(config, sparsity(method), _prompts(config), "bfloat16", DEVICES[device])
+    return compile_for(config, sparsity(method), _prompts(config), Deployment(DEVICES[device]))
 
 
 @cache
 def on_four(method: str) -> Answer:
     """LLaVA-1.5-13B over four H100s."""
     _require("h100")
-    return compile_for(
-        llava_15_13b(), sparsity(method), _prompts(llava_15_13b()), "bfloat16", DEVICES["h100"], MeshShape(tensor=4)
-    )
+    config = llava_15_13b()
+    return compile_for(config, sparsity(method), _prompts(config), Deployment(DEVICES["h100"], MeshShape(tensor=4)))
 
 
 def _require(device: str) -> None:
@@ -150,8 +149,8 @@ def test_the_decoding_loop_holds_no_second_cache(method: str) -> None:
 @cache
 def in_eight_bits() -> Answer:
     _require("h100")
-    config, device = llava_15_7b(), DEVICES["h100"]
-    return compile_for(config, sparsity("dense"), _prompts(config), "bfloat16", device, quantize="int8")
+    config = llava_15_7b()
+    return compile_for(config, sparsity("dense"), _prompts(config), Deployment(DEVICES["h100"], quantize="int8"))
 
 
 def test_kernels_in_eight_bits_are_read_as_they_are() -> None:

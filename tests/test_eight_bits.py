@@ -259,9 +259,9 @@ def test_commands_say_what_is_wrong_in_their_own_words(converted: Path, run: Cal
         assert code == 2 and said in err
 
 
-def test_a_plan_says_what_parameters_take(run: Callable[..., Any]) -> None:
-    for quantize in (None, "int8"):
-        code, out, _ = run("plan", "--model", HF, "--json", *(["--quantize", quantize] if quantize else []))
+def test_a_plan_says_what_parameters_take(converted: Path, run: Callable[..., Any]) -> None:
+    for model, options, quantize in ((HF, (), None), (HF, ("--quantize", "int8"), "int8"), (converted, (), "int8")):
+        code, out, _ = run("plan", "--model", model, "--json", *options)
         assert code == 0
         shapes = abstract_params(load(HF).config, jnp.bfloat16, quantize)
         assert json.loads(out)["parameter_bytes"] == tree_bytes(shapes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from sparsevlm_jax import METHODS, Prompt, Sparsity, encode_images, load, make_p
 from sparsevlm_jax.generation.api import generate_ids
 from sparsevlm_jax.generation.request import Generation
 from sparsevlm_jax.models.towers.clip import _interpolate_positions
+from sparsevlm_jax.pruning.methods import PruningContext, Scores
 from sparsevlm_jax.pruning.methods.baselines import pool_patches, shrink_images
 from tests import hf, models
 
@@ -227,6 +229,20 @@ def test_the_example_of_a_method_runs_in_prefill(monkeypatch: pytest.MonkeyPatch
             length = np.linalg.norm(event.before.hidden[i, places], axis=-1)
             best = places[np.argsort(-length, kind="stable")[: min(count, len(places) - 1)]]
             np.testing.assert_array_equal(np.flatnonzero(event.selection.kept[i]), np.sort(best))
+
+
+def test_a_score_says_how_many_tokens_stay_only_beside_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = METHODS["uniform"]
+
+    def score(context: PruningContext, settings: Sparsity) -> Scores:
+        assert own.score is not None
+        found = own.score(context, settings)
+        return found._replace(keep=jnp.full(len(found.values), 3))
+
+    settings = replace(own.settings, method="unbound").changed(keep_at=((0, 6),))
+    monkeypatch.setitem(METHODS, "unbound", replace(own, settings=settings, score=score))
+    with pytest.raises(ValueError, match="unbound: a score that gives `keep` and a bound, `kept_by_rank`"):
+        traced(settings)
 
 
 def test_the_example_fits_the_page() -> None:

@@ -31,6 +31,20 @@ _TRIES = 3  # compilations that look for the largest batch, besides the two that
 _SECOND, _MOST = 8, 1024  # batches: the second that is looked at, and the largest
 
 
+@dataclass(frozen=True)
+class Deployment:
+    """What programs are compiled for: a device or several, and what weights and activations are held in there.
+
+    Attributes:
+      quantize: as for `load`.
+    """
+
+    device: Device
+    mesh: MeshShape = ONE
+    dtype: str = "bfloat16"
+    quantize: str | None = None
+
+
 class TooLargeError(UserError):
     """The compiler itself refuses what its device has no memory for."""
 
@@ -101,27 +115,17 @@ class Answer:
         return max(self.prefill.memory, self.decode.memory)
 
 
-def compile_for(
-    config: ModelConfig,
-    sparsity: Sparsity,
-    prompts: Prompts,
-    dtype: str,
-    device: Device,
-    mesh: MeshShape = ONE,
-    quantize: str | None = None,
-) -> Answer:
-    """Compiles what `generate` would run for such a batch on such a device, or on a mesh of them.
-
-    Args:
-      quantize: as for `load`.
+def compile_for(config: ModelConfig, sparsity: Sparsity, prompts: Prompts, deployment: Deployment) -> Answer:
+    """Compiles what `generate` would run for such a batch there.
 
     Raises:
       UserError: the compiler is not there, the budget cannot be met, or the mesh divides model or batch unevenly.
       TooLargeError: the compiler says that the device's memory does not hold it.
     """
+    device, mesh = deployment.device, deployment.mesh
     found = chips(device, mesh.devices)
     where = found[0] if mesh == ONE else make_mesh(mesh, found)
-    programs = lowered(config, sparsity, prompts, dtype, where, device.platform, quantize)
+    programs = lowered(config, sparsity, prompts, deployment.dtype, where, device.platform, deployment.quantize)
     if programs.parameters + programs.cache > device.memory:
         raise _too_large(device)
     prefill, decode = (
@@ -135,11 +139,8 @@ def largest_batch(
     config: ModelConfig,
     sparsity: Sparsity,
     prompts: Prompts,
-    dtype: str,
-    device: Device,
+    deployment: Deployment,
     known: Sequence[Answer],
-    mesh: MeshShape = ONE,
-    quantize: str | None = None,
 ) -> int:
     """The largest batch of such prompts that the devices' memory holds, found by compiling a few.
 
@@ -147,18 +148,18 @@ def largest_batch(
       prompts: their own batch does not matter.
       known: what has been compiled before, at least one.
     """
+    rows, limit = deployment.mesh.data, deployment.device.memory
 
     def memory(batch: int) -> int | None:
         try:
-            several = replace(prompts, batch=mesh.data * batch)
-            return compile_for(config, sparsity, several, dtype, device, mesh, quantize).memory
+            return compile_for(config, sparsity, replace(prompts, batch=rows * batch), deployment).memory
         except TooLargeError:
             return None
 
     first = known[0].programs
-    bound = (device.memory - first.parameters) // (first.cache // (first.batch // mesh.data))
-    found = {answer.programs.batch // mesh.data: answer.memory for answer in known}
-    return mesh.data * search(memory, device.memory, max(2, min(_SECOND, bound // 2)), found)
+    bound = (limit - first.parameters) // (first.cache // (first.batch // rows))
+    found = {answer.programs.batch // rows: answer.memory for answer in known}
+    return rows * search(memory, limit, max(2, min(_SECOND, bound // 2)), found)
 
 
 def search(memory: Callable[[int], int | None], limit: int, second: int, known: Mapping[int, int]) -> int:

@@ -106,9 +106,6 @@ def lowered(
     arguments = (placed(_shape(packed.input_ids)), placed(_shape(packed.lengths)), placed(_images(config, prompts)))
     keys = placed(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts.batch)))
     with target(platform), on_mesh_of(params):
-        programs: tuple[Any, ...] = (start, decode)
-        for program in programs:
-            program.clear_cache()  # a trace that another platform has left would be taken for this one's
         begun = start.lower(params, *arguments, keys, sampler, seed, config=config, plan=plan, decoding=decoding)
         state = shapes_of_state(begun.out_info, everywhere, by_head)
         limit = placed(jax.ShapeDtypeStruct((), jnp.int32))

@@ -27,10 +27,11 @@ def run_cell(cell: Cell, sides: Sequence[Side], settings: Settings, folder: Path
     """Runs the sides that the cell's result does not hold yet; returns the result, written to `folder` as it grows.
 
     The first side, with which the others are compared, sits with them every time. Sides that take one row only are
-    left out of larger batches. Of a side that does not agree no sample is kept.
+    left out of larger batches. Of a side that does not agree no sample is kept. What a sitting has measured before its
+    end stands in `unfinished/`: of one that is cut off the raw seconds are there.
     """
     log(cell.key)
-    file = folder / f"{cell.key}.json"
+    file, unfinished = folder / f"{cell.key}.json", folder / "unfinished" / f"{cell.key}.json"
     empty = {"cell": asdict(cell), "settings": asdict(settings), "sides": {}, "sittings": []}
     result: dict[str, Any] = read_json(file) if file.exists() else empty
     possible = [side for side in sides if cell.batch == 1 or side.engine not in ONE_ROW]
@@ -45,12 +46,14 @@ def run_cell(cell: Cell, sides: Sequence[Side], settings: Settings, folder: Path
     result["sides"] |= {side.name: {"side": asdict(side)} for side in missing if side not in able}
     for together in seat(cell, able, settings.device, settings.at_once):
         sitting = Sitting(cell, settings, log)
-        sitting.run(together)
+        so_far = {"cell": asdict(cell), "settings": asdict(settings), "samples": sitting.samples}
+        sitting.run(together, after_round=lambda kept=so_far: write_json(unfinished, kept))
         gate.keep(sitting.answers)
         result["sittings"].append(sitting.samples)
         for side in together:
             result["sides"].setdefault(side.name, {"side": asdict(side)} | sitting.reports[side.name])
         _save(result, gate, file)
+        unfinished.unlink(missing_ok=True)
     if not able:
         _save(result, gate, file)
     return result

@@ -17,7 +17,9 @@ Samples = Mapping[str, Mapping[str, Sequence[float]]]  # side -> phase -> second
 
 @dataclass(frozen=True)
 class Figures:
-    """One side in one cell; None where a side has no such thing. Times in seconds, as `timing.summary` gives them.
+    """One side in one cell; None where a side has no such thing, or the run left it out.
+
+    Times are in seconds, as `timing.summary` gives them.
 
     Attributes:
       entering: visual tokens entering a layer, mean over layers.
@@ -39,11 +41,11 @@ class Figures:
     status: str
     entering: float
     flops_share: float
-    tower: dict[str, float]
+    tower: dict[str, float] | None
     prefill: dict[str, float]
-    first_token: dict[str, float]
-    per_token: dict[str, float]
-    tokens_per_s: float
+    first_token: dict[str, float] | None
+    per_token: dict[str, float] | None
+    tokens_per_s: float | None
     end_to_end: dict[int, dict[str, float]]
     prefill_speedup: float | None
     end_to_end_speedup: dict[int, float]
@@ -69,7 +71,7 @@ def figures(result: Mapping[str, Any]) -> list[Figures]:
     peaks = _peaks(result)
     for samples in result["sittings"]:
         for name in samples:
-            if name not in seen and {"prefill", "tower"} <= samples[name].keys():
+            if name not in seen and "prefill" in samples[name]:
                 seen.add(name)
                 found.append(_figures(cell, result["sides"][name], name, samples, peaks))
     return found
@@ -96,10 +98,10 @@ def _figures(cell: Cell, report: Mapping[str, Any], name: str, samples: Samples,
     # Where all of JAX runs on a mesh, dense does, too.
     dense = samples.get(Side("jax", "dense").name) or samples.get(Side("jax", "dense", mesh=side.mesh).name)
     marks = sorted(int(phase.split("_")[1]) for phase in phases if phase.startswith("tokens_"))
-    per_token = _per_token(phases, marks)
+    per_token = _per_token(phases, marks) if marks else []
     macs = multiply_adds(cell, side)
     share = macs / multiply_adds(cell, Side("jax", "dense"))
-    prefill, token = statistics.median(phases["prefill"]), statistics.median(per_token)
+    prefill, token = statistics.median(phases["prefill"]), statistics.median(per_token) if per_token else None
     facts, memory, compiled = (report.get(key) or {} for key in ("facts", "memory", "compile"))
     read = facts.get("decoder_bytes", 0) + facts.get("cache_bytes", 0)
     speedup = None if dense is None else 1 / ratio(phases["prefill"], dense["prefill"])
@@ -108,23 +110,23 @@ def _figures(cell: Cell, report: Mapping[str, Any], name: str, samples: Samples,
         status=report["verdict"]["status"],
         entering=plan_of(cell, side).entering_tokens(),
         flops_share=share,
-        tower=summary(phases["tower"]),
+        tower=_summary(phases, "tower"),
         prefill=summary(phases["prefill"]),
-        first_token=summary(phases["tokens_1"]),
-        per_token=summary(per_token),
-        tokens_per_s=cell.batch / token,
+        first_token=_summary(phases, "tokens_1"),
+        per_token=summary(per_token) if per_token else None,
+        tokens_per_s=cell.batch / token if token else None,
         end_to_end={mark: summary(phases[f"tokens_{mark}"]) for mark in marks if mark > 1},
         prefill_speedup=speedup,
         end_to_end_speedup={}
         if dense is None
         else {mark: 1 / ratio(phases[f"tokens_{mark}"], dense[f"tokens_{mark}"]) for mark in marks if mark > 1},
         over_ideal=None if speedup is None else 1 / (speedup * share),
-        products=summary(phases["products"]) if "products" in phases else None,
+        products=_summary(phases, "products"),
         over_products=ratio(phases["prefill"], phases["products"]) if "products" in phases else None,
         overhead=_overhead(phases),
         flops_per_s=2 * macs / prefill,
         of_matmul_peak=2 * macs / prefill / peaks["flops_per_s"] if peaks else None,
-        of_bandwidth=read / token / peaks["bytes_per_s"] if peaks and read else None,
+        of_bandwidth=read / token / peaks["bytes_per_s"] if peaks and read and token else None,
         peak_bytes=_peak_bytes(memory, compiled),
         cache_bytes=facts.get("cache_bytes"),
         xla_flops=facts.get("xla_flops"),
@@ -137,6 +139,10 @@ def _figures(cell: Cell, report: Mapping[str, Any], name: str, samples: Samples,
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """Median over rounds of the ratio within a round, so that drift of the machine cancels."""
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=False))
+
+
+def _summary(phases: Mapping[str, Sequence[float]], name: str) -> dict[str, float] | None:
+    return summary(phases[name]) if name in phases else None
 
 
 def _per_token(phases: Mapping[str, Sequence[float]], marks: Sequence[int]) -> list[float]:

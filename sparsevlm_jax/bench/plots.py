@@ -25,6 +25,8 @@ def plots(found: Sequence[Figures]) -> dict[str, str]:
         "Peak memory": _memory,
         "Prefill speed-up against the ideal": _speedup,
     }
+    if not all(f.tower and f.end_to_end for f in found):
+        del drawn["Where the time of an answer goes"]
     return {title: _svg(title, draw, found) for title, draw in drawn.items() if found}
 
 
@@ -58,6 +60,7 @@ def _stages(axes: Axes, found: Sequence[Figures]) -> None:
 
 
 def _parts(f: Figures, mark: int) -> tuple[float, float, float]:
+    assert f.tower and f.first_token
     tower, first, last = f.tower["p50"], f.first_token["p50"], f.end_to_end[mark]["p50"]
     return tower, max(first - tower, 0.0), max(last - first, 0.0)
 

@@ -42,7 +42,7 @@ def speed(found: Sequence[Figures]) -> Table:
         "of ideal": lambda f: _times(f.over_ideal),
     }
     for mark in marks:
-        columns[f"end to end, {mark} new"] = lambda f, mark=mark: _time(f.end_to_end[mark])
+        columns[f"end to end, {mark} new"] = lambda f, mark=mark: _time(f.end_to_end.get(mark))
         columns[f"× dense JAX, {mark} new"] = lambda f, mark=mark: _times(f.end_to_end_speedup.get(mark))
     note = (
         "Median (5th to 95th percentile). × dense JAX: times as fast, median of the ratios within a round. "
@@ -57,11 +57,11 @@ def stages(found: Sequence[Figures]) -> Table:
         "side": lambda f: f.side.name,
         "preprocessing": lambda f: _seconds(f.preprocess),
         "tower + projector": lambda f: _time(f.tower),
-        "products alone": lambda f: MISSING if f.products is None else _time(f.products),
+        "products alone": lambda f: _time(f.products),
         "prefill / products": lambda f: _times(f.over_products),
         "first token": lambda f: _time(f.first_token),
         "per later token": lambda f: _time(f.per_token),
-        "tokens/s": lambda f: f"{f.tokens_per_s:.1f}",
+        "tokens/s": lambda f: MISSING if f.tokens_per_s is None else f"{f.tokens_per_s:.1f}",
         "pruning overhead": lambda f: (
             MISSING if f.overhead is None else f"{_seconds(f.overhead[0])} ({f.overhead[1]:.1%})"
         ),
@@ -151,8 +151,10 @@ def _table(title: str, columns: Mapping[str, Callable[[Figures], str]], found: S
     return Table(title, list(columns), [[text(f) for text in columns.values()] for f in found], note)
 
 
-def _time(t: Mapping[str, float]) -> str:
+def _time(t: Mapping[str, float] | None) -> str:
     """Median (5th to 95th percentile), in the unit of the median."""
+    if t is None:
+        return MISSING
     unit, scale = _unit(t["p50"])
     middle, low, high = (_number(t[key] * scale) for key in ("p50", "p5", "p95"))
     return f"{middle} {unit} ({low} to {high})"

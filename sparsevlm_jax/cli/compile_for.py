@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from sparsevlm_jax.aot.compile_for import TooLargeError, compile_for, largest_batch
+from sparsevlm_jax.aot.compile_for import Deployment, TooLargeError, compile_for, largest_batch
 from sparsevlm_jax.aot.devices import DEVICES, Device, require_compiler
 from sparsevlm_jax.aot.programs import Prompts
 from sparsevlm_jax.aot.report import answer_report, kernels_of_a_point
@@ -91,22 +91,18 @@ class CompileOptions:
         sides: dict[str, Sparsity],
     ) -> dict[str, Any]:
         """Of each side by name; see `aot.report.answer_report`."""
-        mesh = self.shape
-        prompts = Prompts(self.batch or mesh.data, tuple(layouts), text_tokens, NEW_TOKENS)
-        dtype = self.dtype or "bfloat16"
+        deployment = Deployment(device, self.shape, self.dtype or "bfloat16", self.quantize)
+        prompts = Prompts(self.batch or deployment.mesh.data, tuple(layouts), text_tokens, NEW_TOKENS)
         note(f"compiling for {device.name}: this takes minutes")
         return {
             "device": device.name,
-            "mesh": str(mesh),
+            "mesh": str(deployment.mesh),
             "batch": prompts.batch,
-            "dtype": dtype,
-            "quantize": self.quantize,
+            "dtype": deployment.dtype,
+            "quantize": deployment.quantize,
             "new_tokens": NEW_TOKENS,
             "device_memory_bytes": device.memory,
-            **{
-                name: _side(name, config, sparsity, prompts, dtype, device, mesh, self.quantize)
-                for name, sparsity in sides.items()
-            },
+            **{name: _side(name, config, sparsity, prompts, deployment) for name, sparsity in sides.items()},
         }
 
 
@@ -141,25 +137,18 @@ def print_report(report: dict[str, Any]) -> None:
 
 
 def _side(
-    name: str,
-    config: ModelConfig,
-    sparsity: Sparsity,
-    prompts: Prompts,
-    dtype: str,
-    device: Device,
-    mesh: MeshShape,
-    quantize: str | None,
+    name: str, config: ModelConfig, sparsity: Sparsity, prompts: Prompts, deployment: Deployment
 ) -> dict[str, Any]:
     note(f"  {name}: batch {prompts.batch}")
     try:
         with _quiet():
-            answer = compile_for(config, sparsity, prompts, dtype, device, mesh, quantize)
+            answer = compile_for(config, sparsity, prompts, deployment)
     except TooLargeError as error:
         return {"does_not_fit": str(error)}
     note(f"  {name}: the largest batch that fits")
     with _quiet():
-        largest = largest_batch(config, sparsity, prompts, dtype, device, [answer], mesh, quantize)
-    return answer_report(answer, device) | {"largest_batch": largest}
+        largest = largest_batch(config, sparsity, prompts, deployment, [answer])
+    return answer_report(answer, deployment.device) | {"largest_batch": largest}
 
 
 def _memory_table(sides: dict[str, dict[str, Any]]) -> Any:

@@ -6,13 +6,15 @@ import json
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import jax.numpy as jnp
 import typer
 
 from sparsevlm_jax import bounds
+from sparsevlm_jax.checkpoints.manifest import is_converted, read_manifest
 from sparsevlm_jax.cli.compile_for import CompileOptions, print_report
 from sparsevlm_jax.cli.options import Json, PruningOptions, spread_options
 from sparsevlm_jax.config import ModelConfig
@@ -62,7 +64,11 @@ def plan(
     device, sparsity = compiling.device(), pruning.sparsity()
     if model not in PRESETS and not user_path(model).exists():
         raise UserError(f"--model {model}: neither a folder nor one of {', '.join(PRESETS)}")
-    config = PRESETS[model]() if model in PRESETS else config_of(user_path(model))
+    if model in PRESETS:
+        config = PRESETS[model]()
+    else:
+        config, held = config_of(user_path(model)), _held(user_path(model))
+        compiling = replace(compiling, quantize=held or compiling.quantize)
     if images is None:
         images = 0 if video_frames else 1
     layouts = [_layout(config, image_size)] * images if images else []
@@ -93,6 +99,11 @@ def plan(
         _print_plan(pruned, pruned_cost, dense, dense_cost, tower, text_tokens, (held, in_bytes(weights)))
         if compiled:
             print_report(compiled)
+
+
+def _held(folder: Path) -> str | None:
+    """How a converted checkpoint holds its kernels; None as the dtype says."""
+    return read_manifest(folder).quantize if is_converted(folder) else None
 
 
 def _layout(config: ModelConfig, image_size: str | None) -> ImageLayout:

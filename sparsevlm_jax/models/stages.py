@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 from sparsevlm_jax.config import ModelConfig, TextConfig
 from sparsevlm_jax.models import fits
 from sparsevlm_jax.models.decoder import DecoderLayer, Llama
-from sparsevlm_jax.ops.attention import attend, target, traced_for
+from sparsevlm_jax.ops.attention import attend
 from sparsevlm_jax.ops.rope import Rotation, rotation, rotation_of_all
 from sparsevlm_jax.parallel.inside import BY_HEAD, keep, whole
 from sparsevlm_jax.pruning.methods import METHODS, PruningContext
@@ -175,7 +175,6 @@ def decode_step(
                 cache.values[number],
                 lengths,
                 config=config.text,
-                platform=traced_for(),
             )
     logits = fits.or_nan(decoder.logits(hidden[:, 0]), fits.has_space(cache, stops))
     return logits, Cache(tuple(keys), tuple(values), cache.lengths + 1, cache.positions + 1)
@@ -248,7 +247,6 @@ def run_stage(
             turned,
             tokens.lengths,
             config=config,
-            platform=traced_for(),
         )
         hidden, add = _added(hidden, add)
         cached.append((_with_room(key, max_new_tokens), _with_room(value, max_new_tokens)))
@@ -274,7 +272,7 @@ def last_logits(decoder: Llama, tokens: Tokens) -> Float[Array, "b vocab"]:
 # Both layers are functions of their own, which jax traces once for all layers of one length. XLA sees through them.
 
 
-@partial(jax.jit, static_argnames=("config", "platform"))
+@partial(jax.jit, static_argnames="config")
 def _prefill_layer(
     params: Params,
     hidden: Float[Array, "b l d"],
@@ -282,7 +280,6 @@ def _prefill_layer(
     lengths: Int[Array, "b"],
     *,
     config: ModelConfig,
-    platform: str,
 ) -> tuple[Float[Array, "b l d"], Float[Array, "b l n h"], Float[Array, "b l k h"], Float[Array, "b l k h"]]:
     """A layer on a packed sequence: its output, queries, keys and values."""
 
@@ -290,13 +287,12 @@ def _prefill_layer(
         out = attend(query, key, value, lengths, causal=True, implementation=config.attention)
         return out, (query, key, value)
 
-    with target(platform):
-        found = DecoderLayer(config.text).apply({"params": params}, hidden, turned, attend_causally)
+    found = DecoderLayer(config.text).apply({"params": params}, hidden, turned, attend_causally)
     hidden, (query, key, value) = cast(tuple[Array, tuple[Array, Array, Array]], found)
     return keep(hidden), query, key, value
 
 
-@partial(jax.jit, static_argnames=("config", "platform"))
+@partial(jax.jit, static_argnames="config")
 def _decode_in_layer(
     params: Params,
     hidden: Float[Array, "b 1 d"],
@@ -306,7 +302,6 @@ def _decode_in_layer(
     lengths: Int[Array, "b"],
     *,
     config: TextConfig,
-    platform: str,
 ) -> tuple[Float[Array, "b 1 d"], Float[Array, "b s k h"], Float[Array, "b s k h"]]:
     """A layer on one new token per row: its output, and keys and values with the token's own."""
 
@@ -314,8 +309,7 @@ def _decode_in_layer(
         held = _append(keys, key, lengths), _append(values, value, lengths)
         return attend(query, *held, lengths + 1, causal=False, implementation="auto"), held
 
-    with target(platform):
-        found = DecoderLayer(config).apply({"params": params}, hidden, turned, attend_cache)
+    found = DecoderLayer(config).apply({"params": params}, hidden, turned, attend_cache)
     hidden, (keys, values) = cast(tuple[Array, tuple[Array, Array]], found)
     return keep(hidden), keys, values
 

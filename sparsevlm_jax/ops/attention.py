@@ -10,10 +10,9 @@ one length per row are therefore the whole mask, which is what fused kernels tak
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,27 +28,18 @@ CACHED = 4 * 2**20  # bytes of float32 logits that the tiled path works on at a 
 UNSEEN = -1e30  # added to a logit: its weight is exactly 0
 LOGITS_LIMIT = 2**30  # bytes of float32 logits [b, n, l, s] above which "auto" goes blockwise
 
+_target: Any = jax.make_user_context(default_value=None)  # jax's caches know it: a trace is taken for its own target
 
-_target: ContextVar[str | None] = ContextVar("_target", default=None)
 
-
-@contextmanager
-def target(platform: str) -> Iterator[None]:
+def target(platform: str) -> AbstractContextManager[None]:
     """Within, "auto" chooses for a program that another platform will run: "cpu", "cuda", "rocm" or "tpu"."""
-    token = _target.set(platform)
-    try:
-        yield
-    finally:
-        _target.reset(token)
+    return _target(platform)
 
 
 def traced_for() -> str:
-    """The platform that programs are traced for, the `target` or the default backend's: "cpu", "cuda", "rocm" or "tpu".
-
-    A function that is jitted by itself takes it as a static argument and sets the `target` inside: what jax keeps of
-    it was traced for one platform.
-    """
-    if (named := _target.get()) is not None:
+    """The platform that programs are traced for, the `target` or the default backend's: "cpu", "cuda", "rocm" or
+    "tpu"."""
+    if (named := _target.value) is not None:
         return named
     backend = jax.default_backend()
     if backend != "gpu":

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sparsevlm_jax.config import TowerConfig
-from sparsevlm_jax.ops.attention import attend, target, traced_for
+from sparsevlm_jax.ops.attention import attend
 from sparsevlm_jax.ops.layers import ACTIVATIONS, LayerNorm, Linear
 
 # (query [m v n h], key [m v n h], v of each image [m]) -> how much each token is looked at [m v], float32
@@ -105,7 +105,7 @@ def run_layers(
         if every:
             x, found = layer(x, asked)
         else:
-            x, found = _run_layer(layer.variables["params"], x, layer.config, asked, traced_for())
+            x, found = _run_layer(layer.variables["params"], x, layer.config, asked)
         looked_at = looked_at if found is None else found
         hidden.append(x)
     if every:
@@ -113,13 +113,12 @@ def run_layers(
     return jnp.concatenate([hidden[layer] for layer in wanted], axis=-1), looked_at
 
 
-@partial(jax.jit, static_argnames=("config", "saliency", "platform"))
+@partial(jax.jit, static_argnames=("config", "saliency"))
 def _run_layer(
-    params: Any, x: Float[Array, "m v d"], config: TowerConfig, saliency: Saliency | None, platform: str
+    params: Any, x: Float[Array, "m v d"], config: TowerConfig, saliency: Saliency | None
 ) -> tuple[Float[Array, "m v d"], Float[Array, "m v"] | None]:
     """A function of its own, which jax traces once for all layers; XLA sees through it."""
-    with target(platform):
-        found = TowerLayer(config, parent=None).apply({"params": params}, x, saliency)
+    found = TowerLayer(config, parent=None).apply({"params": params}, x, saliency)
     return cast(tuple[Array, Array | None], found)
 
 
