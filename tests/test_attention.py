@@ -231,6 +231,20 @@ def test_the_platform_and_the_dtype_choose(
     assert choose_implementation(shape, shape, jnp.dtype(dtype), causal=causal) == expected
 
 
+def test_a_trace_is_taken_for_its_own_target() -> None:
+    seen: list[str] = []
+
+    @jax.jit
+    def run(x: jax.Array) -> jax.Array:
+        seen.append(attention.traced_for())
+        return x
+
+    for platform in ("tpu", "cuda", "tpu", "cuda"):
+        with attention.target(platform):
+            run(jnp.float32(1))
+    assert seen == ["tpu", "cuda"]
+
+
 def test_cudnn_is_asked_for_causal_attention_over_packed_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel runs on NVIDIA only. What it is asked for stands in a program that any machine can lower."""
     monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
