@@ -166,13 +166,13 @@ def _predictions(device: str, own: dict[str, Any], columns: list[tuple[str, ...]
     head = ["predicted, at least", *(f"batch {batch}: prefill, a step" for batch in BATCHES)]
     rows = []
     for model, method in columns:
-        cells = []
+        cells, fits = [], True
         for batch in BATCHES:
             found = own.get(f"{model} {method} {batch}", {})
             seconds = [found[part]["predicted_seconds"] for part in ("prefill", "decode") if part in found]
-            fits = found.get("left_bytes", -1) >= 0
+            fits = fits and (not found or found.get("left_bytes", -1) >= 0)
             times = ", ".join(f"{1000 * s:.3g} ms" if s < 1 else f"{s:.3g} s" for s in seconds)
-            cells.append("–" if not found else times if fits else "does not fit")
+            cells.append((times or "–") if fits else "does not fit")
         rows.append([f"{model}, {method}", *cells])
     return Table(f"{device}, roofline: predictions", head, rows)
 

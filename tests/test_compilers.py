@@ -140,7 +140,7 @@ def test_a_pruning_layer_adds_fewer_than_twenty_five_kernels_of_its_own(family: 
 
 @methods
 def test_the_decoding_loop_holds_no_second_cache(method: str) -> None:
-    found = answer("h100", method)
+    found = answer("h100", "llava", method)
     assert found.decode.shared >= found.programs.cache > 200 * 2**20
     assert found.decode.output - found.decode.shared < 2**10
     assert found.decode.temporaries < found.programs.cache / 200
@@ -155,7 +155,7 @@ def in_eight_bits() -> Answer:
 
 def test_kernels_in_eight_bits_are_read_as_they_are() -> None:
     """In each loop of decoding a weight is read once, in one byte; nowhere is a kernel written out in 16 bits."""
-    plain, held = answer("h100", "dense"), in_eight_bits()
+    plain, held = answer("h100", "llava", "dense"), in_eight_bits()
     layers = 2 * 32 * (4 * 4096**2 + 3 * 4096 * 11008)  # bytes in 16 bits
     read, before = (sum(kernel.bytes for kernel in each.decode.kernels) for each in (held, plain))
     assert before - read == pytest.approx(layers / 2, rel=0.01)
