@@ -27,6 +27,7 @@ from typing import Any
 from PIL import Image
 
 import sparsevlm_jax as sv
+from sparsevlm_jax.bench.files import write_json
 from sparsevlm_jax.bench.machine import environment
 from sparsevlm_jax.data import demo_model
 from sparsevlm_jax.evaluate import answers_file, record, run
@@ -186,7 +187,7 @@ def main() -> None:
         print(side, *(f"  {name} {value:.1f}" for name, value in values.items()), sep="\n")
     if options.out:
         about = {"machine": environment("cpu"), "load": os.getloadavg(), "method": options.method}
-        options.out.write_text(json.dumps({**about, "summary": summary, "runs": samples}, indent=1) + "\n")
+        write_json(options.out, {**about, "summary": summary, "runs": samples})
 
 
 if __name__ == "__main__":

@@ -42,10 +42,11 @@ def main() -> None:
     for threads in options.threads:
         cells += _start(threads, options)
     if options.out:
+        from sparsevlm_jax.bench.files import write_json
         from sparsevlm_jax.bench.machine import environment
 
         result = {"machine": environment("cpu"), "load": os.getloadavg(), "cells": cells}
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(options.out, result)
     print(table(cells))
 
 

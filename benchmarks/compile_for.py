@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import json
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -23,6 +22,7 @@ from sparsevlm_jax.aot.compile_for import Answer, Deployment, TooLargeError, com
 from sparsevlm_jax.aot.devices import DEVICES, require_compiler
 from sparsevlm_jax.aot.programs import Prompts
 from sparsevlm_jax.aot.report import answer_report, kernels_of_a_point
+from sparsevlm_jax.bench.files import read_json, write_json
 from sparsevlm_jax.bench.tables import Table
 from sparsevlm_jax.config import QUANTIZATIONS, ModelConfig
 from sparsevlm_jax.models.presets import PRESETS
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--no-search", action="store_true", help="leave the largest batch out")
     parser.add_argument("--tables", action="store_true", help="print the tables of what is there")
     options = parser.parse_args()
-    results = json.loads(options.out.read_text(encoding="utf-8")) if options.out.exists() else {}
+    results = read_json(options.out) if options.out.exists() else {}
     for name in options.devices:
         require_compiler(DEVICES[name])
         for model in options.models:
@@ -64,7 +64,7 @@ def main() -> None:
                 deployment = Deployment(DEVICES[name], options.mesh, DTYPE, options.quantize)
                 for key, result in cells(deployment, model, method, options.batches, not options.no_search, results):
                     results[key] = result | provenance()
-                    options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+                    write_json(options.out, results)
                     print(key, file=sys.stderr, flush=True)
     for table in tables(results) if options.tables else ():
         print(f"**{table.title}**\n\n{table.markdown()}\n")

@@ -8,7 +8,6 @@ They take turns; a ratio is the median of the rounds' own. The answer is forced 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from statistics import median
 from typing import Any
 
 import sparsevlm_jax as sv
+from sparsevlm_jax.bench.files import write_json
 from sparsevlm_jax.data import demo_model
 from sparsevlm_jax.generation.api import require_processor, settings_for
 from sparsevlm_jax.generation.request import GenerationRequest
@@ -69,7 +69,7 @@ def _write(file: Path, samples: dict[str, list[float]], new_tokens: int) -> None
     from sparsevlm_jax.bench.machine import environment
 
     result: dict[str, Any] = {"machine": environment("cpu"), "load": os.getloadavg(), "new_tokens": new_tokens}
-    file.write_text(json.dumps(result | {"seconds": samples}, indent=1) + "\n")
+    write_json(file, result | {"seconds": samples})
 
 
 if __name__ == "__main__":

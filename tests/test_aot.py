@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -215,10 +216,7 @@ def test_programs_are_lowered_with_the_shapes_of_prompts_and_no_arrays(model: An
         raise ReachedError
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(ReachedError):
-        patch.setattr(
-            "sparsevlm_jax.aot.programs.start",
-            type("Start", (), {"lower": staticmethod(start)}),
-        )
+        patch.setattr("sparsevlm_jax.aot.programs.start", SimpleNamespace(lower=start))
         lowered(config, sparsity("v1.5"), Prompts(3, (layout,), 90, 100), "bfloat16", jax.devices()[0], "cuda")
     assert seen["ids"].shape == (3, 96 + layout.tokens) and seen["plan"].visual_tokens == layout.tokens
     pixels = getattr(seen["images"], "pixel_values", seen["images"])

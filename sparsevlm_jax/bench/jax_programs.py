@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from sparsevlm_jax.bench.hash_weights import draw_of, numbers, values
 from sparsevlm_jax.config import ModelConfig
+from sparsevlm_jax.models.names import DECODER
 from sparsevlm_jax.models.parameters import entries
 from sparsevlm_jax.models.quantize import parts_of
 from sparsevlm_jax.models.stages import Cache, Params, Prompt, decoder_of, last_logits, prefill, run_stage, start
@@ -69,7 +70,7 @@ def products(params: Params, hidden: Float[Array, "b l d"], *, lengths: tuple[in
       lengths: tokens that enter each layer.
     """
     for number, length in enumerate(lengths):
-        layer = params["language_model"][f"layers_{number}"]
+        layer = params[DECODER][f"layers_{number}"]
         attention, mlp = layer["self_attn"], layer["mlp"]
         # Apart, so that products are not joined; all of them reach what is returned, so that none is left out.
         query, key, value, gate, up = apart(hidden[:, :length], 5)

@@ -21,6 +21,7 @@ from sparsevlm_jax.inputs.packing import TiledImages, shrink_markers
 from sparsevlm_jax.models import stages
 from sparsevlm_jax.models.cost import frame_xla_flops, tower_xla_flops, xla_flops
 from sparsevlm_jax.models.embedding import embed, encode_images
+from sparsevlm_jax.models.names import DECODER
 from sparsevlm_jax.models.parameters import tree_bytes
 from sparsevlm_jax.models.stages import Prompt
 from sparsevlm_jax.ops.attention import exact
@@ -140,7 +141,7 @@ class JaxRunner:
 
     def facts(self) -> dict[str, Any]:
         """What is counted, not timed."""
-        decoder = dict(self.params["language_model"])
+        decoder = dict(self.params[DECODER])
         decoder.pop("embed_tokens")  # one row of it is read
         cache = jax.eval_shape(*_called(self.programs["prefill"]))[1]
         return {

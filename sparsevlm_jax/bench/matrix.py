@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -47,7 +48,7 @@ def run_cell(cell: Cell, sides: Sequence[Side], settings: Settings, folder: Path
     for together in seat(cell, able, settings.device, settings.at_once):
         sitting = Sitting(cell, settings, log)
         so_far = {"cell": asdict(cell), "settings": asdict(settings), "samples": sitting.samples}
-        sitting.run(together, after_round=lambda kept=so_far: write_json(unfinished, kept))
+        sitting.run(together, after_round=partial(write_json, unfinished, so_far))
         gate.keep(sitting.answers)
         result["sittings"].append(sitting.samples)
         for side in together:

@@ -98,7 +98,7 @@ def _figures(cell: Cell, report: Mapping[str, Any], name: str, samples: Samples,
     # Where all of JAX runs on a mesh, dense does, too.
     dense = samples.get(Side("jax", "dense").name) or samples.get(Side("jax", "dense", mesh=side.mesh).name)
     marks = sorted(int(phase.split("_")[1]) for phase in phases if phase.startswith("tokens_"))
-    per_token = _per_token(phases, marks) if marks else []
+    per_token = _per_token(phases, marks)
     macs = multiply_adds(cell, side)
     share = macs / multiply_adds(cell, Side("jax", "dense"))
     prefill, token = statistics.median(phases["prefill"]), statistics.median(per_token) if per_token else None
@@ -110,10 +110,10 @@ def _figures(cell: Cell, report: Mapping[str, Any], name: str, samples: Samples,
         status=report["verdict"]["status"],
         entering=plan_of(cell, side).entering_tokens(),
         flops_share=share,
-        tower=_summary(phases, "tower"),
+        tower=_summary(phases.get("tower")),
         prefill=summary(phases["prefill"]),
-        first_token=_summary(phases, "tokens_1"),
-        per_token=summary(per_token) if per_token else None,
+        first_token=_summary(phases.get("tokens_1")),
+        per_token=_summary(per_token),
         tokens_per_s=cell.batch / token if token else None,
         end_to_end={mark: summary(phases[f"tokens_{mark}"]) for mark in marks if mark > 1},
         prefill_speedup=speedup,
@@ -121,7 +121,7 @@ def _figures(cell: Cell, report: Mapping[str, Any], name: str, samples: Samples,
         if dense is None
         else {mark: 1 / ratio(phases[f"tokens_{mark}"], dense[f"tokens_{mark}"]) for mark in marks if mark > 1},
         over_ideal=None if speedup is None else 1 / (speedup * share),
-        products=_summary(phases, "products"),
+        products=_summary(phases.get("products")),
         over_products=ratio(phases["prefill"], phases["products"]) if "products" in phases else None,
         overhead=_overhead(phases),
         flops_per_s=2 * macs / prefill,
@@ -141,11 +141,14 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=False))
 
 
-def _summary(phases: Mapping[str, Sequence[float]], name: str) -> dict[str, float] | None:
-    return summary(phases[name]) if name in phases else None
+def _summary(seconds: Sequence[float] | None) -> dict[str, float] | None:
+    return summary(seconds) if seconds else None
 
 
 def _per_token(phases: Mapping[str, Sequence[float]], marks: Sequence[int]) -> list[float]:
+    """By round; none where no answer was timed."""
+    if not marks:
+        return []
     first, last = marks[0], marks[-1]
     pairs = zip(phases[f"tokens_{first}"], phases[f"tokens_{last}"], strict=True)
     return [(end - begin) / (last - first) for begin, end in pairs]

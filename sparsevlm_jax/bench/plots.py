@@ -25,9 +25,8 @@ def plots(found: Sequence[Figures]) -> dict[str, str]:
         "Peak memory": _memory,
         "Prefill speed-up against the ideal": _speedup,
     }
-    if not all(f.tower and f.end_to_end for f in found):
-        del drawn["Where the time of an answer goes"]
-    return {title: _svg(title, draw, found) for title, draw in drawn.items() if found}
+    answered = all(f.tower and f.end_to_end for f in found)
+    return {title: _svg(title, draw, found) for title, draw in drawn.items() if found and (answered or draw != _stages)}
 
 
 def _latency(axes: Axes, found: Sequence[Figures]) -> None:

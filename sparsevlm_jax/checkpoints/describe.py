@@ -18,9 +18,10 @@ from sparsevlm_jax.config import is_original, read_config, refuse_adapter
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.files import user_path
 from sparsevlm_jax.models.family import FAMILIES, config_from_hf
+from sparsevlm_jax.models.names import DECODER
 from sparsevlm_jax.text import printable
 
-_PARTS = ("vision_tower", "image_tower", "video_tower", "multi_modal_projector", "language_model")
+_PARTS = ("vision_tower", "image_tower", "video_tower", "multi_modal_projector", DECODER)
 
 
 class _Held(NamedTuple):

@@ -23,6 +23,7 @@ from sparsevlm_jax.inputs.packing import TiledImages, pack_images
 from sparsevlm_jax.inputs.processor import Processor
 from sparsevlm_jax.layout import Size
 from sparsevlm_jax.models.embedding import embed, encode_images
+from sparsevlm_jax.models.names import DECODER
 from sparsevlm_jax.models.quantize import quantization_of
 from sparsevlm_jax.models.stages import prefill
 from sparsevlm_jax.models.towers import tower_of
@@ -146,7 +147,7 @@ def compare(theirs: Mapping[str, np.ndarray], ours: Mapping[str, np.ndarray], dt
 def run_jax(model: Model, question: Question) -> Parts:
     """What each part computes here: features, visual tokens, the last token after some layers, its logits."""
     config, params = model.config, model.params
-    dtype = params["language_model"]["embed_tokens"]["embedding"].dtype
+    dtype = params[DECODER]["embed_tokens"]["embedding"].dtype
     pixels, ids = jnp.asarray(question.pixel_values), jnp.asarray(question.ids)[None]
     tower = tower_of(config.vision, config.feature_layers)
     features, _ = tower.apply({"params": params[image_tower(params)]}, pixels)

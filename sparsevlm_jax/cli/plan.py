@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Annotated, Any
 
 import jax.numpy as jnp
@@ -62,13 +61,8 @@ def plan(
 ) -> None:
     """Shows what a schedule keeps and what it costs, against dense. Needs no weights."""
     device, sparsity = compiling.device(), pruning.sparsity()
-    if model not in PRESETS and not user_path(model).exists():
-        raise UserError(f"--model {model}: neither a folder nor one of {', '.join(PRESETS)}")
-    if model in PRESETS:
-        config = PRESETS[model]()
-    else:
-        config, held = config_of(user_path(model)), _held(user_path(model))
-        compiling = replace(compiling, quantize=held or compiling.quantize)
+    config, held = _model(model)
+    compiling = replace(compiling, quantize=held or compiling.quantize)
     if images is None:
         images = 0 if video_frames else 1
     layouts = [_layout(config, image_size)] * images if images else []
@@ -101,9 +95,18 @@ def plan(
             print_report(compiled)
 
 
-def _held(folder: Path) -> str | None:
-    """How a converted checkpoint holds its kernels; None as the dtype says."""
-    return read_manifest(folder).quantize if is_converted(folder) else None
+def _model(name: str) -> tuple[ModelConfig, str | None]:
+    """The configuration, and how a converted checkpoint holds its kernels; None as the dtype says.
+
+    Raises:
+      UserError: no such model, or whatever is wrong with its files.
+    """
+    if name in PRESETS:
+        return PRESETS[name](), None
+    folder = user_path(name)
+    if not folder.exists():
+        raise UserError(f"--model {name}: neither a folder nor one of {', '.join(PRESETS)}")
+    return config_of(folder), read_manifest(folder).quantize if is_converted(folder) else None
 
 
 def _layout(config: ModelConfig, image_size: str | None) -> ImageLayout:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.inputs.packing import TiledImages
+from sparsevlm_jax.models.names import DECODER
 from sparsevlm_jax.pruning.methods import METHODS
 from sparsevlm_jax.pruning.plan import Plan, require_count
 
@@ -167,6 +168,6 @@ def _require_depth(params: Any, config: ModelConfig, stops: Sequence[int]) -> No
     depth = config.text.num_hidden_layers
     if stops[-1] != depth:
         raise ValueError(f"the plan has {stops[-1]} layers, the model {depth}")
-    held = sum(name.startswith("layers_") for name in params["language_model"])
+    held = sum(name.startswith("layers_") for name in params[DECODER])
     if held != depth:
         raise ValueError(f"the parameters have {held} decoder layers, the model's config says {depth}")

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from flax import traverse_util
 
+DECODER = "language_model"  # where a decoder's parameters stand in the tree
+
 
 class Transform(Enum):
     """How a stored tensor becomes a parameter: the order in which its axes are taken."""
@@ -161,7 +163,7 @@ def vision_rows(module: str = TOWER, path: str = "vision_tower") -> tuple[Row, .
     )
 
 
-def decoder_rows(module: str = TEXT, head: str = HEAD, path: str = "language_model") -> tuple[Row, ...]:
+def decoder_rows(module: str = TEXT, head: str = HEAD, path: str = DECODER) -> tuple[Row, ...]:
     """A Llama decoder, its relatives, and the head."""
     layer, own = module + "layers.{i}.", path + "/layers_{i}/"
     dense = (*(f"self_attn.{name}_proj" for name in "qkvo"), *(f"mlp.{name}_proj" for name in ("gate", "up", "down")))

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 from sparsevlm_jax.config import ModelConfig, TextConfig
 from sparsevlm_jax.models import fits
 from sparsevlm_jax.models.decoder import DecoderLayer, Llama
+from sparsevlm_jax.models.names import DECODER
 from sparsevlm_jax.ops.attention import attend
 from sparsevlm_jax.ops.rope import Rotation, rotation, rotation_of_all
 from sparsevlm_jax.parallel.inside import BY_HEAD, keep, whole
@@ -31,7 +32,6 @@ from sparsevlm_jax.pruning.sparsify import choose_raters, positions_where
 from sparsevlm_jax.pruning.tokens import Tokens
 
 Params = dict[str, Any]
-DECODER = "language_model"  # where its parameters stand in the tree
 
 
 class Prompt(NamedTuple):
