@@ -22,8 +22,8 @@ from sparsevlm_jax.checkpoints.manifest import read_manifest
 from sparsevlm_jax.cli.options import ModelOptions
 from tests.layouts import HF
 
-QUERY = "state/language_model.layers_2.self_attn.q_proj.kernel"
-KEY = "state/language_model.layers_2.self_attn.k_proj.kernel"
+QUERY = "state/language_model.layers_2.self_attn.q_proj.weight"
+KEY = "state/language_model.layers_2.self_attn.k_proj.weight"
 CHUNK = "c/0/0"
 GROUP = 3  # of decoder layer 2
 

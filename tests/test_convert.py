@@ -302,7 +302,7 @@ def test_check_counts_every_tensor(converted):
 def test_check_names_what_was_changed(copy):
     (copy / "generation_config.json").write_text("{}")
     chunk = (
-        copy / "params" / "group_00003" / "state" / "language_model.layers_2.self_attn.q_proj.kernel" / "c" / "0" / "0"
+        copy / "params" / "group_00003" / "state" / "language_model.layers_2.self_attn.q_proj.weight" / "c" / "0" / "0"
     )
     damaged = bytearray(chunk.read_bytes())
     damaged[100] ^= 1
@@ -317,7 +317,7 @@ def test_check_names_what_was_changed(copy):
 
 def test_the_way_back_refuses_a_damaged_checkpoint(copy, tmp_path):
     chunk = (
-        copy / "params" / "group_00002" / "state" / "language_model.layers_1.self_attn.k_proj.kernel" / "c" / "0" / "0"
+        copy / "params" / "group_00002" / "state" / "language_model.layers_1.self_attn.k_proj.weight" / "c" / "0" / "0"
     )
     chunk.write_bytes(chunk.read_bytes()[:-1])
     with pytest.raises(UserError, match="group_00002"):

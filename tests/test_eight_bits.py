@@ -57,28 +57,23 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def kernel(inputs: int = 96, outputs: int = 40, dtype: str = "float32") -> jax.Array:
-    """With outputs of very different sizes, one of them all zero."""
+def weight(inputs: int = 96, outputs: int = 40, dtype: str = "float32") -> jax.Array:
+    """[outputs, inputs], with outputs of very different sizes, one of them all zero."""
     values = np.random.default_rng(0).normal(0, 0.1, (inputs, outputs)) * np.geomspace(1e-3, 10, outputs)
     values[:, 7] = 0
-    return jnp.asarray(values, dtype)
+    return jnp.asarray(values.T, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_every_weight_is_within_half_a_step_and_the_largest_of_an_output_is_exact(dtype: str) -> None:
-    wanted = kernel(dtype=dtype)
+    wanted = weight(dtype=dtype)
     values, scale = in_eight_bits(wanted)
     assert (values.dtype, scale.dtype, scale.shape) == (jnp.int8, jnp.float32, (40,))
-    wide, found = np.asarray(wanted, np.float64), np.asarray(values, np.float64) * np.asarray(scale, np.float64)
-    assert (np.abs(found - wide) <= 0.5001 * np.asarray(scale)).all()
-    assert (np.abs(np.asarray(values)).max(axis=0) == np.where(np.arange(40) == 7, 0, 127)).all()
-    np.testing.assert_allclose(np.abs(found).max(axis=0), np.abs(wide).max(axis=0), rtol=1e-6)
-
-
-def test_a_stored_tensor_gives_the_same_as_the_kernel_that_it_is() -> None:
-    values, scale = in_eight_bits(kernel())
-    theirs, factors = in_eight_bits(kernel().T, axis=1)
-    assert np.array_equal(values, theirs.T) and np.array_equal(scale, factors)
+    steps = np.asarray(scale, np.float64)[:, None]
+    wide, found = np.asarray(wanted, np.float64), np.asarray(values, np.float64) * steps
+    assert (np.abs(found - wide) <= 0.5001 * steps).all()
+    assert (np.abs(np.asarray(values)).max(axis=1) == np.where(np.arange(40) == 7, 0, 127)).all()
+    np.testing.assert_allclose(np.abs(found).max(axis=1), np.abs(wide).max(axis=1), rtol=1e-6)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
@@ -87,13 +82,14 @@ def test_a_stored_tensor_gives_the_same_as_the_kernel_that_it_is() -> None:
 def test_a_product_is_that_with_the_weights_that_the_values_stand_for(
     dtype: str, error: float, rows: int, platform: str
 ) -> None:
-    values, scale = in_eight_bits(kernel(inputs=2048, outputs=130))  # several blocks
+    values, scale = in_eight_bits(weight(inputs=2048, outputs=130))  # several blocks
     x = jnp.asarray(np.random.default_rng(1).normal(0, 30, (rows, 2048)), dtype)
     with target(platform):
         found = jax.jit(lambda *args: scaled_product(*args))(x, values, scale)
-    wide, weights = np.asarray(x, np.float64), np.asarray(values, np.float64) * np.asarray(scale, np.float64)
+    wide, whole = np.asarray(x, np.float64), np.asarray(values, np.float64).T
+    weights = whole * np.asarray(scale, np.float64)
     assert found.dtype == x.dtype
-    assert np.abs(wide @ np.asarray(values, np.float64)).max() > 65504  # what float16 cannot hold
+    assert np.abs(wide @ whole).max() > 65504  # what float16 cannot hold
     far = np.abs(np.asarray(found, np.float64) - wide @ weights)
     assert (far <= error * (np.abs(wide) @ np.abs(weights))).all()
 
@@ -103,11 +99,11 @@ def test_a_tree_in_eight_bits_has_them_in_the_decoders_layers_and_nowhere_else()
     whole = models.params(config)
     held = quantize_params(whole)
     before, after = flat(whole), flat(held)
-    kernels = {path for path in before if scale_of(path) is not None}
-    assert len(kernels) == 7 * config.text.num_hidden_layers
-    assert after.keys() - before.keys() == {scale_of(path) for path in kernels}
+    linear = {path for path in before if scale_of(path) is not None}
+    assert len(linear) == 7 * config.text.num_hidden_layers
+    assert after.keys() - before.keys() == {scale_of(path) for path in linear}
     for path, leaf in before.items():
-        assert after[path].dtype == jnp.int8 if path in kernels else after[path] is leaf
+        assert after[path].dtype == jnp.int8 if path in linear else after[path] is leaf
     shapes = abstract_params(config, "float32", "int8")
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), held) == jax.tree.map(
         lambda s: (s.shape, s.dtype), shapes
@@ -124,8 +120,7 @@ def logits(weights: dict[str, Any], config: Any, tokens: np.ndarray) -> np.ndarr
 def rolled(params: dict[str, Any]) -> dict[str, Any]:
     """With every scale that of another output."""
     found = flat(params)
-    kernels = [scale_of(path) for path in found]
-    for path in filter(None, kernels):
+    for path in filter(None, [scale_of(path) for path in found]):
         found[path] = jnp.roll(found[path], 1)
     return traverse_util.unflatten_dict(found)
 
@@ -178,8 +173,8 @@ def test_a_checkpoint_in_eight_bits_stays_so_and_computes_in_the_dtype_that_is_a
 
 
 def test_a_checkpoint_in_eight_bits_is_checked_described_and_compared_with_its_source(converted: Path) -> None:
-    kernels = sum(leaf.dtype == jnp.int8 for leaf in flat(load(converted).params).values())
-    assert check(converted) == len(flat(load(HF).params)) + kernels
+    scales = sum(leaf.dtype == jnp.int8 for leaf in flat(load(converted).params).values())
+    assert check(converted) == len(flat(load(HF).params)) + scales
     report = verify(HF, converted)
     assert report.dtype == "int8" and report.passed
     assert report.differences["tower"] < 1e-5 and 1e-4 < report.differences["logits"] < 0.08
@@ -285,7 +280,7 @@ def test_scales_lie_with_the_outputs_that_they_are_of() -> None:
     shapes: Any = flat(abstract_params(models.config(), "float32", "int8"))
     cut = {path[-3:]: spec_of(path, leaf.shape, 2) for path, leaf in shapes.items() if path[:2] == LAYER}
     for name in ("q_proj", "k_proj", "v_proj"):
-        assert cut["self_attn", name, "scale"] == P("tensor") and cut["self_attn", name, "kernel"] == P(None, "tensor")
+        assert cut["self_attn", name, "scale"] == P("tensor") and cut["self_attn", name, "weight"] == P("tensor", None)
     for name in ("gate_proj", "up_proj"):
-        assert cut["mlp", name, "scale"] == P("tensor") and cut["mlp", name, "kernel"] == P(None, "tensor")
+        assert cut["mlp", name, "scale"] == P("tensor") and cut["mlp", name, "weight"] == P("tensor", None)
     assert cut["self_attn", "o_proj", "scale"] == cut["mlp", "down_proj", "scale"] == P()

@@ -298,7 +298,7 @@ def overflowing(model: Model) -> Model:
     """Finite in float16, with activations that are not."""
     params: Any = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), model.params)
     layer = params["language_model"]["layers_0"]["mlp"]["down_proj"]
-    layer["kernel"] = layer["kernel"] * jnp.float16(6e4)
+    layer["weight"] = layer["weight"] * jnp.float16(6e4)
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params))
     return replace(model, params=params)
 

@@ -46,10 +46,10 @@ def test_a_part_is_its_rows_of_the_stored_tensor(folder: Path) -> None:
     layer = load(folder).params["language_model"]["layers_1"]
     joined = stored(folder, "layers.1.self_attn.qkv_proj.weight")
     for part, rows in (("q_proj", slice(0, 64)), ("k_proj", slice(64, 96)), ("v_proj", slice(96, 128))):
-        np.testing.assert_array_equal(layer["self_attn"][part]["kernel"], joined[rows].T)
+        np.testing.assert_array_equal(layer["self_attn"][part]["weight"], joined[rows])
     joined = stored(folder, "layers.1.mlp.gate_up_proj.weight")
-    np.testing.assert_array_equal(layer["mlp"]["gate_proj"]["kernel"], joined[:96].T)
-    np.testing.assert_array_equal(layer["mlp"]["up_proj"]["kernel"], joined[96:].T)
+    np.testing.assert_array_equal(layer["mlp"]["gate_proj"]["weight"], joined[:96])
+    np.testing.assert_array_equal(layer["mlp"]["up_proj"]["weight"], joined[96:])
 
 
 def test_names_of_parts_and_wholes_undo_each_other() -> None:
@@ -102,7 +102,7 @@ def test_a_checkpoint_with_the_parts_themselves_is_read_and_with_both_is_refused
     plain = load(changed(folder, tmp_path / "parts", whole, *arrays)).params
     expected = load(folder).params
     np.testing.assert_array_equal(
-        *(x["language_model"]["layers_0"]["mlp"]["up_proj"]["kernel"] for x in (plain, expected))
+        *(x["language_model"]["layers_0"]["mlp"]["up_proj"]["weight"] for x in (plain, expected))
     )
     with pytest.raises(UserError, match=rf"1 not part of this model: \S*{whole}"):
         load(changed(folder, tmp_path / "both", whole, *arrays, (whole, stored(folder, whole))))

@@ -174,14 +174,14 @@ mesh = jax.make_mesh((8,), ("x",))
 everywhere = NamedSharding(mesh, P())
 def place(path, shape):
     assert isinstance(path, tuple) and isinstance(shape, tuple)
-    return NamedSharding(mesh, P(None, "x")) if path[-1] == "kernel" and len(shape) == 2 else everywhere
+    return NamedSharding(mesh, P(None, "x")) if path[-1] == "weight" else everywhere
 plain, copied, split = (load(sys.argv[1], sharding=s).params for s in (None, everywhere, place))
 for a, b, (path, c) in zip(jax.tree.leaves(plain), jax.tree.leaves(copied), jax.tree.leaves_with_path(split)):
     assert len(a.devices()) == 1 and b.sharding == everywhere
     assert c.sharding == place(tuple(k.key for k in path), c.shape)
     assert np.array_equal(a, b) and np.array_equal(a, c)
-kernel = split["language_model"]["lm_head"]["kernel"]
-assert [shard.data.shape for shard in kernel.addressable_shards] == [(64, 24)] * 8
+weight = split["language_model"]["lm_head"]["weight"]
+assert [shard.data.shape for shard in weight.addressable_shards] == [(192, 8)] * 8
 """
     subprocess.run(
         [sys.executable, "-c", script, str(HF)],

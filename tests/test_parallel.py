@@ -189,7 +189,7 @@ def test_too_few_devices_and_other_axes_are_refused() -> None:
 def _on_stand_ins(data: int, tensor: int, spec: PartitionSpec) -> dict[str, Any]:
     """A parameter on devices that are not there."""
     mesh = AbstractMesh((data, tensor), ("data", "tensor"))
-    return {"kernel": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=NamedSharding(mesh, spec))}
+    return {"weight": jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=NamedSharding(mesh, spec))}
 
 
 def test_a_batch_that_comes_out_uneven_is_refused_with_both_numbers() -> None:
@@ -234,6 +234,6 @@ def test_commands_say_what_is_wrong_with_a_mesh(
 
 
 def test_vocabularies_that_come_out_uneven_stay_whole() -> None:
-    path = ("language_model", "lm_head", "kernel")
-    assert spec_of(path, (64, 320), 4) == PartitionSpec(None, "tensor")
-    assert spec_of(path, (64, 321), 4) == PartitionSpec()
+    path = ("language_model", "lm_head", "weight")
+    assert spec_of(path, (320, 64), 4) == PartitionSpec("tensor", None)
+    assert spec_of(path, (321, 64), 4) == PartitionSpec()

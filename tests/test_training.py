@@ -333,14 +333,14 @@ def test_words_look_for_tokens_that_resemble_them_and_in_every_other_layer_for_w
         attention = decoder[f"layers_{number}"]["self_attn"]
         heads = config().text.num_attention_heads
         query, key = (
-            (tokens @ attention[name]["kernel"]).reshape(len(tokens), heads, -1) for name in ("q_proj", "k_proj")
+            (tokens @ attention[name]["weight"].T).reshape(len(tokens), heads, -1) for name in ("q_proj", "k_proj")
         )
         logits = np.asarray(jnp.einsum("inh,jnh->nij", query[len(ids) :], key)) / config().text.head_dim ** 0.5
         if number > FIRST_READER and (number - FIRST_READER) % 2:
             assert (logits[:, :, len(ids) :].min(axis=2) > logits[:, :, : len(ids)].max(axis=2)).all()
         else:
             assert (logits.argmax(axis=2) == np.arange(len(ids))).all()
-        outputs = np.linalg.norm(attention["o_proj"]["kernel"], 2)
+        outputs = np.linalg.norm(attention["o_proj"]["weight"], 2)
         np.testing.assert_allclose(outputs, EARLY_OUTPUT_SCALE if number < FIRST_READER else 1.0, rtol=1e-4)
 
 
@@ -353,8 +353,8 @@ def test_what_sees_and_what_comes_before_the_first_reader_follow_slowly(params):
         _, state = transform.update(gradients, transform.init(params), nothing)  # at a rate of 0
         updates, _ = transform.update(gradients, state, nothing)
     decoder = updates["language_model"]
-    reader, early = (decoder[f"layers_{number}"]["mlp"]["up_proj"]["kernel"] for number in (FIRST_READER, 0))
-    tower = updates["vision_tower"]["layers_0"]["mlp"]["fc1"]["kernel"]
+    reader, early = (decoder[f"layers_{number}"]["mlp"]["up_proj"]["weight"] for number in (FIRST_READER, 0))
+    tower = updates["vision_tower"]["layers_0"]["mlp"]["fc1"]["weight"]
     np.testing.assert_allclose(reader, -stage.rate / stage.warm_up, rtol=1e-3)
     np.testing.assert_allclose(early, EARLY_RATE * reader[0, 0], rtol=1e-3)
     np.testing.assert_allclose(tower, stage.seeing[1] / stage.steps * reader[0, 0], rtol=1e-2)
@@ -416,6 +416,6 @@ def test_exported_model_loads_with_the_same_answers(params, tmp_path):
     found = model.processor([[data.scenes[0].pixels]], [data.questions[0].text])
     assert found.ids[0].tolist() == ids[0, : lengths[0]].tolist()
     np.testing.assert_allclose(
-        np.asarray(model.params["language_model"]["lm_head"]["kernel"]),
-        np.asarray(params["language_model"]["lm_head"]["kernel"], np.float16),
+        np.asarray(model.params["language_model"]["lm_head"]["weight"]),
+        np.asarray(params["language_model"]["lm_head"]["weight"], np.float16),
     )

@@ -96,13 +96,6 @@ def test_shapes_are_those_of_the_stored_tensors(folder):
     assert stored == {name: entry.hf_shape for name, entry in entries().items()}
 
 
-def test_linear_kernels_are_transposed():
-    entry = Entry("n", ("p",), (3, 5), Transform.LINEAR)
-    tensor = np.arange(15).reshape(entry.hf_shape)
-    assert tensor.shape == (5, 3)
-    np.testing.assert_array_equal(entry.to_param(tensor), tensor.T)
-
-
 def test_convolution_kernels_have_their_output_axis_last():
     entry = Entry("n", ("p",), (4, 5, 3, 7), Transform.CONV)
     tensor = np.arange(420).reshape(entry.hf_shape)
@@ -111,7 +104,7 @@ def test_convolution_kernels_have_their_output_axis_last():
 
 
 @pytest.mark.parametrize(
-    ("transform", "shape"), [(Transform.KEEP, (6,)), (Transform.LINEAR, (2, 3)), (Transform.CONV, (2, 3, 4, 5))]
+    ("transform", "shape"), [(Transform.KEEP, (6,)), (Transform.KEEP, (2, 3)), (Transform.CONV, (2, 3, 4, 5))]
 )
 def test_to_hf_undoes_to_param(transform, shape):
     entry = Entry("n", ("p",), shape, transform)

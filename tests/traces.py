@@ -156,7 +156,7 @@ def decoder_params(path: Path) -> dict[str, Any]:
             elif value.ndim == 1:
                 leaf = "scale"
             else:
-                leaf, value = "kernel", value.T
+                leaf = "weight"
             node = params
             for part in parts:
                 node = node.setdefault(part, {})

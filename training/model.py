@@ -89,8 +89,8 @@ def start(config: LlavaConfig, seed: int) -> Params:
     for number in range(config.vision.num_hidden_layers):
         attention = tower[f"layers_{number}"]["self_attn"]
         query, key = _look_aside(config.vision, OFFSETS[number % len(OFFSETS)])
-        attention["q_proj"]["kernel"] = jnp.asarray(query, jnp.float32)
-        attention["k_proj"]["kernel"] = jnp.asarray(key, jnp.float32)
+        attention["q_proj"]["weight"] = jnp.asarray(query.T, jnp.float32)
+        attention["k_proj"]["weight"] = jnp.asarray(key.T, jnp.float32)
     return params
 
 
@@ -111,7 +111,7 @@ def normalise_embeddings(params: Params, config: LlavaConfig, pixels: np.ndarray
     scale = NORM / jnp.mean(jnp.linalg.norm(found - mean[None], axis=-1))
     projector, decoder = params["multi_modal_projector"], params["language_model"]
     last = projector["linear_2"]
-    last = {"kernel": last["kernel"] * scale, "bias": (last["bias"] - mean) * scale}
+    last = {"weight": last["weight"] * scale, "bias": (last["bias"] - mean) * scale}
     table = decoder["embed_tokens"]["embedding"]
     table = NORM * table / jnp.linalg.norm(table, axis=1, keepdims=True)
     return params | {
@@ -158,18 +158,18 @@ def init_lookup_heads(params: Params, config: LlavaConfig, seed: int, said: Sequ
         query, key = _resemblance(config, patch_words, mark, reads_words=reads_words, random=random)
         value, _ = np.linalg.qr(random.standard_normal((text.hidden_size, text.hidden_size)))
         output = value.T if number >= FIRST_READER else EARLY_OUTPUT_SCALE * value.T
-        for name, kernel in (("q_proj", query), ("k_proj", key), ("v_proj", value), ("o_proj", output)):
-            layer["self_attn"][name]["kernel"] = jnp.asarray(kernel, jnp.float32)
-        layer["mlp"]["down_proj"]["kernel"] *= MLP_INIT_SCALE
+        for name, matrix in (("q_proj", query), ("k_proj", key), ("v_proj", value), ("o_proj", output)):
+            layer["self_attn"][name]["weight"] = jnp.asarray(matrix.T, jnp.float32)
+        layer["mlp"]["down_proj"]["weight"] *= MLP_INIT_SCALE
     decoder["embed_tokens"]["embedding"] = jnp.asarray(table + WORD_MARK_NORM * mark, jnp.float32)
-    decoder["lm_head"]["kernel"] = jnp.asarray(table.T / NORM)
+    decoder["lm_head"]["weight"] = jnp.asarray(table / NORM)
     return params | {"language_model": decoder}
 
 
 def _resemblance(
     config: LlavaConfig, said: np.ndarray, mark: np.ndarray, *, reads_words: bool, random: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Query and key kernels [d, heads * head dim] of one layer.
+    """Query and key matrices [d, heads * head dim] of one layer.
 
     Args:
       said: orthonormal directions of the words that are said of patches, [d, n].
@@ -217,7 +217,7 @@ def _waves(vision: TowerConfig) -> np.ndarray:
 
 
 def _look_aside(vision: TowerConfig, offsets: tuple[tuple[int, int], ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Query and key kernels [d, heads * head dim] of heads that each attend at an offset from their own patch.
+    """Query and key matrices [d, heads * head dim] of heads that each attend at an offset from their own patch.
 
     A head takes every fourth frequency. Its key is a patch's waves there, its query those of the patch at the offset:
     sin(a + b) and cos(a + b) are a rotation of sin a and cos a.

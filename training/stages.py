@@ -138,6 +138,8 @@ def _matrices(params: Params) -> Params:
     def dimensions(path: tuple[Any, ...], leaf: Any) -> Any:
         if is_masked(leaf):
             return leaf
+        if path[-1].key == "weight":
+            return MuonDimensionNumbers(1, 0)  # from inputs to outputs
         inputs = tuple(range(leaf.ndim - 1))
         return MuonDimensionNumbers(inputs, leaf.ndim - 1) if path[-1].key == "kernel" else None
 

@@ -86,7 +86,7 @@ def products(params: Params, hidden: Float[Array, "b l d"], *, lengths: tuple[in
 
 
 def _product(x: Array, linear: Params) -> Array:
-    return product(x, linear["kernel"], linear.get("scale"))
+    return product(x, linear["weight"], linear.get("scale"))
 
 
 @partial(jax.jit, static_argnames=("config", "plan", "room"))

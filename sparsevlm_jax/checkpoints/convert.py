@@ -68,7 +68,7 @@ def convert(
       target: a folder that does not exist yet, or the finished result of this very conversion. Until it is complete
         everything is in a folder beside it, `.NAME.partial`.
       dtype: "float32", "bfloat16" or "float16"; by default every tensor keeps its own.
-      quantize: "int8" stores the kernels of the decoder's layers in eight bits, which cannot be undone.
+      quantize: "int8" stores the weights of the decoder's layers in eight bits, which cannot be undone.
       watch: is told about progress.
 
     Raises:
@@ -128,7 +128,7 @@ def _read_group(source: Source, pairs: Sequence[Pair], form: Form) -> Tensors:
             stored_digest = digest if stored is array else orbax.digest(stored)
             own = (stored.shape, tensor.dtype, digest, stored.dtype.name, stored_digest)
             parameter = entry.to_param(stored) if path == entry.path else stored
-            made.append((orbax.in_order(parameter), Record("/".join(path), *origin, *own)))
+            made.append((np.ascontiguousarray(parameter), Record("/".join(path), *origin, *own)))
         return made
 
     tensors = [each for made in orbax.parallel(read, pairs) for each in made]
@@ -151,7 +151,7 @@ def _stored(entry: Entry, tensor: np.ndarray, form: Form) -> dict[ParamPath, np.
     """What is stored of a tensor, in its order of axes: itself, cast, or values and scale."""
     scale = form.scale_of(entry)
     if scale is not None:
-        values, factors = in_eight_bits(tensor, axis=1)
+        values, factors = in_eight_bits(tensor)
         return {entry.path: np.asarray(values), scale: np.asarray(factors)}
     with np.errstate(over="ignore"):  # an overflow is reported by the caller, with its name
         return {entry.path: tensor.astype(form.dtype or tensor.dtype, copy=False)}
@@ -247,5 +247,5 @@ def _check_target(target: Path, source: Path) -> None:
 def _stored_bytes(source: Source, pair: Pair, form: Form) -> int:
     name, entry = pair
     if form.scale_of(entry) is not None:
-        return (entry.shape[0] + 4) * entry.shape[1]
+        return entry.shape[0] * (entry.shape[1] + 4)
     return math.prod(entry.shape) * np.dtype(form.dtype or source.tensors[name].dtype).itemsize

@@ -23,7 +23,7 @@ from sparsevlm_jax.files import user_path
 
 SHARD_BYTES = 5_000_000_000  # as transformers cuts them
 _CODES = {dtype.name: code for code, dtype in STORED_DTYPES.items()}
-_TABLES = ("language_model/embed_tokens/embedding", "language_model/lm_head/kernel")
+_TABLES = ("language_model/embed_tokens/embedding", "language_model/lm_head/weight")
 
 
 class _Stored(NamedTuple):

@@ -73,7 +73,7 @@ def load(
         or the id of a model with safetensors on the Hugging Face hub. Without network, ids resolve from its cache.
       revision: branch, tag or commit of a hub id.
       dtype: "float32", "bfloat16" or "float16"; by default the checkpoint's own, float32 where it mixes several.
-      quantize: "int8" holds the kernels of the decoder's layers in eight bits, made of the stored weights; everything
+      quantize: "int8" holds the weights of the decoder's layers in eight bits, made of the stored weights; everything
         else has the `dtype`, in which the model computes. A checkpoint that was converted so stays so.
       sharding: where the parameters go: by default the default device; an arrangement of devices such as "tensor=4", or
         its mesh from `parallel.mesh.make_mesh`, on which everything that takes the model then runs; or a sharding of
@@ -153,7 +153,7 @@ def _held(
     scale = None if quantize is None else scale_of(path)
     if scale is None:
         return {path: parameter}
-    shapes = {path: parameter.shape, scale: parameter.shape[-1:]}
+    shapes = {path: parameter.shape, scale: parameter.shape[:1]}
     places = (sharding(*item) if callable(sharding) else sharding for item in shapes.items())
     return dict(zip(shapes, _quantizer(*places)(parameter), strict=True))
 

@@ -17,7 +17,7 @@ from sparsevlm_jax.errors import UserError, first_line
 from sparsevlm_jax.files import inside, plain_name, read_json
 
 MANIFEST = "manifest.json"
-VERSION = 1  # of the layout
+VERSION = 2  # of the layout: 1 had linear weights as [inputs, outputs]
 _LONGEST_AXIS, _MOST_AXES = 2**40, 8
 
 
@@ -25,7 +25,7 @@ class Record(NamedTuple):
     """A parameter: the tensor that it was made of, and how it is stored.
 
     Digests are sha256 of the tensor's bytes in the source's order of axes, so both are equal where the dtype is. A
-    kernel in eight bits and its scale are two parameters that were made of one tensor.
+    weight in eight bits and its scale are two parameters that were made of one tensor.
     """
 
     path: str  # in the tree: "language_model/norm/scale"
@@ -59,7 +59,7 @@ class Manifest(NamedTuple):
 
     @property
     def quantize(self) -> str | None:
-        """How kernels are held: see `models.quantize`."""
+        """How weights are held: see `models.quantize`."""
         return next((record.stored_dtype for record in self.records if record.stored_dtype in QUANTIZATIONS), None)
 
     @property

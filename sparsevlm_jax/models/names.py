@@ -23,7 +23,6 @@ class Transform(Enum):
     """How a stored tensor becomes a parameter: the order in which its axes are taken."""
 
     KEEP = None
-    LINEAR = (1, 0)  # [out, in] -> [in, out]
     CONV = (2, 3, 1, 0)  # [out, in, height, width] -> [height, width, in, out]
 
     @property
@@ -137,9 +136,9 @@ class Table:
         return next((path.split("/")[0] for path, (known, _) in self._by_path.items() if known == pattern), None)
 
 
-KEEP, LINEAR, CONV = Transform.KEEP, Transform.LINEAR, Transform.CONV
+KEEP, CONV = Transform.KEEP, Transform.CONV
 # What a kind of module stores. Biases that a model does not have are not in its tree.
-DENSE = (("weight", "kernel", LINEAR), ("bias", "bias", KEEP))
+DENSE = (("weight", "weight", KEEP), ("bias", "bias", KEEP))
 CONVOLUTION = (("weight", "kernel", CONV), ("bias", "bias", KEEP))
 NORM = (("weight", "scale", KEEP), ("bias", "bias", KEEP))
 EMBEDDING = (("weight", "embedding", KEEP),)

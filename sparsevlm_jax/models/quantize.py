@@ -1,7 +1,7 @@
-"""Kernels in eight bits: which they are, and how they become so.
+"""Weights in eight bits: which they are, and how they become so.
 
-Of every linear layer in the decoder's layers the `kernel` becomes int8 values, and beside it in the tree stands a
-float32 `scale` for each output: kernel ≈ values * scale, the largest of an output's weights being 127 times its scale.
+Of every linear layer in the decoder's layers the `weight` becomes int8 values, and beside it in the tree stands a
+float32 `scale` for each output: weight ≈ values * scale, the largest of an output's weights being 127 times its scale.
 `ops.layers.Linear` takes either. Tables of words, the head, norms, biases, projector and towers keep their dtype: of a
 7B model they are 8 % of the weights.
 
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.models.names import KEEP, Entry
 
 ParamPath = tuple[str, ...]
-_KERNEL = re.compile(r"language_model/layers_\d+/.+/kernel")
+_WEIGHT = re.compile(r"language_model/layers_\d+/.+/weight")
 _LARGEST = 127
 _SMALLEST = 1e-30  # of an output's largest weight: what divides by the scale must not divide by zero
 
@@ -41,8 +40,8 @@ def check_quantize(quantize: str | None) -> None:
 
 
 def scale_of(path: ParamPath) -> ParamPath | None:
-    """Where the scale of a kernel stands that is in eight bits where any is; None for all other parameters."""
-    return (*path[:-1], "scale") if _KERNEL.fullmatch("/".join(path)) else None
+    """Where the scale of a weight stands that is in eight bits where any is; None for all other parameters."""
+    return (*path[:-1], "scale") if _WEIGHT.fullmatch("/".join(path)) else None
 
 
 def parts_of(path: ParamPath, parameter: Array, quantize: str | None) -> dict[ParamPath, Array]:
@@ -52,7 +51,7 @@ def parts_of(path: ParamPath, parameter: Array, quantize: str | None) -> dict[Pa
 
 
 def quantize_params(params: Mapping[str, Any], quantize: str | None = "int8") -> dict[str, Any]:
-    """A parameter tree with its kernels in eight bits; everything else is the same array."""
+    """A parameter tree with its weights in eight bits; everything else is the same array."""
     flat: dict[ParamPath, Any] = dict(traverse_util.flatten_dict(params))
     parts: dict[ParamPath, Array] = {}
     for path, leaf in flat.items():
@@ -61,23 +60,23 @@ def quantize_params(params: Mapping[str, Any], quantize: str | None = "int8") ->
 
 
 def quantization_of(params: Mapping[str, Any]) -> str | None:
-    """How the kernels of a parameter tree are held; None as they always were."""
+    """How the weights of a parameter tree are held; None as they always were."""
     return "int8" if any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(params)) else None
 
 
 def entries_held(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """The entries of a model's parameters as its kernels are in eight bits: a scale behind each of these."""
+    """The entries of a model's parameters as its weights are in eight bits: a scale behind each of these."""
     found: dict[str, Entry] = {}
     for name, entry in entries.items():
         found[name] = entry
         if (path := scale_of(entry.path)) is not None:
-            found[f"{name}_scale"] = Entry(f"{name}_scale", path, entry.shape[-1:], KEEP)
+            found[f"{name}_scale"] = Entry(f"{name}_scale", path, entry.shape[:1], KEEP)
     return found
 
 
-@partial(jax.jit, static_argnames="axis")
-def in_eight_bits(kernel: Float[Array, "_ _"], axis: int = 0) -> tuple[Int8[Array, "_ _"], Float[Array, "_"]]:
-    """The nearest values, and the scale of each output, of a kernel [i, o]; with axis 1 of a stored tensor [o, i]."""
-    wide = kernel.astype(jnp.float32)
-    scale = jnp.maximum(jnp.max(jnp.abs(wide), axis=axis), _SMALLEST) / _LARGEST
-    return jnp.round(wide / jnp.expand_dims(scale, axis)).astype(jnp.int8), scale
+@jax.jit
+def in_eight_bits(weight: Float[Array, "o i"]) -> tuple[Int8[Array, "o i"], Float[Array, "o"]]:
+    """The nearest values, and the scale of each output."""
+    wide = weight.astype(jnp.float32)
+    scale = jnp.maximum(jnp.max(jnp.abs(wide), axis=1), _SMALLEST) / _LARGEST
+    return jnp.round(wide / scale.reshape(-1, 1)).astype(jnp.int8), scale

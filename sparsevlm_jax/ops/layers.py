@@ -23,8 +23,8 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
-FEW = 32  # rows, at most, whose product with a kernel in eight bits takes it block by block on CPUs
-BLOCK = 2**17  # values of such a kernel that become floats at a time
+FEW = 32  # rows, at most, whose product with a weight in eight bits takes it block by block on CPUs
+BLOCK = 2**16  # values of such a weight that become floats at a time
 
 
 def apart(x: Array, uses: int) -> list[Array]:
@@ -37,9 +37,10 @@ def apart(x: Array, uses: int) -> list[Array]:
 
 
 class Linear(nn.Module):
-    """x @ kernel + bias in the dtype of x; float32 is computed as float32 on every backend.
+    """x @ weight.T + bias in the dtype of x; float32 is computed as float32 on every backend.
 
-    The kernel may be in eight bits: then its `scale` stands beside it (`models.quantize`).
+    The weight is [outputs, inputs], as checkpoints store it: a CPU reads it faster so than a [inputs, outputs] kernel
+    of Flax, other devices as fast. It may be in eight bits: then its `scale` stands beside it (`models.quantize`).
     """
 
     features: int
@@ -47,26 +48,24 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        weight = self.param("weight", _lecun_normal, (self.features, x.shape[-1]))
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
         scale = self.get_variable("params", "scale")
         if scale is None:
-            x, kernel, bias = promote_dtype(x, kernel, bias, dtype=None)
-        made = product(x, kernel, scale)
+            x, weight, bias = promote_dtype(x, weight, bias, dtype=None)
+        made = product(x, weight, scale)
         return made if bias is None else made + bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
-def product(x: Float[Array, "*b i"], kernel: Array, scale: Float[Array, "o"] | None) -> Float[Array, "*b o"]:
-    """x @ kernel as `Linear` computes it, of one dtype, or with the kernel in eight bits and its scale."""
-    if scale is None:
-        return jnp.dot(x, kernel, precision=exact(x.dtype))
-    return scaled_product(x, kernel, scale)
+def product(x: Float[Array, "*b i"], weight: Array, scale: Float[Array, "o"] | None) -> Float[Array, "*b o"]:
+    """x @ weight.T as `Linear` computes it, of one dtype, or with the weight [o, i] in eight bits and its scale."""
+    return _product(x, weight, x.dtype) if scale is None else scaled_product(x, weight, scale)
 
 
 def scaled_product(
-    x: Float[Array, "*b i"], values: Int8[Array, "i o"], scale: Float[Array, "o"]
+    x: Float[Array, "*b i"], values: Int8[Array, "o i"], scale: Float[Array, "o"]
 ) -> Float[Array, "*b o"]:
-    """x @ (values * scale): the product with the values in the dtype of x, then the scale in float32.
+    """x @ values.T * scale: the product with the values in the dtype of x, then the scale in float32.
 
     Accelerators read the values as they are, in the kernel of the product. XLA's CPU backend would write all of them
     as floats first, at every token: there a few rows take them block by block, as fit a core's cache.
@@ -117,17 +116,25 @@ class LayerNorm(nn.Module):
         return (centred * (jax.lax.rsqrt(variance + self.eps) * scale) + bias).astype(x.dtype)
 
 
-def _product_in_blocks(x: Float[Array, "r i"], values: Int8[Array, "i o"]) -> Float[Array, "r o"]:
-    """`_product`, summed in float32 over blocks of inputs."""
-    inputs, outputs = values.shape
-    size = next(n for n in range(min(inputs, max(1, BLOCK // outputs)), 0, -1) if inputs % n == 0)
-
-    def add(total: Array, block: tuple[Array, Array]) -> tuple[Array, None]:
-        return total + _product(*block, jnp.float32), None
-
-    blocks = x.reshape(len(x), -1, size).swapaxes(0, 1), values.reshape(-1, size, outputs)
-    return jax.lax.scan(add, jnp.zeros((len(x), outputs), jnp.float32), blocks)[0]
+def _lecun_normal(key: Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32) -> Float[Array, "o i"]:
+    """Drawn in the order of Flax's kernels, so that a seed means the same weights as there."""
+    return nn.initializers.lecun_normal()(key, shape[::-1], dtype).T
 
 
-def _product(x: Float[Array, "*b i"], values: Int8[Array, "i o"], dtype: DTypeLike) -> Float[Array, "*b o"]:
-    return jnp.dot(x, values.astype(x.dtype), precision=exact(x.dtype), preferred_element_type=dtype)
+def _product_in_blocks(x: Float[Array, "r i"], values: Int8[Array, "o i"]) -> Float[Array, "r o"]:
+    """`_product` in float32, some outputs at a time."""
+    outputs, inputs = values.shape
+    size = next(n for n in range(min(outputs, max(1, BLOCK // inputs)), 0, -1) if outputs % n == 0)
+    made = jax.lax.map(lambda block: _product(x, block, jnp.float32), values.reshape(-1, size, inputs))
+    return made.swapaxes(0, 1).reshape(len(x), outputs)
+
+
+def _product(x: Float[Array, "*b i"], weight: Array, dtype: DTypeLike) -> Float[Array, "*b o"]:
+    """x @ weight.T, the weight [o, i] in the dtype of x, its sums in another."""
+    return jax.lax.dot_general(
+        x,
+        weight.astype(x.dtype),
+        (((x.ndim - 1,), (1,)), ((), ())),
+        precision=exact(x.dtype),
+        preferred_element_type=dtype,
+    )

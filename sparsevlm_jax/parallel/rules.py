@@ -19,14 +19,14 @@ from sparsevlm_jax.parallel.mesh import DATA, TENSOR, MeshShape, make_mesh
 # One decoder module serves Llama and all its relatives, so this is the table of every decoder.
 _LAYER = r"language_model/layers_\d+/"
 RULES = (
-    (_LAYER + r"self_attn/[qkv]_proj/kernel", PartitionSpec(None, TENSOR)),
+    (_LAYER + r"self_attn/[qkv]_proj/weight", PartitionSpec(TENSOR, None)),
     (_LAYER + r"self_attn/[qkv]_proj/(bias|scale)", PartitionSpec(TENSOR)),
-    (_LAYER + r"self_attn/o_proj/kernel", PartitionSpec(TENSOR, None)),
-    (_LAYER + r"mlp/(gate|up)_proj/kernel", PartitionSpec(None, TENSOR)),
+    (_LAYER + r"self_attn/o_proj/weight", PartitionSpec(None, TENSOR)),
+    (_LAYER + r"mlp/(gate|up)_proj/weight", PartitionSpec(TENSOR, None)),
     (_LAYER + r"mlp/(gate|up)_proj/(bias|scale)", PartitionSpec(TENSOR)),
-    (_LAYER + r"mlp/down_proj/kernel", PartitionSpec(TENSOR, None)),
+    (_LAYER + r"mlp/down_proj/weight", PartitionSpec(None, TENSOR)),
     (r"language_model/embed_tokens/embedding", PartitionSpec(TENSOR, None)),
-    (r"language_model/lm_head/kernel", PartitionSpec(None, TENSOR)),
+    (r"language_model/lm_head/weight", PartitionSpec(TENSOR, None)),
 )
 WHOLE = PartitionSpec()
 Where = Callable[[tuple[str, ...], tuple[int, ...]], Sharding]

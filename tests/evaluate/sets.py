@@ -27,8 +27,8 @@ LONG = "which of all the many things that are shown here is the one on the left"
 def speaking(checkpoint: Path) -> Model:
     """A `tiny_llava` whose answers are letters: single bytes would all print as U+FFFD."""
     model = load(checkpoint)
-    head = model.params["language_model"]["lm_head"]["kernel"].at[:, :LETTERS].set(0)
-    decoder = {**model.params["language_model"], "lm_head": {"kernel": head}}
+    head = model.params["language_model"]["lm_head"]["weight"].at[:LETTERS].set(0)
+    decoder = {**model.params["language_model"], "lm_head": {"weight": head}}
     return replace(model, params={**model.params, "language_model": decoder})
 
 

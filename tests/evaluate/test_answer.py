@@ -188,10 +188,10 @@ def test_other_settings_are_refused_by_name(model: Model, make_job: MakeJob, tmp
     with pytest.raises(UserError, match="questions was"):
         answer(model, make_job(sets.questions()[:-1]))
     params = {**model.params, "multi_modal_projector": {**model.params["multi_modal_projector"]}}
-    kernel = params["multi_modal_projector"]["linear_1"]["kernel"]
+    weight = params["multi_modal_projector"]["linear_1"]["weight"]
     params["multi_modal_projector"]["linear_1"] = {
         **params["multi_modal_projector"]["linear_1"],
-        "kernel": kernel.at[0, 0].add(1e-3),
+        "weight": weight.at[0, 0].add(1e-3),
     }
     with pytest.raises(UserError, match="model.weights was"):
         answer(replace(model, params=params), make_job())

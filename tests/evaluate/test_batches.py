@@ -232,8 +232,8 @@ def test_a_row_whose_budget_is_too_small_for_it_refuses_no_other(model: Model, i
 
 
 def test_logits_that_are_not_finite_are_an_error_of_their_row(model: Model, images: list[Path]) -> None:
-    head = model.params["language_model"]["lm_head"]["kernel"]
-    decoder = {**model.params["language_model"], "lm_head": {"kernel": jnp.full_like(head, jnp.nan)}}
+    head = model.params["language_model"]["lm_head"]["weight"]
+    decoder = {**model.params["language_model"], "lm_head": {"weight": jnp.full_like(head, jnp.nan)}}
     broken = replace(model, params={**model.params, "language_model": decoder})
     found = [answer for _, answer in sv.answer_all(broken, images[:2], ["it", "in"], batch_size=2, **SETTINGS)]
     assert all("the logits are not finite" in (answer.error or "") and not answer.text for answer in found)

@@ -135,7 +135,7 @@ def test_arguments_without_commas_become_settings_and_others_are_refused() -> No
     assert made("keep_at=2:40+6:20")._settings["sparsity"] == sv.sparsity("v1.5", keep_at=((2, 40), (6, 20)))
     fastv = made("method=fastv,layers=3,keep=50,dtype=bfloat16,per_frame=false")
     assert fastv._settings["sparsity"] == sv.sparsity("fastv", layers=(3,), keep=50, per_frame=False)
-    assert fastv.batch_size == 2 and fastv._model.params["language_model"]["lm_head"]["kernel"].dtype == "bfloat16"
+    assert fastv.batch_size == 2 and fastv._model.params["language_model"]["lm_head"]["weight"].dtype == "bfloat16"
     for arguments, changed, message in (
         ("keep_at=2:40/6:20", {}, r"keep_at=2:40/6:20: expected LAYER:COUNT\+LAYER:COUNT"),
         ("layers=a", {}, "layers=a: expected LAYER"),
