@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sparsevlm_jax.aot.compile_for import Answer, Deployment, TooLargeError, compile_for, largest_batch
+from sparsevlm_jax.aot.compile_for import CompiledAnswer, Deployment, TooLargeError, compile_for, largest_batch
 from sparsevlm_jax.aot.devices import DEVICES, require_compiler
 from sparsevlm_jax.aot.programs import Prompts
 from sparsevlm_jax.aot.report import answer_report, kernels_of_a_point
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(PRESETS), default=MODELS)
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--mesh", type=MeshShape.parse, default=ONE, help="several of a device, as tensor=4")
-    parser.add_argument("--quantize", choices=QUANTIZATIONS, help="kernels of the decoder's layers in eight bits")
+    parser.add_argument("--quantize", choices=QUANTIZATIONS, help="weights of the decoder's layers in eight bits")
     parser.add_argument("--no-search", action="store_true", help="leave the largest batch out")
     parser.add_argument("--tables", action="store_true", help="print the tables of what is there")
     options = parser.parse_args()
@@ -95,7 +95,7 @@ def cells(
 
 def cell(
     config: ModelConfig, settings: Any, prompts: Prompts, deployment: Deployment
-) -> tuple[dict[str, Any], Answer | None]:
+) -> tuple[dict[str, Any], CompiledAnswer | None]:
     try:
         answer = compile_for(config, settings, prompts, deployment)
     except TooLargeError as error:

@@ -3,8 +3,8 @@
     python -m benchmarks.convert_full_size FOLDER        needs 30 GB there; --layers 2 for a rehearsal
 
 Writes benchmarks/results/convert_7b.json. The bound: the whole process stays below 3 GiB plus twice the largest group.
-Beside converting stands a plain copy of the same files, and beside loading a plain read of the converted ones, each
-from the disk: files leave the kernel's cache before. Loading takes the model's bytes of memory.
+Beside converting stands a plain copy of the same files, and beside loading two plain reads of the converted ones: into
+one buffer, and into memory that keeps them all, as a loaded model does. Files leave the kernel's cache before each.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,6 +54,8 @@ def main() -> None:
         result["convert"] = measure("convert", [str(source), str(target)], nbytes)
         shutil.rmtree(source)  # room for the way back
         result["read"] = timed(lambda: read(target), nbytes, target)
+        forget(target)
+        result["keep"] = measure("keep", [str(target)], nbytes)
         for check in (True, False):
             forget(target)
             result[f"load{'' if check else '_unchecked'}"] = measure("load", [str(target), str(check)], nbytes)
@@ -87,7 +90,7 @@ def make_checkpoint(folder: Path, config: LlavaConfig) -> int:
         header, end = {}, 0
         for number in members:
             entry, size = stored[number], sizes[number]
-            header[entry.name] = {"dtype": "F16", "shape": entry.hf_shape, "data_offsets": [end, end + size]}
+            header[entry.name] = {"dtype": "F16", "shape": entry.shape, "data_offsets": [end, end + size]}
             places[entry.name], end = file, end + size
         text = json.dumps(header).encode()
         with (folder / file).open("wb") as stream:
@@ -139,16 +142,32 @@ def read(folder: Path) -> None:
                 pass
 
 
+def keep(folder: str, watch: object) -> list[np.ndarray]:
+    """Reads every byte into memory of its own, as many files at a time as there are threads."""
+
+    def read_file(file: Path) -> np.ndarray:
+        content = np.empty(file.stat().st_size, np.uint8)
+        with file.open("rb", buffering=0) as stream:
+            done = 0
+            while done < len(content):
+                done += stream.readinto(content[done : done + BLOCK].data)
+        return content
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(read_file, files(Path(folder))))
+
+
 def files(folder: Path) -> list[Path]:
     return [item for item in sorted(folder.rglob("*")) if item.is_file()]
 
 
 def measure(what: str, arguments: list[str], nbytes: int) -> dict[str, float | bool]:
-    """Runs one step as a process of its own: seconds, rate, and the memory that the kernel counted for it."""
+    """Runs one step as a process of its own: seconds, with and without starting it, and the memory it took."""
     script = f"""
-import json, sys
+import json, sys, time
 import jax
 jax.config.update("jax_platforms", "cpu")
+from benchmarks.convert_full_size import keep
 from sparsevlm_jax.process import memory
 from sparsevlm_jax.checkpoints.check import check
 from sparsevlm_jax.checkpoints.export import to_hf
@@ -161,8 +180,10 @@ def watch(done, total):
     global anonymous
     anonymous = max(anonymous, memory()["RssAnon"])
     print(f"{{done / 1e9:.1f}} of {{total / 1e9:.1f}} GB, {{memory()['VmHWM'] / 2**30:.2f}} GiB", file=sys.stderr)
+start = time.perf_counter()
 result = {what}(*sys.argv[1:], watch=watch)
-print(json.dumps({{"VmHWM": memory()["VmHWM"], "RssAnon": anonymous, "group": getattr(result, "largest_group", 0)}}))
+seconds, group = time.perf_counter() - start, getattr(result, "largest_group", 0)
+print(json.dumps({{"VmHWM": memory()["VmHWM"], "RssAnon": anonymous, "group": group, "seconds": seconds}}))
 """
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", script, *arguments], check=True, stdout=subprocess.PIPE, text=True)
@@ -170,6 +191,7 @@ print(json.dumps({{"VmHWM": memory()["VmHWM"], "RssAnon": anonymous, "group": ge
     found = json.loads(done.stdout.splitlines()[-1])
     report: dict[str, float | bool] = {
         "seconds": round(seconds, 1),
+        "without_start_seconds": round(found["seconds"], 1),
         "bytes_per_second": round(nbytes / seconds),
         "VmHWM_bytes": found["VmHWM"],
         "RssAnon_bytes": found["RssAnon"],

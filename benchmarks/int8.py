@@ -1,4 +1,4 @@
-"""What kernels in eight bits change: logits, answers and accuracy, each against the same model in float32.
+"""What weights in eight bits change: logits, answers and accuracy, each against the same model in float32.
 
     python -m benchmarks.int8 --out benchmarks/results/int8.json
 
@@ -33,7 +33,7 @@ from sparsevlm_jax.pruning.methods import sparsity
 from sparsevlm_jax.pruning.settings import Sparsity
 from training.heldout import SEED, HeldOut, held_out
 
-# What is compared: the dtype to compute in, and how kernels are held.
+# What is compared: the dtype to compute in, and how weights are held.
 FORMS = {
     "float32": ("float32", None),
     "bfloat16": ("bfloat16", None),

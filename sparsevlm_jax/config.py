@@ -18,7 +18,7 @@ from sparsevlm_jax.layout import ImageLayout, Size
 from sparsevlm_jax.rotary import Rope
 
 DTYPES = ("float32", "bfloat16", "float16")  # to compute in and to store weights in
-QUANTIZATIONS = ("int8",)  # how else kernels may be held: see models.quantize
+QUANTIZATIONS = ("int8",)  # how else linear weights may be held: see models.quantize
 ACTIVATIONS = ("gelu", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")
 # What checkpoints in the layout of LLaVA's authors, which `sparsevlm convert` reads, call themselves, beside "llava".
 _ORIGINAL_TYPES = ("llava_llama", "llava_mistral", "llava_qwen", "llava_mpt")

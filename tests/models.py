@@ -39,13 +39,12 @@ def params(model: LlavaConfig, dtype: str = "float32") -> dict[str, Any]:
     for path, leaf in flat.items():
         if path[-1] in ("scale", "bias"):
             middle, std = float(path[-1] == "scale" and not model.text.norm_offset), 0.1
-        elif path[-1] in ("weight", "kernel"):
-            middle, std = 0.0, prod(leaf.shape[1:] if path[-1] == "weight" else leaf.shape[:-1]) ** -0.5
+        elif path[-1] == "weight":
+            middle, std = 0.0, prod(leaf.shape[1:]) ** -0.5
             std *= {"q_proj": 2.0, "k_proj": 2.0, "lm_head": 4.0}.get(path[-2], 1.0)
         else:
             middle, std = 0.0, 0.5
-        drawn = random.normal(middle, std, leaf.shape[::-1] if path[-1] == "weight" else leaf.shape)
-        flat[path] = jnp.asarray(drawn.T if path[-1] == "weight" else drawn, leaf.dtype)
+        flat[path] = jnp.asarray(random.normal(middle, std, leaf.shape), leaf.dtype)
     return traverse_util.unflatten_dict(flat)
 
 
@@ -112,7 +111,7 @@ def oracle_decoder(weights: dict[str, Any], model: ModelConfig) -> oracle.Decode
     """The same decoder for the NumPy reimplementation."""
     flat = dict(traverse_util.flatten_dict(weights))
     named = {
-        name.removeprefix("language_model."): entry.to_hf(np.asarray(flat[entry.path]))
+        name.removeprefix("language_model."): np.asarray(flat[entry.path])
         for name, entry in entries(model).items()
         if name.startswith("language_model.")
     }

@@ -18,7 +18,7 @@ from sparsevlm_jax.checkpoints.check import check
 from sparsevlm_jax.checkpoints.convert import convert
 from sparsevlm_jax.checkpoints.describe import describe, print_description
 from sparsevlm_jax.checkpoints.export import to_hf
-from sparsevlm_jax.checkpoints.manifest import read_manifest
+from sparsevlm_jax.checkpoints.manifest import VERSION, read_manifest
 from sparsevlm_jax.cli.options import ModelOptions
 from tests.layouts import HF
 
@@ -292,9 +292,11 @@ def test_a_record_of_another_shape_than_the_configurations_is_named(copy):
         assert "different parameters: language_model/embed_tokens" in error_of(read, copy)
 
 
-def test_a_checkpoint_of_another_layout_is_to_be_converted_again(copy):
-    rewrite(copy, version=2)
-    assert "layout 2, this release reads 1" in error_of(load, copy)
+@pytest.mark.parametrize("other", [VERSION - 1, VERSION + 1])
+def test_a_checkpoint_of_another_layout_is_to_be_converted_again(copy, other):
+    rewrite(copy, version=other)
+    for read in (load, check):
+        assert f"layout {other}, this release reads {VERSION}; convert the source again, to" in error_of(read, copy)
 
 
 def test_inspect_prints_nothing_that_steers_a_terminal(copy, capsys):

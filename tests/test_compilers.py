@@ -9,7 +9,7 @@ from itertools import chain
 import pytest
 from jax import numpy as jnp
 
-from sparsevlm_jax.aot.compile_for import Answer, Deployment, compile_for
+from sparsevlm_jax.aot.compile_for import CompiledAnswer, Deployment, compile_for
 from sparsevlm_jax.aot.devices import DEVICES, require_compiler
 from sparsevlm_jax.aot.hlo import Instruction
 from sparsevlm_jax.aot.programs import Prompts
@@ -51,14 +51,14 @@ methods = pytest.mark.parametrize("method", ["dense", "v1.5"])
 
 
 @cache
-def answer(device: str, family: str, method: str) -> Answer:
+def answer(device: str, family: str, method: str) -> CompiledAnswer:
     _require(device)
     config = MODELS[family]()
     return compile_for(config, sparsity(method), _prompts(config), Deployment(DEVICES[device]))
 
 
 @cache
-def on_four(method: str) -> Answer:
+def on_four(method: str) -> CompiledAnswer:
     """LLaVA-1.5-13B over four H100s."""
     _require("h100")
     config = llava_15_13b()
@@ -79,7 +79,7 @@ def _prompts(config: ModelConfig) -> Prompts:
     return Prompts(1, (layout,), TEXT, 128)
 
 
-def instructions(found: Answer) -> list[Instruction]:
+def instructions(found: CompiledAnswer) -> list[Instruction]:
     return list(chain(found.prefill.program.instructions(), found.decode.program.instructions()))
 
 
@@ -147,14 +147,14 @@ def test_the_decoding_loop_holds_no_second_cache(method: str) -> None:
 
 
 @cache
-def in_eight_bits() -> Answer:
+def in_eight_bits() -> CompiledAnswer:
     _require("h100")
     config = llava_15_7b()
     return compile_for(config, sparsity("dense"), _prompts(config), Deployment(DEVICES["h100"], quantize="int8"))
 
 
-def test_kernels_in_eight_bits_are_read_as_they_are() -> None:
-    """In each loop of decoding a weight is read once, in one byte; nowhere is a kernel written out in 16 bits."""
+def test_weights_in_eight_bits_are_read_as_they_are() -> None:
+    """In each loop of decoding a weight is read once, in one byte; nowhere is one written out in 16 bits."""
     plain, held = answer("h100", "llava", "dense"), in_eight_bits()
     layers = 2 * 32 * (4 * 4096**2 + 3 * 4096 * 11008)  # bytes in 16 bits
     read, before = (sum(kernel.bytes for kernel in each.decode.kernels) for each in (held, plain))

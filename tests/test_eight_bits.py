@@ -284,3 +284,4 @@ def test_scales_lie_with_the_outputs_that_they_are_of() -> None:
     for name in ("gate_proj", "up_proj"):
         assert cut["mlp", name, "scale"] == P("tensor") and cut["mlp", name, "weight"] == P("tensor", None)
     assert cut["self_attn", "o_proj", "scale"] == cut["mlp", "down_proj", "scale"] == P()
+    assert cut["self_attn", "o_proj", "weight"] == cut["mlp", "down_proj", "weight"] == P(None, "tensor")

@@ -13,9 +13,11 @@ from sparsevlm_jax.checkpoints import export
 from sparsevlm_jax.checkpoints.convert import convert
 from sparsevlm_jax.checkpoints.describe import describe
 from sparsevlm_jax.checkpoints.export import to_hf
-from sparsevlm_jax.checkpoints.joined import parts_of, whole_of
+from sparsevlm_jax.checkpoints.joined import parts_of, split, whole_of
 from sparsevlm_jax.checkpoints.safetensors import list_tensors
 from sparsevlm_jax.errors import UserError
+from sparsevlm_jax.models.family import config_of, family_of
+from sparsevlm_jax.models.parameters import entries
 from tests import hf
 
 LAYER = "language_model.model.layers.0."
@@ -50,6 +52,13 @@ def test_a_part_is_its_rows_of_the_stored_tensor(folder: Path) -> None:
     joined = stored(folder, "layers.1.mlp.gate_up_proj.weight")
     np.testing.assert_array_equal(layer["mlp"]["gate_proj"]["weight"], joined[:96])
     np.testing.assert_array_equal(layer["mlp"]["up_proj"]["weight"], joined[96:])
+
+
+def test_a_part_keeps_its_own_rows_alone_in_memory(folder: Path) -> None:
+    config = config_of(folder)
+    tensors = split(family_of(config).names, list_tensors(folder), entries(config), str(folder))
+    part = next(tensor for name, tensor in tensors.items() if name.endswith("layers.1.self_attn.k_proj.weight"))
+    assert part.read().base is None and part.read().shape == part.shape == (32, 64)
 
 
 def test_names_of_parts_and_wholes_undo_each_other() -> None:

@@ -71,7 +71,7 @@ def params(reference: SiglipVisionModel) -> dict[str, Any]:
     arrays = {name: tensor.numpy() for name, tensor in reference.state_dict().items()}
     tensors = {name: Tensor(Path("x"), "float32", x.shape, lambda x=x: x) for name, x in arrays.items()}
     pairs = assign(NAMES, NAMES.entries(tree), tensors, "siglip")
-    flat = {entry.path: jnp.asarray(entry.to_param(arrays[name])) for name, entry in pairs}
+    flat = {entry.path: jnp.asarray(arrays[name]) for name, entry in pairs}
     return traverse_util.unflatten_dict(flat)["vision_tower"]
 
 

@@ -17,7 +17,7 @@ from sparsevlm_jax.checkpoints.assign import all_finite, assign
 from sparsevlm_jax.checkpoints.safetensors import Tensor, list_tensors
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.models.llava import NAMES
-from sparsevlm_jax.models.names import Entry, Table, Transform
+from sparsevlm_jax.models.names import Table
 from sparsevlm_jax.models.parameters import abstract_params
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -56,7 +56,7 @@ def unread(shape: tuple[int, ...], dtype: str = "float32") -> Tensor:
 
 
 def complete_checkpoint() -> dict[str, Tensor]:
-    return {name: unread(entry.hf_shape) for name, entry in entries().items()}
+    return {name: unread(entry.shape) for name, entry in entries().items()}
 
 
 @pytest.mark.parametrize("layout", [0, 1, 2], ids=["transformers 5", "transformers 4", "original"])
@@ -93,25 +93,7 @@ def test_every_name_of_the_table_is_its_own_canonical_name():
 @pytest.mark.parametrize("folder", ["tiny_llava_hf", "tiny_llava_original"])
 def test_shapes_are_those_of_the_stored_tensors(folder):
     stored = {NAMES.canonical(name): tensor.shape for name, tensor in list_tensors(GOLDEN / folder).items()}
-    assert stored == {name: entry.hf_shape for name, entry in entries().items()}
-
-
-def test_convolution_kernels_have_their_output_axis_last():
-    entry = Entry("n", ("p",), (4, 5, 3, 7), Transform.CONV)
-    tensor = np.arange(420).reshape(entry.hf_shape)
-    assert tensor.shape == (7, 3, 4, 5)
-    assert entry.to_param(tensor)[2, 4, 1, 6] == tensor[6, 1, 2, 4]
-
-
-@pytest.mark.parametrize(
-    ("transform", "shape"), [(Transform.KEEP, (6,)), (Transform.KEEP, (2, 3)), (Transform.CONV, (2, 3, 4, 5))]
-)
-def test_to_hf_undoes_to_param(transform, shape):
-    entry = Entry("n", ("p",), shape, transform)
-    tensor = np.random.default_rng(0).normal(size=entry.hf_shape)
-    parameter = entry.to_param(tensor)
-    assert parameter.shape == shape
-    np.testing.assert_array_equal(entry.to_hf(parameter), tensor)
+    assert stored == {name: entry.shape for name, entry in entries().items()}
 
 
 @pytest.mark.parametrize("name", HARMLESS)

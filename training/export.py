@@ -30,7 +30,7 @@ def export(task: Task, params: Params, folder: Path) -> None:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     leaves = traverse_util.flatten_dict(params)
     tensors = {
-        name: np.ascontiguousarray(entry.to_hf(np.asarray(leaves[entry.path])).astype(DTYPE))
+        name: np.ascontiguousarray(np.asarray(leaves[entry.path]).astype(DTYPE))
         for name, entry in NAMES.entries(params).items()
     }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

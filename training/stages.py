@@ -138,10 +138,8 @@ def _matrices(params: Params) -> Params:
     def dimensions(path: tuple[Any, ...], leaf: Any) -> Any:
         if is_masked(leaf):
             return leaf
-        if path[-1].key == "weight":
-            return MuonDimensionNumbers(1, 0)  # from inputs to outputs
-        inputs = tuple(range(leaf.ndim - 1))
-        return MuonDimensionNumbers(inputs, leaf.ndim - 1) if path[-1].key == "kernel" else None
+        inputs = tuple(range(1, leaf.ndim))
+        return MuonDimensionNumbers(inputs, 0) if path[-1].key == "weight" else None
 
     return jax.tree_util.tree_map_with_path(dimensions, params, is_leaf=is_masked)
 

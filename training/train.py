@@ -9,7 +9,6 @@ import json
 import os
 import platform
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from sparsevlm_jax.ahead import ahead
 from sparsevlm_jax.models.llava import LlavaConfig
 from training.batches import Batch
 from training.demo import DEMO
@@ -97,17 +97,7 @@ def _checkpoints(folder: Path, every: int) -> ocp.training.Checkpointer:
 
 def _batches(task: Task, stage: Stage, seed: int, first: int, steps: range) -> Iterator[tuple[int, Batch]]:
     """The stage's batches, each made while the one before it is learned from."""
-
-    def make(step: int) -> Batch:
-        return task.batch(stage, seed, step, step - first)
-
-    with ThreadPoolExecutor(1) as pool:
-        ahead = pool.submit(make, steps.start) if steps else None
-        for step in steps:
-            assert ahead is not None
-            batch = ahead.result()
-            ahead = pool.submit(make, step + 1)
-            yield step, batch
+    return zip(steps, ahead(task.batch(stage, seed, step, step - first) for step in steps), strict=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -14,7 +14,7 @@ import jax
 
 from sparsevlm_jax.aot.devices import Device, chips
 from sparsevlm_jax.aot.hlo import Program, parse
-from sparsevlm_jax.aot.programs import Programs, Prompts, lowered
+from sparsevlm_jax.aot.programs import Lowered, Prompts, lowered
 from sparsevlm_jax.aot.roofline import COLLECTIVES, Kernel, exchanged, kernels
 from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.errors import UserError
@@ -103,10 +103,10 @@ class Compiled:
 
 
 @dataclass(frozen=True)
-class Answer:
+class CompiledAnswer:
     """Prefill with the first token, and the decoding loop, compiled; `programs` is what was lowered."""
 
-    programs: Programs
+    programs: Lowered
     prefill: Compiled
     decode: Compiled
 
@@ -115,7 +115,7 @@ class Answer:
         return max(self.prefill.memory, self.decode.memory)
 
 
-def compile_for(config: ModelConfig, sparsity: Sparsity, prompts: Prompts, deployment: Deployment) -> Answer:
+def compile_for(config: ModelConfig, sparsity: Sparsity, prompts: Prompts, deployment: Deployment) -> CompiledAnswer:
     """Compiles what `generate` would run for such a batch there.
 
     Raises:
@@ -132,7 +132,7 @@ def compile_for(config: ModelConfig, sparsity: Sparsity, prompts: Prompts, deplo
         _compiled(program, device, only_loop)
         for program, only_loop in ((programs.start, False), (programs.decode, True))
     )
-    return Answer(programs, prefill, decode)
+    return CompiledAnswer(programs, prefill, decode)
 
 
 def largest_batch(
@@ -140,7 +140,7 @@ def largest_batch(
     sparsity: Sparsity,
     prompts: Prompts,
     deployment: Deployment,
-    known: Sequence[Answer],
+    known: Sequence[CompiledAnswer],
 ) -> int:
     """The largest batch of such prompts that the devices' memory holds, found by compiling a few.
 

@@ -53,8 +53,8 @@ class Prompts:
 
 
 @dataclass(frozen=True)
-class Programs:
-    """Two programs ready to be lowered, and what decides about them.
+class Lowered:
+    """Two programs, lowered for a device, and what decides about them.
 
     Attributes:
       lengths: tokens that enter each stage, padding included.
@@ -79,7 +79,7 @@ def lowered(
     chip: Any,
     platform: str,
     quantize: str | None = None,
-) -> Programs:
+) -> Lowered:
     """Traces both programs for one chip, or for several.
 
     Args:
@@ -111,7 +111,7 @@ def lowered(
         limit = placed(jax.ShapeDtypeStruct((), jnp.int32))
         looped = decode.lower(params, state, limit, sampler, config=config, stops=plan.stops, decoding=decoding)
         lengths = _lengths(plan, packed.text)
-    return Programs(prompts.batch, plan, lengths, device_bytes(params), device_bytes(state.cache), begun, looped)
+    return Lowered(prompts.batch, plan, lengths, device_bytes(params), device_bytes(state.cache), begun, looped)
 
 
 def _places(chip: Any, config: ModelConfig) -> tuple[Where, Sharding, Sharding]:

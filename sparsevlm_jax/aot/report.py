@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparsevlm_jax.aot.compile_for import Answer, Compiled
+from sparsevlm_jax.aot.compile_for import Compiled, CompiledAnswer
 from sparsevlm_jax.aot.devices import Device
 from sparsevlm_jax.aot.scopes import PRUNING
 
 
-def answer_report(answer: Answer, device: Device) -> dict[str, Any]:
+def answer_report(answer: CompiledAnswer, device: Device) -> dict[str, Any]:
     """Bytes, seconds of compiling, kernels by phase, and the roofline's seconds, which are predictions."""
     programs = answer.programs
     return {

@@ -1,7 +1,7 @@
 """Weights, pixels and token ids drawn from an integer hash of name and index.
 
 Processes that share nothing make the same bits, with NumPy, JAX or PyTorch, on any device: everything is int32 until
-one exact conversion and one rounding. Names are the canonical ones of `sparsevlm_jax.weights`, indices count the
+one exact conversion and one rounding. Names are the canonical ones of `sparsevlm_jax.models.names`, indices count the
 elements of the tensor as a Hugging Face checkpoint stores it.
 """
 
@@ -49,7 +49,7 @@ def seed_of(name: str) -> int:
 def draw_of(name: str, shape: tuple[int, ...]) -> Draw:
     """How the tensor of a canonical name is drawn.
 
-    Kernels keep the size of their input; queries, keys and the head are wider, so that attention is far from uniform
+    Weights keep the size of their input; queries, keys and the head are wider, so that attention is far from uniform
     and logits are well apart: what is chosen then does not hang on the last bit of a float32.
     """
     if len(shape) == 1:

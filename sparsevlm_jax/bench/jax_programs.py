@@ -20,7 +20,7 @@ from sparsevlm_jax.bench.hash_weights import draw_of, numbers, values
 from sparsevlm_jax.config import ModelConfig
 from sparsevlm_jax.models.names import DECODER
 from sparsevlm_jax.models.parameters import entries
-from sparsevlm_jax.models.quantize import parts_of
+from sparsevlm_jax.models.quantize import held_as
 from sparsevlm_jax.models.stages import Cache, Params, Prompt, decoder_of, last_logits, prefill, run_stage, start
 from sparsevlm_jax.ops.layers import apart, product
 from sparsevlm_jax.parallel.rules import placement
@@ -34,31 +34,27 @@ from sparsevlm_jax.pruning.sparsify import take
 @lru_cache(maxsize=1)
 def draw_params(config: ModelConfig, dtype: str, mesh: str = "", quantize: str = "") -> Params:
     """The hash's weights as a parameter tree, made on the device, or on the first of a mesh and from there one by one
-    to all; sides of one process share them. Kernels in eight bits are made of those in the dtype."""
+    to all; sides of one process share them. Weights in eight bits are made of those in the dtype."""
     where = placement(mesh, config) if mesh else None
     tree = {}
     for name, entry in entries(config).items():
-        draw = draw_of(name, entry.hf_shape)
+        draw = draw_of(name, entry.shape)
         drawn = _draw(
             jnp.int32(draw.seed),
             jnp.float32(draw.scale),
-            shape=entry.hf_shape,
-            axes=entry.transform.value,
+            shape=entry.shape,
             norm=draw.norm,
             dtype=dtype,
         )
-        for path, leaf in parts_of(entry.path, drawn, quantize).items():
+        for path, leaf in held_as(entry.path, drawn, quantize).items():
             tree[path] = leaf if where is None else jax.device_put(leaf, where(path, leaf.shape))
     return traverse_util.unflatten_dict(tree)
 
 
-@partial(jax.jit, static_argnames=("shape", "axes", "norm", "dtype"))
-def _draw(
-    seed: Array, scale: Array, *, shape: tuple[int, ...], axes: tuple[int, ...] | None, norm: bool, dtype: str
-) -> Array:
+@partial(jax.jit, static_argnames=("shape", "norm", "dtype"))
+def _draw(seed: Array, scale: Array, *, shape: tuple[int, ...], norm: bool, dtype: str) -> Array:
     integers = numbers(jnp.arange(math.prod(shape), dtype=jnp.int32), seed)
-    drawn = values(integers, scale, norm, lambda x: x.astype(jnp.float32)).astype(dtype).reshape(shape)
-    return drawn if axes is None else drawn.transpose(axes)
+    return values(integers, scale, norm, lambda x: x.astype(jnp.float32)).astype(dtype).reshape(shape)
 
 
 @partial(jax.jit, static_argnames=("lengths",))

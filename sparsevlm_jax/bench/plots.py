@@ -21,12 +21,12 @@ def plots(found: Sequence[Figures]) -> dict[str, str]:
     """Title -> SVG. Nothing where there is nothing to compare."""
     drawn: dict[str, Callable[[Axes, Sequence[Figures]], None]] = {
         "Prefill against visual tokens kept": _latency,
-        "Where the time of an answer goes": _stages,
         "Peak memory": _memory,
         "Prefill speed-up against the ideal": _speedup,
     }
-    answered = all(f.tower and f.end_to_end for f in found)
-    return {title: _svg(title, draw, found) for title, draw in drawn.items() if found and (answered or draw != _stages)}
+    if all(f.tower and f.end_to_end for f in found):
+        drawn["Where the time of an answer goes"] = _stages
+    return {title: _svg(title, draw, found) for title, draw in drawn.items() if found}
 
 
 def _latency(axes: Axes, found: Sequence[Figures]) -> None:

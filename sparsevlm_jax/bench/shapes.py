@@ -127,7 +127,7 @@ class Side:
       method: a name in `methods.METHODS`.
       keep: equivalent tokens, or None for the method's default.
       mesh: of JAX's the devices that share the model, as "tensor=4"; empty for one.
-      quantize: of JAX's how the decoder's kernels are held, see `load`; empty for the cell's dtype.
+      quantize: of JAX's how the decoder's weights are held, see `load`; empty for the cell's dtype.
     """
 
     engine: str
@@ -183,7 +183,7 @@ class Side:
         return replace(self, mesh=str(MeshShape.parse(mesh)))
 
     def held_in(self, quantize: str | None) -> Side:
-        """The same with its kernels held so.
+        """The same with its weights held so.
 
         Raises:
           UserError: no such way to hold them, or an engine that knows none.

@@ -47,8 +47,8 @@ def assign(
         else:
             entry = entries[known]
             pairs[known] = name, entry
-            if tensor.shape != entry.hf_shape:
-                shapes.append(f"{name} is {list(tensor.shape)}, expected {list(entry.hf_shape)}")
+            if tensor.shape != entry.shape:
+                shapes.append(f"{name} is {list(tensor.shape)}, expected {list(entry.shape)}")
             if tensor.dtype not in DTYPES:
                 dtypes.append(f"{name} is {tensor.dtype}")
     problems = {

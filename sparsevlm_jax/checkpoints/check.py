@@ -43,7 +43,7 @@ class Converted(NamedTuple):
             path = tuple(record.path.split("/"))
             if path not in params or params[path].shape != self.entries[record.path].shape:
                 return None
-            array = np.ascontiguousarray(self.entries[record.path].to_hf(params.pop(path)))
+            array = params.pop(path)
             return array if orbax.digest(array) == record.stored_digest else None
 
         records = self.manifest.groups[group]

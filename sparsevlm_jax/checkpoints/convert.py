@@ -24,7 +24,7 @@ from sparsevlm_jax.config import DTYPES, read_config
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.files import user_path
 from sparsevlm_jax.models.names import Entry
-from sparsevlm_jax.models.quantize import ParamPath, check_quantize, in_eight_bits, scale_of
+from sparsevlm_jax.models.quantize import ParamPath, check_quantize, held_as, scale_of
 from sparsevlm_jax.process import versions
 from sparsevlm_jax.text import shortlist
 
@@ -36,10 +36,6 @@ class Form(NamedTuple):
 
     dtype: str | None  # None for each tensor's own
     quantize: str | None
-
-    def scale_of(self, entry: Entry) -> ParamPath | None:
-        """Where the scale of a parameter that is stored in eight bits goes; None for all others."""
-        return None if self.quantize is None else scale_of(entry.path)
 
 
 class Result(NamedTuple):
@@ -127,8 +123,7 @@ def _read_group(source: Source, pairs: Sequence[Pair], form: Form) -> Tensors:
         for path, stored in _stored(entry, array, form).items():
             stored_digest = digest if stored is array else orbax.digest(stored)
             own = (stored.shape, tensor.dtype, digest, stored.dtype.name, stored_digest)
-            parameter = entry.to_param(stored) if path == entry.path else stored
-            made.append((np.ascontiguousarray(parameter), Record("/".join(path), *origin, *own)))
+            made.append((stored, Record("/".join(path), *origin, *own)))
         return made
 
     tensors = [each for made in orbax.parallel(read, pairs) for each in made]
@@ -148,11 +143,9 @@ def _write_group(folder: Path, tensors: Tensors, job: str) -> tuple[Record, ...]
 
 
 def _stored(entry: Entry, tensor: np.ndarray, form: Form) -> dict[ParamPath, np.ndarray]:
-    """What is stored of a tensor, in its order of axes: itself, cast, or values and scale."""
-    scale = form.scale_of(entry)
-    if scale is not None:
-        values, factors = in_eight_bits(tensor)
-        return {entry.path: np.asarray(values), scale: np.asarray(factors)}
+    """What is stored of a tensor: itself, cast, or values and scale."""
+    if scale_of(entry.path, form.quantize):
+        return {path: np.asarray(part) for path, part in held_as(entry.path, tensor, form.quantize).items()}
     with np.errstate(over="ignore"):  # an overflow is reported by the caller, with its name
         return {entry.path: tensor.astype(form.dtype or tensor.dtype, copy=False)}
 
@@ -246,6 +239,6 @@ def _check_target(target: Path, source: Path) -> None:
 
 def _stored_bytes(source: Source, pair: Pair, form: Form) -> int:
     name, entry = pair
-    if form.scale_of(entry) is not None:
+    if scale_of(entry.path, form.quantize):
         return entry.shape[0] * (entry.shape[1] + 4)
     return math.prod(entry.shape) * np.dtype(form.dtype or source.tensors[name].dtype).itemsize

@@ -20,10 +20,11 @@ from sparsevlm_jax.checkpoints.workplace import check_room, clear, copy_files, p
 from sparsevlm_jax.config import SiglipConfig, read_config
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.files import user_path
+from sparsevlm_jax.models.names import DECODER
 
 SHARD_BYTES = 5_000_000_000  # as transformers cuts them
 _CODES = {dtype.name: code for code, dtype in STORED_DTYPES.items()}
-_TABLES = ("language_model/embed_tokens/embedding", "language_model/lm_head/weight")
+_TABLES = (f"{DECODER}/embed_tokens/embedding", f"{DECODER}/lm_head/weight")
 
 
 class _Stored(NamedTuple):

@@ -67,12 +67,12 @@ def split(table: Table, tensors: Mapping[str, Tensor], entries: Mapping[str, Ent
 
 
 def _rows(name: str, tensor: Tensor, parts: Sequence[Entry], source: str) -> list[Tensor]:
-    """A tensor cut into those of its parts. Each reads the whole, and is a view of it."""
-    ends = [0, *accumulate(part.hf_shape[0] for part in parts)]
-    expected = (ends[-1], *parts[0].hf_shape[1:])
+    """A tensor cut into those of its parts. Each reads the whole, and keeps its own rows only."""
+    ends = [0, *accumulate(part.shape[0] for part in parts)]
+    expected = (ends[-1], *parts[0].shape[1:])
     if tensor.shape != expected:
         raise UserError(f"{source}: {name} is {list(tensor.shape)}, expected {list(expected)}")
     return [
-        tensor._replace(shape=part.hf_shape, read=lambda start=start, stop=stop: tensor.read()[start:stop])
+        tensor._replace(shape=part.shape, read=lambda start=start, stop=stop: tensor.read()[start:stop].copy())
         for part, (start, stop) in zip(parts, pairwise(ends), strict=True)
     ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from sparsevlm_jax.models.family import config_of, family_of
 from sparsevlm_jax.models.names import Entry
 from sparsevlm_jax.models.offload import to_host
 from sparsevlm_jax.models.parameters import entries
-from sparsevlm_jax.models.quantize import ParamPath, check_quantize, in_eight_bits, scale_of
+from sparsevlm_jax.models.quantize import ParamPath, check_quantize, held_as, scale_of
 from sparsevlm_jax.parallel.rules import Where, placement
 from sparsevlm_jax.text import shortlist
 
@@ -132,13 +131,12 @@ def _read_params(
     for name, entry in pairs:
         with np.errstate(over="ignore"):  # an overflow is reported below, with its name
             array = tensors[name].read()
-            if quantize is None or scale_of(entry.path) is None:
+            if not scale_of(entry.path, quantize):
                 array = array.astype(dtype, copy=False)
         if not all_finite(array):
             spoilt.append(name)
             continue
-        where = sharding(entry.path, entry.shape) if callable(sharding) else sharding
-        placed = jax.device_put(entry.to_param(array), where)
+        placed = jax.device_put(array, _where(sharding, entry.path, entry.shape))
         params |= jax.block_until_ready(_held(entry.path, placed, quantize, sharding))
     if spoilt:
         count = f"{len(spoilt)} of {len(pairs)}"
@@ -150,17 +148,12 @@ def _held(
     path: ParamPath, parameter: jax.Array, quantize: str | None, sharding: Placement | None
 ) -> dict[ParamPath, jax.Array]:
     """What holds a parameter by path, each where it belongs: itself, or values and scale."""
-    scale = None if quantize is None else scale_of(path)
-    if scale is None:
-        return {path: parameter}
-    shapes = {path: parameter.shape, scale: parameter.shape[:1]}
-    places = (sharding(*item) if callable(sharding) else sharding for item in shapes.items())
-    return dict(zip(shapes, _quantizer(*places)(parameter), strict=True))
+    parts = held_as(path, parameter, quantize)
+    return {path: jax.device_put(part, _where(sharding, path, part.shape)) for path, part in parts.items()}
 
 
-@cache
-def _quantizer(*places: Any) -> Any:
-    return jax.jit(in_eight_bits, out_shardings=places)
+def _where(sharding: Placement | None, path: ParamPath, shape: tuple[int, ...]) -> jax.sharding.Sharding | None:
+    return sharding(path, shape) if callable(sharding) else sharding
 
 
 def entries_of(folder: Path, manifest: Manifest, config: ModelConfig) -> dict[str, Entry]:
@@ -173,10 +166,7 @@ def entries_of(folder: Path, manifest: Manifest, config: ModelConfig) -> dict[st
     quantize = manifest.quantize
     by_path = {"/".join(entry.path): entry for entry in entries(config, quantize).values()}
     found = {record.path: (record.shape, record.stored_dtype == quantize) for record in manifest.records}
-    wanted = {
-        path: (entry.hf_shape, quantize is not None and scale_of(entry.path) is not None)
-        for path, entry in by_path.items()
-    }
+    wanted = {path: (entry.shape, scale_of(entry.path, quantize) is not None) for path, entry in by_path.items()}
     astray = sorted(path for path in {*found, *wanted} if found.get(path) != wanted.get(path))
     if astray:
         raise UserError(f"{folder}: manifest and config.json describe different parameters: {shortlist(astray)}")
@@ -195,7 +185,7 @@ def _restore_params(
     """The parameter tree of a converted checkpoint, group by group, each device reading its own shards."""
     by_path = entries_of(folder, manifest, config)
     stored = {tuple(record.path.split("/")): record.stored_dtype for record in manifest.records}
-    scales = {path: scale for path in stored if (quantize or manifest.quantize) and (scale := scale_of(path))}
+    scales = {path: scale for path in stored if (scale := scale_of(path, quantize or manifest.quantize))}
     as_stored = {*scales, *scales.values()}
     if dtype is None:
         stated = {stored[path] for path in stored.keys() - as_stored}
@@ -205,7 +195,7 @@ def _restore_params(
 
     def abstract(path: tuple[str, ...]) -> jax.ShapeDtypeStruct:
         shape = by_path["/".join(path)].shape
-        where = sharding(path, shape) if callable(sharding) else sharding or default
+        where = _where(sharding, path, shape) or default
         return jax.ShapeDtypeStruct(shape, np.dtype(dtypes[path]), sharding=where)
 
     params = {}

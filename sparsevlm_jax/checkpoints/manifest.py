@@ -17,14 +17,14 @@ from sparsevlm_jax.errors import UserError, first_line
 from sparsevlm_jax.files import inside, plain_name, read_json
 
 MANIFEST = "manifest.json"
-VERSION = 2  # of the layout: 1 had linear weights as [inputs, outputs]
+VERSION = 2  # of the layout: 1 had weights in Flax's order of axes
 _LONGEST_AXIS, _MOST_AXES = 2**40, 8
 
 
 class Record(NamedTuple):
     """A parameter: the tensor that it was made of, and how it is stored.
 
-    Digests are sha256 of the tensor's bytes in the source's order of axes, so both are equal where the dtype is. A
+    Digests are sha256 of the tensor's bytes, so both are equal where the dtype is. A
     weight in eight bits and its scale are two parameters that were made of one tensor.
     """
 
@@ -92,7 +92,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{error}: not the manifest of a converted checkpoint") from None
     version = fields.get("version")
     if type(version) is int and version != VERSION:
-        raise UserError(f"{file}: layout {version}, this release reads {VERSION}; convert the source again")
+        raise UserError(
+            f"{file}: layout {version}, this release reads {VERSION}; convert the source again, to another folder"
+        )
     try:
         for name, kind in (("version", int), ("source", dict), ("versions", dict), ("files", dict), ("groups", list)):
             if type(fields[name]) is not kind:

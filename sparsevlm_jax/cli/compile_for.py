@@ -51,7 +51,7 @@ class CompileOptions:
     ] = None
 
     quantize: Annotated[
-        str | None, typer.Option(metavar="int8", help="Hold the kernels of the decoder's layers in eight bits.")
+        str | None, typer.Option(metavar="int8", help="Hold the weights of the decoder's layers in eight bits.")
     ] = None
 
     @property

@@ -20,7 +20,7 @@ def convert(
     paths: Annotated[list[str], typer.Argument(metavar="SRC DST", help=_HELP)],
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: the source's own.")] = None,
     quantize: Annotated[
-        str | None, typer.Option(metavar="int8", help="Store the kernels of the decoder's layers in eight bits.")
+        str | None, typer.Option(metavar="int8", help="Store the weights of the decoder's layers in eight bits.")
     ] = None,
     vision_tower: Annotated[
         str | None, typer.Option(metavar="DIR_OR_ID", help="CLIP model of a checkpoint in the original layout.")

@@ -56,7 +56,7 @@ class ModelOptions:
     ] = None
 
     quantize: Annotated[
-        str | None, typer.Option(metavar="int8", help="Hold the kernels of the decoder's layers in eight bits.")
+        str | None, typer.Option(metavar="int8", help="Hold the weights of the decoder's layers in eight bits.")
     ] = None
     check: Annotated[
         bool, typer.Option("--check/--no-check", help="Compare a converted checkpoint with its digests.")

@@ -96,7 +96,7 @@ def plan(
 
 
 def _model(name: str) -> tuple[ModelConfig, str | None]:
-    """The configuration, and how a converted checkpoint holds its kernels; None as the dtype says.
+    """The configuration, and how a converted checkpoint holds its weights; None as the dtype says.
 
     Raises:
       UserError: no such model, or whatever is wrong with its files.

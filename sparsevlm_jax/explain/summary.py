@@ -23,7 +23,7 @@ _xla_flops = cache(cost.xla_flops)  # counted from shapes, which many questions 
 END = "end of the answer"
 
 
-class Answer(NamedTuple):
+class ComparedAnswer(NamedTuple):
     """An answer, and where it parts from the other: `same`, then `differs` (empty where it does not), then `rest`."""
 
     text: str
@@ -133,7 +133,7 @@ def scored_by(explanation: Explanation) -> str:
     return METHODS[explanation.pruned.plan.sparsity.method].in_short
 
 
-def answers(explanation: Explanation) -> tuple[Answer, Answer]:
+def answers(explanation: Explanation) -> tuple[ComparedAnswer, ComparedAnswer]:
     """The dense and the pruned answer."""
     dense, pruned = explanation.dense, explanation.pruned
     at = first_difference(dense.tokens[0], pruned.tokens[0])
@@ -263,14 +263,14 @@ def _frames(explanation: Explanation) -> str:
     )
 
 
-def _answer(explanation: Explanation, generation: Generation, at: int | None) -> Answer:
+def _answer(explanation: Explanation, generation: Generation, at: int | None) -> ComparedAnswer:
     processor, tokens = require_processor(explanation.model), generation.tokens[0]
     text = processor.decode(tokens)
     if at is None:
-        return Answer(text, text, "", "")
+        return ComparedAnswer(text, text, "", "")
     parts = pieces(tokens, processor)
-    differs = "".join(parts[at : at + 1]) or END
-    return Answer(text, "".join(parts[:at]).lstrip(), differs if at else differs.lstrip(), "".join(parts[at + 1 :]))
+    same, differs, rest = "".join(parts[:at]), "".join(parts[at : at + 1]) or END, "".join(parts[at + 1 :])
+    return ComparedAnswer(text, same.lstrip(), differs if at else differs.lstrip(), rest)
 
 
 def _saving(name: str, values: tuple[float | int, ...], show: Callable[[float | int], str]) -> Saving:

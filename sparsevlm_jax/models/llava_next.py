@@ -15,7 +15,7 @@ from sparsevlm_jax.inputs.any_resolution import lay_out
 from sparsevlm_jax.layout import ImageLayout, Size
 from sparsevlm_jax.models.llava import NAMES as LLAVA_NAMES
 from sparsevlm_jax.models.llava import Llava, LlavaConfig
-from sparsevlm_jax.models.names import KEEP, Row, Table
+from sparsevlm_jax.models.names import Row, Table
 from sparsevlm_jax.models.stages import Params
 
 # Visual tokens to which one image is padded, as shares of the most that it can have: these hold the photographs of
@@ -24,7 +24,7 @@ _BUCKETS = (1216, 1792, 2144, 2368, 2656, 2928)
 MOST_CANVASES = 64
 
 NAMES = Table(
-    (*LLAVA_NAMES.rows, Row("", "", (("image_newline", "image_newline", KEEP),))),
+    (*LLAVA_NAMES.rows, Row("", "", (("image_newline", "image_newline"),))),
     {**LLAVA_NAMES.spellings, "image_newline": ("image_newline", "model.image_newline")},
     LLAVA_NAMES.harmless,
 )

@@ -9,25 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import numpy as np
 from flax import traverse_util
 
 DECODER = "language_model"  # where a decoder's parameters stand in the tree
-
-
-class Transform(Enum):
-    """How a stored tensor becomes a parameter: the order in which its axes are taken."""
-
-    KEEP = None
-    CONV = (2, 3, 1, 0)  # [out, in, height, width] -> [height, width, in, out]
-
-    @property
-    def inverse(self) -> tuple[int, ...] | None:
-        return self.value and tuple(self.value.index(axis) for axis in range(len(self.value)))
 
 
 class Row(NamedTuple):
@@ -35,7 +22,7 @@ class Row(NamedTuple):
 
     module: str
     path: str
-    stores: tuple[tuple[str, str, Transform], ...]  # tensor, parameter, transform
+    stores: tuple[tuple[str, str], ...]  # tensor, parameter: the same array
 
 
 class Entry(NamedTuple):
@@ -43,22 +30,7 @@ class Entry(NamedTuple):
 
     name: str  # canonical
     path: tuple[str, ...]
-    shape: tuple[int, ...]  # of the parameter
-    transform: Transform
-
-    @property
-    def hf_shape(self) -> tuple[int, ...]:
-        axes = self.transform.inverse
-        return self.shape if axes is None else tuple(self.shape[axis] for axis in axes)
-
-    def to_param(self, tensor: np.ndarray) -> np.ndarray:
-        """A stored tensor of `hf_shape` as a parameter of `shape`: a view, no copy."""
-        return tensor if self.transform.value is None else tensor.transpose(self.transform.value)
-
-    def to_hf(self, parameter: np.ndarray) -> np.ndarray:
-        """The inverse of `to_param`: a view, no copy."""
-        axes = self.transform.inverse
-        return parameter if axes is None else parameter.transpose(axes)
+    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -77,16 +49,16 @@ class Table:
     harmless: frozenset[str] = field(default_factory=frozenset)
 
     @cached_property
-    def _by_path(self) -> dict[str, tuple[str, Transform]]:
+    def _by_path(self) -> dict[str, str]:
         return {
-            "/".join(filter(None, (row.path, parameter))): (".".join(filter(None, (row.module, tensor))), transform)
+            "/".join(filter(None, (row.path, parameter))): ".".join(filter(None, (row.module, tensor)))
             for row in self.rows
-            for tensor, parameter, transform in row.stores
+            for tensor, parameter in row.stores
         }
 
     @cached_property
     def _known(self) -> frozenset[str]:
-        return self.harmless | {name for name, _ in self._by_path.values()}
+        return self.harmless | set(self._by_path.values())
 
     def entries(self, params: Mapping[str, Any]) -> dict[str, Entry]:
         """What a Hugging Face checkpoint of this parameter tree holds, by canonical name.
@@ -105,9 +77,8 @@ class Table:
             pattern = joined if layer is None else joined.replace(layer.group(), "/layers_{i}/")
             if pattern not in self._by_path:
                 raise ValueError(f"no Hugging Face name is known for the parameter {joined}")
-            name, transform = self._by_path[pattern]
-            name = name if layer is None else name.replace("{i}", layer.group(1))
-            entries[name] = Entry(name, path, tuple(leaf.shape), transform)
+            name = self._by_path[pattern] if layer is None else self._by_path[pattern].replace("{i}", layer.group(1))
+            entries[name] = Entry(name, path, tuple(leaf.shape))
         return entries
 
     def canonical(self, name: str) -> str | None:
@@ -133,15 +104,13 @@ class Table:
     def part(self, name: str) -> str | None:
         """The part of the parameter tree, such as "vision_tower", that a tensor of any spelling belongs to."""
         pattern = _pattern(self.canonical(name) or "")
-        return next((path.split("/")[0] for path, (known, _) in self._by_path.items() if known == pattern), None)
+        return next((path.split("/")[0] for path, known in self._by_path.items() if known == pattern), None)
 
 
-KEEP, CONV = Transform.KEEP, Transform.CONV
 # What a kind of module stores. Biases that a model does not have are not in its tree.
-DENSE = (("weight", "weight", KEEP), ("bias", "bias", KEEP))
-CONVOLUTION = (("weight", "kernel", CONV), ("bias", "bias", KEEP))
-NORM = (("weight", "scale", KEEP), ("bias", "bias", KEEP))
-EMBEDDING = (("weight", "embedding", KEEP),)
+DENSE = (("weight", "weight"), ("bias", "bias"))
+NORM = (("weight", "scale"), ("bias", "bias"))
+EMBEDDING = (("weight", "embedding"),)
 
 TOWER, TEXT, HEAD = "vision_tower.vision_model.", "language_model.model.", "language_model.lm_head."
 EMBEDDINGS = TEXT + "embed_tokens.weight"
@@ -152,8 +121,8 @@ def vision_rows(module: str = TOWER, path: str = "vision_tower") -> tuple[Row, .
     layer, own = module + "encoder.layers.{i}.", path + "/layers_{i}/"
     attention = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")
     return (
-        Row(module + "embeddings", path, (("class_embedding", "class_embedding", KEEP),)),
-        Row(module + "embeddings.patch_embedding", path + "/patch_embedding", CONVOLUTION),
+        Row(module + "embeddings", path, (("class_embedding", "class_embedding"),)),
+        Row(module + "embeddings.patch_embedding", path + "/patch_embedding", DENSE),
         Row(module + "embeddings.position_embedding", path + "/position_embedding", EMBEDDING),
         Row(module + "pre_layrnorm", path + "/pre_layernorm", NORM),  # misspelt in every checkpoint
         *(Row(layer + name, own + name, NORM) for name in ("layer_norm1", "layer_norm2")),

@@ -16,15 +16,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float, Int8
 
 from sparsevlm_jax.config import QUANTIZATIONS
 from sparsevlm_jax.errors import UserError
-from sparsevlm_jax.models.names import KEEP, Entry
+from sparsevlm_jax.models.names import DECODER, Entry
 
 ParamPath = tuple[str, ...]
-_WEIGHT = re.compile(r"language_model/layers_\d+/.+/weight")
+_WEIGHT = re.compile(rf"{DECODER}/layers_\d+/.+/weight")
 _LARGEST = 127
 _SMALLEST = 1e-30  # of an output's largest weight: what divides by the scale must not divide by zero
 
@@ -39,14 +40,14 @@ def check_quantize(quantize: str | None) -> None:
         raise UserError(f'quantize="{quantize}" is not supported: choose {", ".join(QUANTIZATIONS)}')
 
 
-def scale_of(path: ParamPath) -> ParamPath | None:
-    """Where the scale of a weight stands that is in eight bits where any is; None for all other parameters."""
-    return (*path[:-1], "scale") if _WEIGHT.fullmatch("/".join(path)) else None
+def scale_of(path: ParamPath, quantize: str | None = "int8") -> ParamPath | None:
+    """Where the scale of a weight in eight bits stands; None for all parameters that are not held so."""
+    return (*path[:-1], "scale") if quantize and _WEIGHT.fullmatch("/".join(path)) else None
 
 
-def parts_of(path: ParamPath, parameter: Array, quantize: str | None) -> dict[ParamPath, Array]:
+def held_as(path: ParamPath, parameter: Array | np.ndarray, quantize: str | None) -> dict[ParamPath, Any]:
     """What holds a parameter, by path: itself, or values and scale."""
-    scale = scale_of(path) if quantize else None
+    scale = scale_of(path, quantize)
     return {path: parameter} if scale is None else dict(zip((path, scale), in_eight_bits(parameter), strict=True))
 
 
@@ -55,7 +56,7 @@ def quantize_params(params: Mapping[str, Any], quantize: str | None = "int8") ->
     flat: dict[ParamPath, Any] = dict(traverse_util.flatten_dict(params))
     parts: dict[ParamPath, Array] = {}
     for path, leaf in flat.items():
-        parts |= parts_of(path, leaf, quantize)
+        parts |= held_as(path, leaf, quantize)
     return traverse_util.unflatten_dict(parts)
 
 
@@ -70,7 +71,7 @@ def entries_held(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     for name, entry in entries.items():
         found[name] = entry
         if (path := scale_of(entry.path)) is not None:
-            found[f"{name}_scale"] = Entry(f"{name}_scale", path, entry.shape[:1], KEEP)
+            found[f"{name}_scale"] = Entry(f"{name}_scale", path, entry.shape[:1])
     return found
 
 

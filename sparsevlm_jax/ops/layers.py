@@ -48,7 +48,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        weight = self.param("weight", _lecun_normal, (self.features, x.shape[-1]))
+        weight = self.param("weight", initial_weight, (self.features, x.shape[-1]))
         bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
         scale = self.get_variable("params", "scale")
         if scale is None:
@@ -57,9 +57,16 @@ class Linear(nn.Module):
         return made if bias is None else made + bias.reshape((1,) * (x.ndim - 1) + (-1,))
 
 
+def initial_weight(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+    """A weight [outputs, inputs, ...], drawn in the order of Flax's kernels: a seed means the same numbers as there."""
+    outputs, inputs, *window = shape
+    drawn = nn.initializers.lecun_normal()(key, (*window, inputs, outputs), dtype)
+    return jnp.moveaxis(drawn, (-1, -2), (0, 1))
+
+
 def product(x: Float[Array, "*b i"], weight: Array, scale: Float[Array, "o"] | None) -> Float[Array, "*b o"]:
     """x @ weight.T as `Linear` computes it, of one dtype, or with the weight [o, i] in eight bits and its scale."""
-    return _product(x, weight, x.dtype) if scale is None else scaled_product(x, weight, scale)
+    return _dot(x, weight, x.dtype) if scale is None else scaled_product(x, weight, scale)
 
 
 def scaled_product(
@@ -75,7 +82,7 @@ def scaled_product(
         made = _product_in_blocks(rows, values).reshape(*x.shape[:-1], -1)
     else:
         # Sums of such values overflow in float16.
-        made = _product(x, values, jnp.float32 if x.dtype == jnp.float16 else x.dtype)
+        made = _dot(x, values, jnp.float32 if x.dtype == jnp.float16 else x.dtype)
     return (made.astype(jnp.float32) * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
@@ -116,21 +123,16 @@ class LayerNorm(nn.Module):
         return (centred * (jax.lax.rsqrt(variance + self.eps) * scale) + bias).astype(x.dtype)
 
 
-def _lecun_normal(key: Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32) -> Float[Array, "o i"]:
-    """Drawn in the order of Flax's kernels, so that a seed means the same weights as there."""
-    return nn.initializers.lecun_normal()(key, shape[::-1], dtype).T
-
-
 def _product_in_blocks(x: Float[Array, "r i"], values: Int8[Array, "o i"]) -> Float[Array, "r o"]:
-    """`_product` in float32, some outputs at a time."""
+    """`_dot` in float32, some outputs at a time."""
     outputs, inputs = values.shape
     size = next(n for n in range(min(outputs, max(1, BLOCK // inputs)), 0, -1) if outputs % n == 0)
-    made = jax.lax.map(lambda block: _product(x, block, jnp.float32), values.reshape(-1, size, inputs))
+    made = jax.lax.map(lambda block: _dot(x, block, jnp.float32), values.reshape(-1, size, inputs))
     return made.swapaxes(0, 1).reshape(len(x), outputs)
 
 
-def _product(x: Float[Array, "*b i"], weight: Array, dtype: DTypeLike) -> Float[Array, "*b o"]:
-    """x @ weight.T, the weight [o, i] in the dtype of x, its sums in another."""
+def _dot(x: Float[Array, "*b i"], weight: Array, dtype: DTypeLike) -> Float[Array, "*b o"]:
+    """x @ weight.T, the weight [o, i] as the dtype of x, summed in `dtype`."""
     return jax.lax.dot_general(
         x,
         weight.astype(x.dtype),

@@ -6,12 +6,11 @@ Axis letters: m images, v patches (and the class token), d width, n heads, h hea
 from __future__ import annotations
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sparsevlm_jax.config import VisionConfig
-from sparsevlm_jax.models.towers.layers import TowerLayer, resize_positions, run_layers
+from sparsevlm_jax.models.towers.layers import PatchEmbedding, TowerLayer, resize_positions, run_layers
 from sparsevlm_jax.ops.attention import attention_rows
 from sparsevlm_jax.ops.layers import LayerNorm
 
@@ -24,11 +23,8 @@ class ClipTower(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        patch = (c.patch_size, c.patch_size)
         self.class_embedding = self.param("class_embedding", nn.initializers.normal(0.02), (c.hidden_size,))
-        self.patch_embedding = nn.Conv(
-            c.hidden_size, patch, strides=patch, padding="VALID", use_bias=False, precision=jax.lax.Precision.HIGHEST
-        )
+        self.patch_embedding = PatchEmbedding(c, use_bias=False)
         self.position_embedding = nn.Embed(c.grid**2 + 1, c.hidden_size)
         self.pre_layernorm = LayerNorm(c.layer_norm_eps)
         self.layers = [TowerLayer(c) for _ in range(c.num_hidden_layers)]
@@ -48,7 +44,7 @@ class ClipTower(nn.Module):
     def embed(self, pixel_values: Float[Array, "m 3 height width"]) -> Float[Array, "m v d"]:
         """Patches behind the class token, plus positions, normalised ("pre_layrnorm" in Hugging Face's spelling)."""
         positions = self.position_embedding.embedding
-        patches = self.patch_embedding(jnp.transpose(pixel_values, (0, 2, 3, 1)).astype(positions.dtype))
+        patches = self.patch_embedding(pixel_values)
         images, grid, _, width = patches.shape
         if grid != self.config.grid:
             positions = _interpolate_positions(positions, self.config.grid, grid)

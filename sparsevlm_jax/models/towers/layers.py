@@ -16,10 +16,35 @@ from jaxtyping import Array, Float
 
 from sparsevlm_jax.config import TowerConfig
 from sparsevlm_jax.ops.attention import attend
-from sparsevlm_jax.ops.layers import ACTIVATIONS, LayerNorm, Linear
+from sparsevlm_jax.ops.layers import ACTIVATIONS, LayerNorm, Linear, initial_weight
 
 # (query [m v n h], key [m v n h], v of each image [m]) -> how much each token is looked at [m v], float32
 Saliency = Callable[[Array, Array, Array], Array]
+
+
+class PatchEmbedding(nn.Module):
+    """One vector for each patch: a convolution whose windows stand side by side. A last, partial patch is not seen."""
+
+    config: TowerConfig
+    use_bias: bool
+
+    @nn.compact
+    def __call__(self, pixels: Float[Array, "m channels height width"]) -> Float[Array, "m rows columns d"]:
+        c = self.config
+        patch = (c.patch_size, c.patch_size)
+        weight = self.param("weight", initial_weight, (c.hidden_size, c.num_channels, *patch))
+        patches = jax.lax.conv_general_dilated(
+            pixels.astype(weight.dtype),
+            weight,
+            window_strides=patch,
+            padding="VALID",
+            dimension_numbers=("NCHW", "OIHW", "NHWC"),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        if not self.use_bias:
+            return patches
+        bias = self.param("bias", nn.initializers.zeros, (c.hidden_size,))
+        return patches + bias.reshape(1, 1, 1, -1)
 
 
 class TowerAttention(nn.Module):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from sparsevlm_jax.config import SiglipConfig
-from sparsevlm_jax.models.towers.layers import TowerLayer, resize_positions, run_layers
+from sparsevlm_jax.models.towers.layers import PatchEmbedding, TowerLayer, resize_positions, run_layers
 from sparsevlm_jax.ops.attention import attention_rows
 from sparsevlm_jax.ops.layers import LayerNorm
 
@@ -24,10 +24,7 @@ class SiglipTower(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        patch = (c.patch_size, c.patch_size)
-        self.patch_embedding = nn.Conv(
-            c.hidden_size, patch, strides=patch, padding="VALID", precision=jax.lax.Precision.HIGHEST
-        )
+        self.patch_embedding = PatchEmbedding(c, use_bias=True)
         self.position_embedding = nn.Embed(c.grid**2, c.hidden_size)
         self.layers = [TowerLayer(c) for _ in range(c.num_hidden_layers)]
         self.post_layernorm = LayerNorm(c.layer_norm_eps)
@@ -46,7 +43,7 @@ class SiglipTower(nn.Module):
     def embed(self, pixel_values: Float[Array, "m 3 height width"]) -> Float[Array, "m v d"]:
         """Patches plus positions. What a last, partial patch would hold is not seen."""
         positions = self.position_embedding.embedding
-        patches = self.patch_embedding(jnp.transpose(pixel_values, (0, 2, 3, 1)).astype(positions.dtype))
+        patches = self.patch_embedding(pixel_values)
         images, grid, _, width = patches.shape
         if grid != self.config.grid:
             positions = resize_positions(positions, self.config.grid, grid).astype(positions.dtype)
