@@ -17,7 +17,7 @@ from sparsevlm_jax.checkpoints.assign import all_finite, assign
 from sparsevlm_jax.checkpoints.safetensors import Tensor, list_tensors
 from sparsevlm_jax.errors import UserError
 from sparsevlm_jax.models.llava import NAMES
-from sparsevlm_jax.models.names import Table
+from sparsevlm_jax.models.names import Entry, Table
 from sparsevlm_jax.models.parameters import abstract_params
 
 GOLDEN = Path(__file__).parent / "golden"
