@@ -211,8 +211,8 @@ def _attend_tiled(
     batch, length, heads, head_dim = query.shape
     kv_heads = key.shape[2]
     groups = heads // kv_heads
-    rows = _rows_at_a_time(length) if causal else length
-    prompts, together = _at_a_time(batch, kv_heads, bytes_each=4 * groups * rows * key.shape[1])
+    rows = rows_at_a_time(length) if causal else length
+    prompts, together = heads_at_a_time(batch, kv_heads, bytes_each=4 * groups * rows * key.shape[1])
 
     def by_head(x: Array, prompt: Array, head: Array, count: int) -> Array:
         part = jax.lax.dynamic_slice(x, (prompt, 0, head, 0), (prompts, x.shape[1], count, head_dim))
@@ -250,13 +250,13 @@ def _attend_tiled(
     return jax.lax.fori_loop(0, turns, attend_turn, jnp.zeros_like(query))
 
 
-def _rows_at_a_time(length: int) -> int:
+def rows_at_a_time(length: int) -> int:
     """About `ROWS`, more where there would be over `BLOCKS` blocks; a multiple of 8."""
     blocks = min(-(-length // ROWS), BLOCKS)
     return 8 * -(-length // (8 * blocks))
 
 
-def _at_a_time(prompts: int, heads: int, bytes_each: int) -> tuple[int, int]:
+def heads_at_a_time(prompts: int, heads: int, bytes_each: int) -> tuple[int, int]:
     """Rows of the batch, and heads: divisors, as many as have logits of at most `CACHED` bytes; two heads at least, as
     one is hardly shared by two cores."""
     together = _largest_divisor(heads, max(2, CACHED // bytes_each))
