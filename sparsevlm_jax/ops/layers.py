@@ -39,8 +39,8 @@ def apart(x: Array, uses: int) -> list[Array]:
 class Linear(nn.Module):
     """x @ weight.T + bias in the dtype of x; float32 is computed as float32 on every backend.
 
-    The weight is [outputs, inputs], as checkpoints store it: a CPU reads it faster so than a [inputs, outputs] kernel
-    of Flax, other devices as fast. It may be in eight bits: then its `scale` stands beside it (`models.quantize`).
+    The weight is [outputs, inputs], as checkpoints store it: a CPU reads it faster so than a kernel of Flax, [inputs,
+    outputs] (benchmarks/NOTES.md, 37). It may be in eight bits: then its `scale` stands beside it (`models.quantize`).
     """
 
     features: int
