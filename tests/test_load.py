@@ -174,7 +174,7 @@ mesh = jax.make_mesh((8,), ("x",))
 everywhere = NamedSharding(mesh, P())
 def place(path, shape):
     assert isinstance(path, tuple) and isinstance(shape, tuple)
-    return NamedSharding(mesh, P(None, "x")) if path[-1] == "weight" else everywhere
+    return NamedSharding(mesh, P(None, "x")) if path[-1] == "weight" and len(shape) == 2 else everywhere
 plain, copied, split = (load(sys.argv[1], sharding=s).params for s in (None, everywhere, place))
 for a, b, (path, c) in zip(jax.tree.leaves(plain), jax.tree.leaves(copied), jax.tree.leaves_with_path(split)):
     assert len(a.devices()) == 1 and b.sharding == everywhere
