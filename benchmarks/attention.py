@@ -165,17 +165,20 @@ def _products(heads: int, head_dim: int, tokens: int) -> Callable[..., Any]:
     _, together = heads_at_a_time(1, heads, bytes_each=4 * rows * tokens)
     product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
 
-    def turn(number: jax.Array, arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        place, size = (number * together, 0, 0), (together, tokens, head_dim)
-        query, key, value = (jax.lax.dynamic_slice(x, place, size) for x in arrays[:3])
-        made = []
-        for start in range(0, tokens, rows):
-            stop = min(start + rows, tokens)
-            logits = product("nqh,nth->nqt", query[:, start:stop], key[:, :stop])
-            made.append(product("nqt,nth->nqh", jax.lax.optimization_barrier(logits), value[:, :stop]))
-        return *arrays[:3], jax.lax.dynamic_update_slice(arrays[3], jnp.concatenate(made, axis=1), place)
+    def run(*arrays: jax.Array) -> jax.Array:
+        def turn(number: jax.Array, out: jax.Array) -> jax.Array:
+            place, size = (number * together, 0, 0), (together, tokens, head_dim)
+            query, key, value = (jax.lax.dynamic_slice(x, place, size) for x in arrays)
+            made = []
+            for start in range(0, tokens, rows):
+                stop = min(start + rows, tokens)
+                logits = product("nqh,nth->nqt", query[:, start:stop], key[:, :stop])
+                made.append(product("nqt,nth->nqh", jax.lax.optimization_barrier(logits), value[:, :stop]))
+            return jax.lax.dynamic_update_slice(out, jnp.concatenate(made, axis=1), place)
 
-    return jax.jit(lambda *x: jax.lax.fori_loop(0, heads // together, turn, (*x, jnp.zeros_like(x[0])))[3])
+        return jax.lax.fori_loop(0, heads // together, turn, jnp.zeros_like(arrays[0]))
+
+    return jax.jit(run)
 
 
 if __name__ == "__main__":

@@ -381,6 +381,18 @@ def test_a_cell_that_is_cut_short_keeps_the_raw_seconds_of_its_last_sitting(
     assert list(found["sides"]) == [DENSE.name, PRUNED.name, faithful.name]
 
 
+def test_a_sitting_of_which_no_round_ended_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Roundless(_Sitting):
+        def run(self, sides: list[Side], after_round: Any) -> None:
+            super().run(sides, lambda: None)
+
+    monkeypatch.setattr(matrix, "Sitting", Roundless)
+    matrix.run_cell(CELL, [DENSE], Settings("cpu", (1, 8)), tmp_path, lambda message: None)
+    assert (tmp_path / f"{CELL.key}.json").exists() and not (tmp_path / "unfinished").exists()
+
+
 def test_one_row_engines_sit_out_larger_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matrix, "Sitting", _Sitting)
     sides = [DENSE, Side("faithful", "v1.5", 8), Side("batched", "v1.5", 8)]

@@ -54,9 +54,10 @@ def run_cell(cell: Cell, sides: Sequence[Side], settings: Settings, folder: Path
         for side in together:
             result["sides"].setdefault(side.name, {"side": asdict(side)} | sitting.reports[side.name])
         _save(result, gate, file)
-        unfinished.unlink(missing_ok=True)
-        if not any(unfinished.parent.iterdir()):
-            unfinished.parent.rmdir()
+        if unfinished.exists():  # it is not where no round came to its end
+            unfinished.unlink()
+            if not any(unfinished.parent.iterdir()):
+                unfinished.parent.rmdir()
     if not able:
         _save(result, gate, file)
     return result

@@ -24,8 +24,8 @@ _LONGEST_AXIS, _MOST_AXES = 2**40, 8
 class Record(NamedTuple):
     """A parameter: the tensor that it was made of, and how it is stored.
 
-    Digests are sha256 of the tensor's bytes, so both are equal where the dtype is. A
-    weight in eight bits and its scale are two parameters that were made of one tensor.
+    Digests are sha256 of the tensor's bytes, so both are equal where the dtype is. A weight in eight bits and
+    its scale are two parameters that were made of one tensor.
     """
 
     path: str  # in the tree: "language_model/norm/scale"
